@@ -1,0 +1,233 @@
+//! A turn as the outside sees it: its states, events and result.
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use super::{FileChange, FileStatus, HeldBack, PreviewError, PreviewState, Usage};
+use crate::identity::{ThreadId, TurnId};
+
+/// May the turn write?
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum TurnMode {
+    #[default]
+    Execute,
+    /// Reads and answers; changes nothing.
+    Plan,
+}
+
+/// Where a turn stands. The last four are final.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum TurnStatus {
+    Queued,
+    Running,
+    Completed,
+    Failed,
+    Cancelled,
+    /// Its supervisor died; the edits were found and committed afterwards.
+    Recovered,
+}
+
+impl TurnStatus {
+    /// Will it never change again?
+    pub fn is_terminal(self) -> bool {
+        !matches!(self, Self::Queued | Self::Running)
+    }
+
+    /// As in the contract and in the commit's `Status` trailer.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Queued => "queued",
+            Self::Running => "running",
+            Self::Completed => "completed",
+            Self::Failed => "failed",
+            Self::Cancelled => "cancelled",
+            Self::Recovered => "recovered",
+        }
+    }
+}
+
+/// How the agent got at the conversation so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Continuity {
+    /// The CLI resumed its own transcript.
+    Native,
+    /// The transcript was lost; the turn began with a summary of the history.
+    Replayed,
+    /// There was no conversation before.
+    Fresh,
+}
+
+/// Codes of turns that failed, as in the contract's list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorCode {
+    AgentFailed,
+    TurnTimeout,
+    BudgetExceeded,
+    Internal,
+}
+
+impl ErrorCode {
+    /// As in the contract.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::AgentFailed => "agent_failed",
+            Self::TurnTimeout => "turn_timeout",
+            Self::BudgetExceeded => "budget_exceeded",
+            Self::Internal => "internal",
+        }
+    }
+}
+
+/// Why a turn failed: a code for programs, a sentence for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TurnFailure {
+    pub code: ErrorCode,
+    pub message: String,
+}
+
+/// The person a commit is by.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Author {
+    pub name: String,
+    pub email: String,
+}
+
+/// Author or committer of a commit.
+pub type Signature = Author;
+
+/// The commit that a turn made.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct CommitSummary {
+    /// Full object id in hex.
+    pub id: String,
+    /// First line of the message.
+    pub message: String,
+    pub files: Vec<FileChange>,
+}
+
+/// The preview at the end of a turn.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct TurnPreview {
+    pub state: PreviewState,
+    pub errors: Vec<PreviewError>,
+}
+
+/// One line of a thread's memory.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct HistoryEntry {
+    #[schema(value_type = String)]
+    pub turn_id: TurnId,
+    pub mode: TurnMode,
+    pub status: TurnStatus,
+    pub instruction: String,
+    /// The agent's answer, or why there is none.
+    pub text: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub commit: Option<String>,
+    /// RFC 3339, UTC.
+    #[schema(value_type = String)]
+    pub at: jiff::Timestamp,
+}
+
+/// A plan that the agent made without changing anything.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Plan {
+    #[schema(value_type = String)]
+    pub turn_id: TurnId,
+    pub instruction: String,
+    pub text: String,
+    #[schema(value_type = String)]
+    pub at: jiff::Timestamp,
+}
+
+/// What the thread remembers, as answers show it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ThreadContext {
+    #[schema(value_type = String)]
+    pub thread_id: ThreadId,
+    pub branch: String,
+    /// Oldest first; answers carry the last 20.
+    pub history: Vec<HistoryEntry>,
+    pub plans: Vec<Plan>,
+}
+
+/// How a turn stands or ended: what `execute` answers.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TurnResult {
+    #[schema(value_type = String)]
+    pub turn_id: TurnId,
+    pub status: TurnStatus,
+    pub mode: TurnMode,
+    pub text: String,
+    pub session_id: Option<String>,
+    pub commit: Option<CommitSummary>,
+    pub usage: Usage,
+    pub num_turns: u64,
+    pub duration_ms: u64,
+    pub preview: TurnPreview,
+    pub held_back: Vec<HeldBack>,
+    pub continuity: Continuity,
+    pub context: ThreadContext,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub code: Option<ErrorCode>,
+}
+
+/// What happens during a turn, in the order in which it happened. The serialised form is
+/// `{"event": name, "data": {…}}`; the journal adds the number and the turn's id.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", content = "data")]
+pub enum TurnEvent {
+    #[serde(rename = "turn.queued")]
+    Queued { position: usize },
+    #[serde(rename = "turn.started")]
+    Started {},
+    #[serde(rename = "turn.waiting")]
+    Waiting { until: jiff::Timestamp, reason: String },
+    #[serde(rename = "text.delta")]
+    TextDelta { text: String },
+    #[serde(rename = "tool.started")]
+    ToolStarted { id: String, name: String, input: serde_json::Value },
+    #[serde(rename = "tool.finished")]
+    ToolFinished { id: String, ok: bool, summary: String },
+    #[serde(rename = "file.changed")]
+    FileChanged { path: String, status: FileStatus },
+    #[serde(rename = "preview.updated")]
+    PreviewUpdated {},
+    #[serde(rename = "preview.error")]
+    PreviewError { errors: Vec<PreviewError> },
+    #[serde(rename = "commit.created")]
+    CommitCreated { commit: CommitSummary },
+    #[serde(rename = "turn.completed")]
+    Completed { result: Box<TurnResult> },
+    #[serde(rename = "turn.failed")]
+    Failed { result: Box<TurnResult> },
+    #[serde(rename = "turn.cancelled")]
+    Cancelled { result: Box<TurnResult> },
+    #[serde(rename = "turn.recovered")]
+    Recovered { result: Box<TurnResult> },
+}
+
+impl TurnEvent {
+    /// The final event that fits a result.
+    pub fn terminal(result: TurnResult) -> Self {
+        let result = Box::new(result);
+        match result.status {
+            TurnStatus::Completed => Self::Completed { result },
+            TurnStatus::Cancelled => Self::Cancelled { result },
+            TurnStatus::Recovered => Self::Recovered { result },
+            TurnStatus::Failed | TurnStatus::Queued | TurnStatus::Running => {
+                Self::Failed { result }
+            }
+        }
+    }
+}

@@ -1,0 +1,24 @@
+//! greenroom: customers edit their websites by talking.
+//!
+//! One program per container. It keeps each site in git, lets the Claude Code CLI work on a
+//! thread's worktree, shows the result through the site's own dev server, and commits every turn.
+//! `ARCHITECTURE.md` draws the rooms below and the arrows between them.
+
+pub mod agent;
+pub mod api;
+pub mod app;
+pub mod cli;
+pub mod config;
+pub mod domain;
+pub mod gateway;
+pub mod identity;
+pub mod lifecycle;
+pub mod preview;
+pub mod process;
+pub mod rehearsal;
+pub mod repository;
+pub mod supervisor;
+pub mod task;
+pub mod telemetry;
+pub mod turn;
+pub mod workspace;

@@ -1,0 +1,3 @@
+//! The thin end of the program: see `greenroom::cli`.
+
+fn main() {}

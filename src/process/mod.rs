@@ -1,0 +1,1 @@
+//! Starting, confining and ending child processes.

@@ -1,0 +1,160 @@
+//! Tasks with an owner: every long-lived future and every blocking call goes through here.
+//!
+//! [`Tasks`] names what it starts, hands it a cancellation token and waits for it at the end.
+//! [`blocking`] runs disk work on bounded threads with a deadline, so that a stalled disk costs a
+//! call, never the program.
+
+use std::{
+    future::Future,
+    sync::{Arc, LazyLock},
+    time::Duration,
+};
+
+use tokio::sync::Semaphore;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tracing::Instrument;
+
+/// A group of tasks that start, stop and are waited for together. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub struct Tasks {
+    tracker: TaskTracker,
+    token: CancellationToken,
+}
+
+impl Tasks {
+    /// An empty group.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A group that is stopped with this one and can be stopped alone.
+    pub fn child(&self) -> Self {
+        Self { tracker: self.tracker.clone(), token: self.token.child_token() }
+    }
+
+    /// Cancelled once [`Tasks::stop`] was asked for.
+    pub fn token(&self) -> &CancellationToken {
+        &self.token
+    }
+
+    /// Starts a task. It is expected to end soon after the group's token is cancelled.
+    ///
+    /// A panic in it is logged and stops the group: half a supervisor is worse than none.
+    pub fn spawn<F>(&self, name: &'static str, future: F) -> tokio::task::JoinHandle<()>
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let token = self.token.clone();
+        #[expect(clippy::disallowed_methods, reason = "the one place that starts tasks")]
+        let inner = tokio::spawn(future.in_current_span());
+        let watched = async move {
+            // Abort with the watcher: a dropped join handle would let the task run on.
+            let guard = AbortOnDrop(inner.abort_handle());
+            if let Err(error) = inner.await
+                && error.is_panic()
+            {
+                tracing::error!(task = name, "a task panicked; stopping");
+                token.cancel();
+            }
+            drop(guard);
+        };
+        #[expect(clippy::disallowed_methods, reason = "the one place that starts tasks")]
+        tokio::spawn(self.tracker.track_future(watched))
+    }
+
+    /// Cancels the token without waiting.
+    pub fn cancel(&self) {
+        self.token.cancel();
+    }
+
+    /// Cancels the token and waits until every task has ended or `grace` is over.
+    /// Returns whether all ended.
+    pub async fn stop(&self, grace: Duration) -> bool {
+        self.token.cancel();
+        self.tracker.close();
+        tokio::time::timeout(grace, self.tracker.wait()).await.is_ok()
+    }
+}
+
+struct AbortOnDrop(tokio::task::AbortHandle);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// A blocking call that did not come back in time, or could not run at all.
+#[derive(Debug, thiserror::Error)]
+pub enum BlockingError {
+    /// The disk (or what else the call waits for) is stuck; the call goes on in its thread.
+    #[error("{what} took longer than {} s", deadline.as_secs())]
+    TimedOut { what: &'static str, deadline: Duration },
+    /// The closure panicked.
+    #[error("{what} failed unexpectedly")]
+    Panicked { what: &'static str },
+}
+
+/// How many blocking calls run at once. Two cores and a disk gain nothing from more; a stalled
+/// disk can pin at most so many threads.
+const BLOCKING_THREADS: usize = 16;
+static BLOCKING: LazyLock<Arc<Semaphore>> =
+    LazyLock::new(|| Arc::new(Semaphore::new(BLOCKING_THREADS)));
+
+/// Runs `work` on a thread of its own kind and waits at most `deadline` for it.
+///
+/// # Errors
+/// [`BlockingError::TimedOut`] if it did not end in time: the work itself cannot be interrupted
+/// and may still take effect later.
+pub async fn blocking<T, F>(
+    what: &'static str,
+    deadline: Duration,
+    work: F,
+) -> Result<T, BlockingError>
+where
+    T: Send + 'static,
+    F: FnOnce() -> T + Send + 'static,
+{
+    let run = async {
+        let permit =
+            BLOCKING.clone().acquire_owned().await.expect("the semaphore is never closed");
+        let span = tracing::Span::current();
+        tokio::task::spawn_blocking(move || {
+            let _permit = permit;
+            span.in_scope(work)
+        })
+        .await
+    };
+    match tokio::time::timeout(deadline, run).await {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(_)) => Err(BlockingError::Panicked { what }),
+        Err(_) => Err(BlockingError::TimedOut { what, deadline }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn stop_waits_for_tasks_and_a_panic_stops_the_group() {
+        let tasks = Tasks::new();
+        let token = tasks.token().clone();
+        tasks.spawn("waits", async move { token.cancelled().await });
+        assert!(tasks.stop(Duration::from_secs(10)).await);
+
+        let tasks = Tasks::new();
+        tasks.spawn("breaks", async { panic!("on purpose") });
+        tasks.token().cancelled().await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stuck_call_is_given_up() {
+        let (release, wait) = std::sync::mpsc::channel::<()>();
+        let stuck = blocking("stuck", Duration::from_secs(5), move || {
+            wait.recv().ok();
+        });
+        assert!(matches!(stuck.await, Err(BlockingError::TimedOut { .. })));
+        drop(release);
+    }
+}
