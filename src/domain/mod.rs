@@ -3,8 +3,10 @@
 //! The shapes here are the contract's: they are serialised as they are, into answers, events,
 //! journals and contexts.
 
+mod idle;
 mod turn;
 
+pub use idle::{IdleDecision, IdleFacts, decide_idle};
 pub use turn::{
     Author, CommitSummary, Continuity, ErrorCode, HistoryEntry, Plan, Signature, ThreadContext,
     TurnEvent, TurnFailure, TurnMode, TurnPreview, TurnResult, TurnStatus,

@@ -1,1 +1,16 @@
-//! (room)
+//! One instruction, from admission to outcome: its journal, its run, and what the thread
+//! remembers of it.
+//!
+//! **Invariant:** an event is in the journal before anyone sees it. Whoever follows a turn reads
+//! the journal's file up to the committed length, so what is seen live and what is replayed after
+//! a restart are the same bytes, and a slow reader slows nobody.
+
+mod context;
+mod journal;
+mod run;
+
+pub use context::{StoredContext, replay_summary};
+pub use journal::{
+    Accepted, Committed, EventLine, Events, Journal, JournalError, TurnFile, TurnRecord,
+};
+pub use run::{RunEnd, TurnSite, blank_result, run_turn};

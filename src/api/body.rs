@@ -1,0 +1,135 @@
+//! Reading a JSON body: wrong types name their field, unknown fields are ignored.
+
+use axum::{
+    body::Bytes,
+    extract::{FromRequest, Request},
+};
+use serde::de::DeserializeOwned;
+
+use super::ApiError;
+use crate::identity::ThreadKey;
+
+/// A body of a known shape.
+pub(super) struct Json<T>(pub(super) T);
+
+impl<S: Send + Sync, T: DeserializeOwned> FromRequest<S> for Json<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
+        let body = Bytes::from_request(request, state)
+            .await
+            .map_err(|_| ApiError::invalid("the request's body broke off"))?;
+        parse(&body).map(Self)
+    }
+}
+
+fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+    let mut reader = serde_json::Deserializer::from_slice(body);
+    let parsed = serde_path_to_error::deserialize(&mut reader);
+    let value = parsed.map_err(|error| {
+        let field = error.path().to_string();
+        let cause = error.into_inner();
+        if cause.is_data() && field != "." {
+            ApiError::invalid(format!("{field}: {}", plain(&cause)))
+        } else if cause.is_data() {
+            ApiError::invalid(format!("the body has to be a JSON object: {}", plain(&cause)))
+        } else {
+            ApiError::invalid("the body is not valid JSON")
+        }
+    })?;
+    reader.end().map_err(|_| ApiError::invalid("the body is not valid JSON"))?;
+    Ok(value)
+}
+
+/// The reason without the position, which names no field.
+fn plain(error: &serde_json::Error) -> String {
+    let text = error.to_string();
+    text.split(" at line ").next().unwrap_or_default().to_owned()
+}
+
+/// The ids of a body, completed by the container's pins and checked against them.
+pub(super) fn thread_key(
+    pins: &super::Pins,
+    client: Option<&str>,
+    user: Option<&str>,
+    thread: Option<&str>,
+) -> Result<ThreadKey, ApiError> {
+    let missing = |field| ApiError::invalid(format!("{field} is missing"));
+    let client = client
+        .map(str::parse)
+        .transpose()?
+        .or_else(|| pins.client.clone())
+        .ok_or_else(|| missing("clientId"))?;
+    let user = user
+        .map(str::parse)
+        .transpose()?
+        .or_else(|| pins.user.clone())
+        .ok_or_else(|| missing("userId"))?;
+    let thread = thread
+        .map(str::parse)
+        .transpose()?
+        .or_else(|| pins.thread.clone())
+        .ok_or_else(|| missing("threadId"))?;
+    let key = ThreadKey { client, user, thread };
+    check_pins(pins, &key.user_key())?;
+    Ok(key)
+}
+
+/// Refuses tenants that the container is not pinned to.
+pub(super) fn check_pins(
+    pins: &super::Pins,
+    user: &crate::identity::UserKey,
+) -> Result<(), ApiError> {
+    let other_client = pins.client.as_ref().is_some_and(|client| *client != user.client);
+    let other_user = pins.user.as_ref().is_some_and(|pinned| *pinned != user.user);
+    if other_client || other_user { Err(ApiError::not_this_tenant()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use axum::response::IntoResponse;
+    use serde::Deserialize;
+
+    #[derive(Debug, Deserialize)]
+    struct Shape {
+        #[serde(rename = "clientId")]
+        client: Option<String>,
+    }
+
+    #[test]
+    fn wrong_types_name_their_field() {
+        assert_eq!(parse::<Shape>(br#"{"clientId":"a","x":1}"#).unwrap().client.unwrap(), "a");
+        for (body, said) in [
+            (&br#"{"clientId":5}"#[..], "clientId"),
+            (b"[]", "JSON object"),
+            (b"", "not valid JSON"),
+            (b"{}{}", "not valid JSON"),
+            (b"{\"clientId\":\"\xff\"}", "valid JSON"),
+        ] {
+            let error = parse::<Shape>(body).unwrap_err();
+            assert!(format!("{error:?}").contains(said), "{error:?}");
+            assert_eq!(error.into_response().status(), 400);
+        }
+    }
+
+    #[test]
+    fn pins_complete_and_refuse() {
+        let pins = super::super::Pins {
+            client: Some("acme".parse().unwrap()),
+            user: None,
+            thread: Some("main".parse().unwrap()),
+        };
+        let key = thread_key(&pins, None, Some("alice"), None).unwrap();
+        assert_eq!(key.to_string(), "acme/alice/main");
+        assert_eq!(
+            thread_key(&pins, Some("other"), Some("alice"), None).unwrap_err().into_response().status(),
+            403
+        );
+        assert_eq!(thread_key(&pins, None, None, None).unwrap_err().into_response().status(), 400);
+        assert_eq!(
+            thread_key(&pins, Some(".."), Some("alice"), None).unwrap_err().into_response().status(),
+            400
+        );
+    }
+}

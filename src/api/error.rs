@@ -1,0 +1,179 @@
+//! Where errors meet the outside: the one file that picks a status, a code and a sentence, by what
+//! the reader will do: mend the request, ask again later, call someone.
+
+use axum::{
+    Json,
+    http::{HeaderValue, StatusCode, header::RETRY_AFTER},
+    response::{IntoResponse, Response},
+};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use crate::{
+    domain::{ErrorCode, TurnResult},
+    identity::{InvalidId, TurnId},
+    repository::RepositoryError,
+    supervisor::SupervisorError,
+};
+
+tokio::task_local! {
+    /// The id of the request being answered: in its error, and on its log lines.
+    pub(super) static REQUEST_ID: String;
+}
+
+/// An error's body.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct ErrorBody {
+    success: bool,
+    /// One sentence that a person understands.
+    error: String,
+    /// For programs.
+    code: &'static str,
+    request_id: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    turn_id: Option<TurnId>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    result: Option<Box<TurnResult>>,
+}
+
+/// An answer that is no success.
+#[derive(Debug)]
+pub struct ApiError {
+    status: StatusCode,
+    code: &'static str,
+    message: String,
+    retry_after: Option<u64>,
+    result: Option<Box<TurnResult>>,
+}
+
+impl ApiError {
+    pub(super) fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+        Self { status, code, message: message.into(), retry_after: None, result: None }
+    }
+
+    pub(super) fn invalid(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid_request", message)
+    }
+
+    pub(super) fn not_found(message: impl Into<String>) -> Self {
+        Self::new(StatusCode::NOT_FOUND, "not_found", message)
+    }
+
+    pub(super) fn too_large(limit: &str) -> Self {
+        let message = format!("the request's body is larger than {limit}");
+        Self::new(StatusCode::PAYLOAD_TOO_LARGE, "payload_too_large", message)
+    }
+
+    pub(super) fn not_this_tenant() -> Self {
+        let message = "this container serves another client or user";
+        Self::new(StatusCode::FORBIDDEN, "not_this_tenant", message)
+    }
+
+    /// A turn that did not succeed.
+    pub(super) fn turn(result: TurnResult) -> Self {
+        let code = result.code.unwrap_or(ErrorCode::Internal);
+        let status = match code {
+            ErrorCode::AgentFailed => StatusCode::BAD_GATEWAY,
+            ErrorCode::TurnTimeout => StatusCode::GATEWAY_TIMEOUT,
+            ErrorCode::BudgetExceeded => StatusCode::TOO_MANY_REQUESTS,
+            ErrorCode::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        let message = result.error.clone().unwrap_or_else(|| "the turn failed".into());
+        Self { result: Some(Box::new(result)), ..Self::new(status, code.as_str(), message) }
+    }
+
+    fn retry(self, seconds: u64) -> Self {
+        Self { retry_after: Some(seconds), ..self }
+    }
+
+    fn internal(error: &dyn std::error::Error) -> Self {
+        let mut chain = error.to_string();
+        let mut source = error.source();
+        while let Some(error) = source {
+            chain.push_str(&format!(": {error}"));
+            source = error.source();
+        }
+        tracing::error!(error = chain, "a request failed inside greenroom");
+        Self::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "internal",
+            "something failed inside greenroom; the log has the reason under this request's id",
+        )
+    }
+}
+
+impl From<InvalidId> for ApiError {
+    fn from(error: InvalidId) -> Self {
+        Self::new(StatusCode::BAD_REQUEST, "invalid_id", error.to_string())
+    }
+}
+
+impl From<SupervisorError> for ApiError {
+    fn from(error: SupervisorError) -> Self {
+        use SupervisorError as E;
+        match error {
+            E::Draining => Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "draining",
+                "greenroom is shutting down; ask again in a moment",
+            )
+            .retry(5),
+            E::NotFound(what) => Self::not_found(what),
+            E::RepoMismatch { .. } => {
+                Self::new(StatusCode::CONFLICT, "repo_mismatch", error.to_string())
+            }
+            E::QueueFull { .. } => {
+                Self::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", error.to_string()).retry(10)
+            }
+            E::Source(source) => Self::invalid(format!("repoUrl: {source}")),
+            E::Install(error) => {
+                Self::new(StatusCode::UNPROCESSABLE_ENTITY, "install_failed", error.to_string())
+            }
+            E::Repository(error) => Self::repository(&error),
+            E::Workspace(error) if error.is_no_space() => Self::no_space(),
+            E::Workspace(error) => Self::internal(&*error),
+            E::Journal(error) => Self::internal(&*error),
+            E::Blocking(error) => Self::internal(&*error),
+            E::Internal(_) => Self::internal(&error),
+        }
+    }
+}
+
+impl ApiError {
+    fn repository(error: &RepositoryError) -> Self {
+        match error.for_person() {
+            Some(message) => {
+                Self::new(StatusCode::UNPROCESSABLE_ENTITY, "clone_failed", message)
+            }
+            None => Self::internal(error),
+        }
+    }
+
+    fn no_space() -> Self {
+        Self::new(
+            StatusCode::INSUFFICIENT_STORAGE,
+            "insufficient_storage",
+            "the workspace's disk is full",
+        )
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let body = ErrorBody {
+            success: false,
+            error: self.message,
+            code: self.code,
+            request_id: REQUEST_ID.try_with(String::clone).unwrap_or_default(),
+            turn_id: self.result.as_ref().map(|result| result.turn_id.clone()),
+            result: self.result,
+        };
+        let mut response = (self.status, Json(body)).into_response();
+        if let Some(seconds) = self.retry_after {
+            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        response
+    }
+}

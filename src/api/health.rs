@@ -1,0 +1,187 @@
+//! `/health`, `/ready`, `/metrics`, `/api/idle`: what operators and platforms ask.
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::OnceLock,
+    time::Duration,
+};
+
+use axum::{
+    Json,
+    extract::{Query, State},
+    http::{HeaderMap, StatusCode, header},
+    response::{IntoResponse, Response},
+};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use utoipa::ToSchema;
+
+use super::{ApiError, Shared};
+use crate::{
+    lifecycle::{HolderKind, IdleAnswer},
+    process::Confinement,
+    task,
+};
+
+/// What does not change while the program runs.
+#[derive(Debug, Clone)]
+pub struct Facts {
+    pub workspace: PathBuf,
+    /// Answers come from the scripted stand-in, no model is behind them.
+    pub is_rehearsal: bool,
+    pub confinement: Confinement,
+}
+
+/// What init and execute need. Filled in after the start, so that the start does not wait.
+#[derive(Debug, Clone, Default)]
+pub struct Readiness {
+    /// The CLI's version, or what to do about it.
+    pub claude: std::sync::Arc<OnceLock<Result<String, String>>>,
+    /// Node's version, or what to do about it.
+    pub node: std::sync::Arc<OnceLock<Result<String, String>>>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct HealthQuery {
+    deep: Option<String>,
+}
+
+/// Is the program alive? Never touches the disk.
+#[utoipa::path(get, path = "/health", params(("deep" = Option<String>, Query)),
+    responses((status = 200, description = "alive"), (status = 503, description = "shutting down")))]
+pub(super) async fn health(
+    State(state): State<Shared>,
+    Query(query): Query<HealthQuery>,
+) -> Response {
+    let is_draining = state.supervisor.is_draining();
+    let claude = state.readiness.claude.get();
+    let mut answer = json!({
+        "status": if is_draining { "draining" } else { "healthy" },
+        "claudeAvailable": claude.is_none_or(Result::is_ok),
+        "version": env!("CARGO_PKG_VERSION"),
+        "mode": if state.facts.is_rehearsal { "rehearsal" } else { "live" },
+        "workspace": state.facts.workspace,
+        "client": state.pins.client,
+        "user": state.pins.user,
+        "thread": state.pins.thread,
+        "uptimeSeconds": seconds(state.started.elapsed()),
+        "idleSeconds": seconds(state.activity.idle_for()),
+        "activeTurns": state.activity.count(HolderKind::Turn),
+        "pendingRequests": state.activity.count(HolderKind::Request),
+        "draining": is_draining,
+    });
+    if state.facts.is_rehearsal {
+        answer["rehearsal"] = json!({
+            "notice": "No model is behind this: a script answers.",
+            "examples": crate::rehearsal::EXAMPLES,
+        });
+    }
+    if is_draining {
+        answer["code"] = "draining".into();
+        answer["success"] = false.into();
+        answer["error"] = "greenroom is shutting down".into();
+        return (StatusCode::SERVICE_UNAVAILABLE, Json(answer)).into_response();
+    }
+    if query.deep.is_some_and(|deep| matches!(deep.as_str(), "1" | "true" | "")) {
+        match claude {
+            Some(Ok(version)) => answer["testResponse"] = version.clone().into(),
+            problem => {
+                let error = match problem {
+                    Some(Err(what_to_do)) => what_to_do.clone(),
+                    _ => "the CLI has not answered yet".into(),
+                };
+                let answer =
+                    json!({"status": "unhealthy", "claudeAvailable": false, "error": error});
+                return (StatusCode::SERVICE_UNAVAILABLE, Json(answer)).into_response();
+            }
+        }
+    }
+    Json(answer).into_response()
+}
+
+fn seconds(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1000.0).round() / 1000.0
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct ReadyAnswer {
+    ready: bool,
+    /// `ok`, or what to do.
+    checks: BTreeMap<&'static str, String>,
+    #[schema(value_type = Object)]
+    confinement: Value,
+}
+
+/// Can init and execute work?
+#[utoipa::path(get, path = "/ready",
+    responses((status = 200, body = ReadyAnswer), (status = 503, body = ReadyAnswer)))]
+pub(super) async fn ready(State(state): State<Shared>) -> Response {
+    let check = |cell: &OnceLock<Result<String, String>>| match cell.get() {
+        None => "still being looked at; ask again in a moment".to_owned(),
+        Some(Ok(_)) => "ok".to_owned(),
+        Some(Err(what_to_do)) => what_to_do.clone(),
+    };
+    let workspace = state.facts.workspace.clone();
+    let probe = task::blocking("writing to the workspace", Duration::from_secs(5), move || {
+        let probe = workspace.join(format!(".greenroom-probe-{}", uuid::Uuid::new_v4().simple()));
+        std::fs::write(&probe, b"").and_then(|()| std::fs::remove_file(&probe))
+    })
+    .await;
+    let workspace = match probe {
+        Ok(Ok(())) => "ok".to_owned(),
+        Ok(Err(error)) => format!("the workspace cannot be written ({error}); check WORKSPACE_PATH"),
+        Err(_) => "the workspace's disk does not answer; check its mount".to_owned(),
+    };
+    let gateway = if state.supervisor.is_draining() { "shutting down" } else { "ok" };
+    let checks = BTreeMap::from([
+        ("workspace", workspace),
+        ("claude", check(&state.readiness.claude)),
+        ("node", check(&state.readiness.node)),
+        ("gateway", gateway.to_owned()),
+    ]);
+    let ready = checks.values().all(|check| check == "ok");
+    let confinement = serde_json::to_value(&state.facts.confinement).unwrap_or_default();
+    let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, Json(ReadyAnswer { ready, checks, confinement })).into_response()
+}
+
+/// Figures for Prometheus, or for a service's own checks as JSON.
+#[utoipa::path(get, path = "/metrics", responses((status = 200, content_type = "text/plain")))]
+pub(super) async fn metrics(State(state): State<Shared>, headers: HeaderMap) -> Response {
+    let accepts_json = headers
+        .get(header::ACCEPT)
+        .and_then(|value| value.to_str().ok())
+        .is_some_and(|value| value.contains("application/json"));
+    if accepts_json {
+        return Json(json!({
+            "totalRequests": 0, "successfulRequests": 0, "failedRequests": 0,
+            "averageExecutionTime": 0, "activeRequests": 0,
+        }))
+        .into_response();
+    }
+    let figures = [
+        ("greenroom_uptime_seconds", "Seconds since the start.", state.started.elapsed().as_secs_f64()),
+        ("greenroom_turns_running", "Turns that run now.", state.activity.count(HolderKind::Turn) as f64),
+        ("greenroom_turns_queued", "Turns in line.", state.activity.count(HolderKind::Queue) as f64),
+        ("greenroom_idle_seconds", "Seconds since anybody needed this container.", state.activity.idle_for().as_secs_f64()),
+    ];
+    let mut text = String::new();
+    for (name, help, value) in figures {
+        text.push_str(&format!("# HELP {name} {help}\n# TYPE {name} gauge\n{name} {value}\n"));
+    }
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
+}
+
+/// What keeps the container awake. Asking is no activity.
+#[utoipa::path(get, path = "/api/idle", responses((status = 200, body = IdleAnswer)))]
+pub(super) async fn idle(State(state): State<Shared>) -> Response {
+    Json(state.activity.answer()).into_response()
+}
+
+/// Counts as activity, once.
+#[utoipa::path(post, path = "/api/idle/touch", responses((status = 200, body = IdleAnswer)))]
+pub(super) async fn touch(State(state): State<Shared>) -> Result<Response, ApiError> {
+    state.activity.touch();
+    Ok(Json(state.activity.answer()).into_response())
+}

@@ -1,0 +1,328 @@
+//! `/api/init`, `/api/execute` and what can be asked of threads.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use axum::{
+    Json as Answer,
+    extract::{Path, Query, State},
+    http::{HeaderMap, StatusCode, header::ACCEPT},
+    response::{IntoResponse, Response},
+};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use utoipa::ToSchema;
+
+use super::{
+    ApiError, Shared,
+    body::{Json, thread_key},
+    sse,
+    turns::last_event_id,
+};
+use crate::{
+    domain::{Author, TurnMode, TurnResult, TurnStatus},
+    identity::ThreadKey,
+    supervisor::{ExecuteRequest, InitRequest, PreviewView, ThreadView, TurnSummary},
+};
+
+/// Longest turn that a request may ask for.
+const MAX_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
+
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct InitBody {
+    client_id: Option<String>,
+    user_id: Option<String>,
+    thread_id: Option<String>,
+    repo_url: Option<String>,
+    base_branch: Option<String>,
+    wait_for_preview: Option<bool>,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct InitResponse {
+    success: bool,
+    workspace: WorkspaceView,
+    resumed: bool,
+    branch: String,
+    head: String,
+    preview: PreviewView,
+    /// What took how long, in milliseconds.
+    timings: BTreeMap<&'static str, f64>,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+struct WorkspaceView {
+    user_path: String,
+    /// The thread's worktree.
+    project_path: String,
+    claude_path: String,
+    branch: String,
+    resumed: bool,
+}
+
+/// Makes a thread ready; idempotent.
+#[utoipa::path(post, path = "/api/init", request_body = InitBody,
+    responses((status = 200, body = InitResponse),
+              (status = 400, description = "`invalid_id`, `invalid_request`"),
+              (status = 409, description = "`repo_mismatch`"),
+              (status = 422, description = "`clone_failed`, `install_failed`")))]
+pub(super) async fn init(
+    State(state): State<Shared>,
+    Json(body): Json<InitBody>,
+) -> Result<Answer<InitResponse>, ApiError> {
+    let started = std::time::Instant::now();
+    let key = thread_key(
+        &state.pins,
+        body.client_id.as_deref(),
+        body.user_id.as_deref(),
+        body.thread_id.as_deref(),
+    )?;
+    let base_branch = not_empty("baseBranch", body.base_branch, 250)?;
+    let answer = state
+        .supervisor
+        .init(InitRequest {
+            key,
+            repo_url: not_empty("repoUrl", body.repo_url, 2048)?,
+            base_branch,
+            wait_for_preview: body.wait_for_preview.unwrap_or(true),
+        })
+        .await?;
+    let milliseconds = |duration: Duration| (duration.as_secs_f64() * 1e5).round() / 100.0;
+    let mut timings: BTreeMap<_, _> =
+        answer.timings.into_iter().map(|(name, took)| (name, milliseconds(took))).collect();
+    timings.insert("totalMs", milliseconds(started.elapsed()));
+    let text = |path: std::path::PathBuf| path.to_string_lossy().into_owned();
+    Ok(Answer(InitResponse {
+        success: true,
+        workspace: WorkspaceView {
+            user_path: text(answer.paths.user.root().to_owned()),
+            project_path: text(answer.paths.worktree()),
+            claude_path: text(answer.paths.user.claude()),
+            branch: answer.branch.clone(),
+            resumed: answer.resumed,
+        },
+        resumed: answer.resumed,
+        branch: answer.branch,
+        head: answer.head,
+        preview: answer.preview,
+        timings,
+    }))
+}
+
+/// An optional text that, if it is there, says something.
+fn not_empty(
+    field: &str,
+    value: Option<String>,
+    longest: usize,
+) -> Result<Option<String>, ApiError> {
+    match value {
+        None => Ok(None),
+        Some(text) if text.trim().is_empty() => {
+            Err(ApiError::invalid(format!("{field} is empty; leave it out instead")))
+        }
+        Some(text) if text.len() > longest || text.chars().any(char::is_control) => {
+            Err(ApiError::invalid(format!(
+                "{field} has to be at most {longest} bytes without control characters"
+            )))
+        }
+        Some(text) => Ok(Some(text.trim().to_owned())),
+    }
+}
+
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct ExecuteBody {
+    client_id: Option<String>,
+    user_id: Option<String>,
+    thread_id: Option<String>,
+    instruction: Option<String>,
+    mode: Option<TurnMode>,
+    model: Option<String>,
+    timeout_seconds: Option<f64>,
+    #[serde(rename = "async")]
+    is_async: Option<bool>,
+    author: Option<Author>,
+}
+
+impl ExecuteBody {
+    fn into_request(self, state: &Shared) -> Result<ExecuteRequest, ApiError> {
+        let key = thread_key(
+            &state.pins,
+            self.client_id.as_deref(),
+            self.user_id.as_deref(),
+            self.thread_id.as_deref(),
+        )?;
+        let instruction = self
+            .instruction
+            .filter(|text| !text.trim().is_empty())
+            .ok_or_else(|| ApiError::invalid("instruction is missing: say what should change"))?;
+        if instruction.contains('\0') {
+            return Err(ApiError::invalid("instruction holds a NUL character"));
+        }
+        let timeout = match self.timeout_seconds {
+            None => None,
+            Some(seconds) if seconds > 0.0 && seconds <= MAX_TIMEOUT.as_secs_f64() => {
+                Some(Duration::from_secs_f64(seconds))
+            }
+            Some(_) => {
+                return Err(ApiError::invalid(
+                    "timeoutSeconds has to be more than 0 and at most 86400",
+                ));
+            }
+        };
+        let model = not_empty("model", self.model, 200)?;
+        if model.as_ref().is_some_and(|model| model.starts_with('-') || model.contains(char::is_whitespace)) {
+            return Err(ApiError::invalid("model is not the name of a model"));
+        }
+        Ok(ExecuteRequest {
+            key,
+            instruction,
+            mode: self.mode.unwrap_or_default(),
+            model,
+            timeout,
+            author: self.author.map(check_author).transpose()?,
+            idempotency_key: None,
+        })
+    }
+}
+
+/// Git's own rules for a signature: no line ends, no angle brackets.
+fn check_author(author: Author) -> Result<Author, ApiError> {
+    for (field, text) in [("author.name", &author.name), ("author.email", &author.email)] {
+        let bad = text.trim().is_empty()
+            || text.len() > 200
+            || text.chars().any(|c| c.is_control() || matches!(c, '<' | '>'));
+        if bad {
+            return Err(ApiError::invalid(format!(
+                "{field} has to be 1 to 200 bytes without control characters, < and >"
+            )));
+        }
+    }
+    Ok(author)
+}
+
+/// Runs one instruction; answers when it is done, or at once with `async`, or as a stream of
+/// events with `Accept: text/event-stream`.
+#[utoipa::path(post, path = "/api/execute", request_body = ExecuteBody,
+    responses((status = 200, description = "`{success, result}`", body = TurnResult),
+              (status = 202, description = "`{turnId}`, with `async`"),
+              (status = 400, description = "`invalid_id`, `invalid_request`"),
+              (status = 404, description = "`not_found`: the thread was never initialised"),
+              (status = 429, description = "`queue_full`"),
+              (status = 502, description = "`agent_failed`"),
+              (status = 504, description = "`turn_timeout`")))]
+pub(super) async fn execute(
+    State(state): State<Shared>,
+    headers: HeaderMap,
+    Json(body): Json<ExecuteBody>,
+) -> Result<Response, ApiError> {
+    let is_async = body.is_async.unwrap_or(false);
+    let mut request = body.into_request(&state)?;
+    request.idempotency_key = idempotency_key(&headers)?;
+    let record = state.supervisor.execute(request).await?;
+    let id = record.file().id().clone();
+    if is_async {
+        return Ok((StatusCode::ACCEPTED, Answer(json!({"success": true, "turnId": id}))).into_response());
+    }
+    if wants_events(&headers) {
+        return Ok(sse::events(id, &record, last_event_id(&headers)));
+    }
+    let outcome = match record.outcome().await {
+        Ok(outcome) => outcome,
+        // Still in line when the program stopped: it runs after the next start.
+        Err(_) if state.supervisor.is_draining() => {
+            return Err(crate::supervisor::SupervisorError::Draining.into());
+        }
+        Err(error) => return Err(crate::supervisor::SupervisorError::from(error).into()),
+    };
+    match outcome.status {
+        TurnStatus::Failed => Err(ApiError::turn(outcome)),
+        _ => Ok(Answer(json!({"success": true, "result": outcome})).into_response()),
+    }
+}
+
+fn wants_events(headers: &HeaderMap) -> bool {
+    let accepted = headers.get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    accepted.split(',').any(|kind| kind.trim().starts_with("text/event-stream"))
+}
+
+fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, ApiError> {
+    let Some(value) = headers.get("idempotency-key") else { return Ok(None) };
+    match value.to_str() {
+        Ok(key) if (1..=255).contains(&key.len()) => Ok(Some(key.to_owned())),
+        _ => Err(ApiError::invalid("Idempotency-Key has to be 1 to 255 printable characters")),
+    }
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct UserQuery {
+    #[serde(rename = "clientId")]
+    client: Option<String>,
+    #[serde(rename = "userId")]
+    user: Option<String>,
+}
+
+/// All threads of a user.
+#[utoipa::path(get, path = "/api/threads",
+    params(("clientId" = String, Query), ("userId" = String, Query)),
+    responses((status = 200, description = "`{success, result}`", body = Vec<ThreadView>)))]
+pub(super) async fn list(
+    State(state): State<Shared>,
+    Query(query): Query<UserQuery>,
+) -> Result<Response, ApiError> {
+    // Any thread id will do: only the user is asked about.
+    let key =
+        thread_key(&state.pins, query.client.as_deref(), query.user.as_deref(), Some("any"))?;
+    let threads = state.supervisor.threads(&key.user_key()).await?;
+    Ok(Answer(json!({"success": true, "result": threads})).into_response())
+}
+
+type ThreadPath = Path<(String, String, String)>;
+
+fn path_key(state: &Shared, path: &ThreadPath) -> Result<ThreadKey, ApiError> {
+    let (client, user, thread) = &path.0;
+    thread_key(&state.pins, Some(client), Some(user), Some(thread))
+}
+
+/// One thread.
+#[utoipa::path(get, path = "/api/clients/{client}/users/{user}/threads/{thread}",
+    params(("client" = String, Path), ("user" = String, Path), ("thread" = String, Path)),
+    responses((status = 200, description = "`{success, result}`", body = ThreadView)))]
+pub(super) async fn one(
+    State(state): State<Shared>,
+    path: ThreadPath,
+) -> Result<Response, ApiError> {
+    let view = state.supervisor.thread_view(&path_key(&state, &path)?).await?;
+    Ok(Answer(json!({"success": true, "result": view})).into_response())
+}
+
+/// The thread's turns, newest first.
+#[utoipa::path(get, path = "/api/clients/{client}/users/{user}/threads/{thread}/history",
+    params(("client" = String, Path), ("user" = String, Path), ("thread" = String, Path)),
+    responses((status = 200, description = "`{success, result: {turns}}`", body = Vec<TurnSummary>)))]
+pub(super) async fn history(
+    State(state): State<Shared>,
+    path: ThreadPath,
+) -> Result<Response, ApiError> {
+    const LIMIT: usize = 200;
+    let turns = state.supervisor.history(&path_key(&state, &path)?, LIMIT).await?;
+    Ok(Answer(json!({"success": true, "result": {"turns": turns}})).into_response())
+}
+
+/// The thread's preview.
+#[utoipa::path(get, path = "/api/clients/{client}/users/{user}/threads/{thread}/preview",
+    params(("client" = String, Path), ("user" = String, Path), ("thread" = String, Path)),
+    responses((status = 200, description = "`{success, result}`", body = PreviewView)))]
+pub(super) async fn preview(
+    State(state): State<Shared>,
+    path: ThreadPath,
+) -> Result<Response, ApiError> {
+    let view = state.supervisor.preview(&path_key(&state, &path)?).await?;
+    let errors = view.errors.clone();
+    Ok(Answer(json!({"success": true, "result": {
+        "state": view.state, "url": view.url, "previewUrl": view.preview_url, "errors": errors,
+    }}))
+    .into_response())
+}

@@ -1,0 +1,41 @@
+//! Why and when the program ends.
+
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::Activity;
+
+/// Why the program stops; named in the log and told to the control plane.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StopReason {
+    /// Nobody needed it for `AUTO_SHUTDOWN_MINUTES`.
+    IdleTimeout,
+    /// SIGTERM or SIGINT.
+    Signal,
+    /// A part of it broke.
+    Broken,
+}
+
+impl StopReason {
+    /// As the control plane is told.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::IdleTimeout => "idle-timeout",
+            Self::Signal => "signal",
+            Self::Broken => "broken",
+        }
+    }
+}
+
+/// Returns when the program should stop.
+///
+/// # Errors
+/// If the signal handlers cannot be installed.
+pub async fn wait_for_reason(activity: &Activity) -> std::io::Result<StopReason> {
+    let mut term = signal(SignalKind::terminate())?;
+    let mut int = signal(SignalKind::interrupt())?;
+    Ok(tokio::select! {
+        _ = term.recv() => StopReason::Signal,
+        _ = int.recv() => StopReason::Signal,
+        () = activity.idle() => StopReason::IdleTimeout,
+    })
+}

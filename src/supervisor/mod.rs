@@ -1,0 +1,593 @@
+//! The service's core: who asks for which thread, and one driver for each.
+//!
+//! The edges call [`Supervisor`]; it keeps a registry of threads, each with one driver task
+//! (`thread.rs`) that owns the thread's queue, agent and preparation. News comes back as return
+//! values, journals and `watch`es. It knows nothing of HTTP.
+
+mod prepare;
+mod thread;
+mod warm;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use serde::Serialize;
+use tokio::{
+    sync::{OwnedMutexGuard, Semaphore, oneshot},
+    time::Instant,
+};
+use tokio_util::sync::CancellationToken;
+use utoipa::ToSchema;
+
+use crate::{
+    agent::AgentSettings,
+    domain::{Author, PreviewState, PreviewStatus, Signature, TurnMode, TurnResult, TurnStatus, Usage},
+    gateway::Gateway,
+    identity::{ClientId, ThreadId, ThreadKey, TurnId, UserId, UserKey},
+    lifecycle::{Activity, HolderKind},
+    preview::Previews,
+    process::Launcher,
+    repository::{Remotes, RepositoryError, SourceError},
+    task::{self, BlockingError, Tasks},
+    turn::{JournalError, StoredContext, TurnFile, TurnRecord, blank_result},
+    workspace::{Cache, InstallError, ThreadPaths, WorkspaceError},
+};
+
+use thread::{Request, ThreadHandle};
+use warm::WarmAgents;
+
+/// Reading small files of the workspace.
+const DISK_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Why a request was not carried out.
+#[derive(Debug, thiserror::Error)]
+pub enum SupervisorError {
+    #[error("greenroom is shutting down; ask again in a moment")]
+    Draining,
+    #[error("{0}")]
+    NotFound(&'static str),
+    #[error("the workspace of {user} holds another repository ({present}); use another user or thread for this one")]
+    RepoMismatch { user: UserKey, present: String },
+    #[error("{limit} turns are waiting in this thread already; ask again when one is done")]
+    QueueFull { limit: usize },
+    #[error(transparent)]
+    Source(#[from] SourceError),
+    #[error(transparent)]
+    Repository(#[from] Arc<RepositoryError>),
+    #[error(transparent)]
+    Install(#[from] Arc<InstallError>),
+    #[error(transparent)]
+    Workspace(#[from] Arc<WorkspaceError>),
+    #[error(transparent)]
+    Journal(#[from] Arc<JournalError>),
+    #[error(transparent)]
+    Blocking(#[from] Arc<BlockingError>),
+    #[error("{0}")]
+    Internal(String),
+}
+
+macro_rules! shared_error {
+    ($($error:ty),*) => {$(
+        impl From<$error> for SupervisorError {
+            fn from(error: $error) -> Self {
+                Arc::new(error).into()
+            }
+        }
+    )*};
+}
+shared_error!(RepositoryError, InstallError, WorkspaceError, JournalError, BlockingError);
+
+impl Clone for SupervisorError {
+    fn clone(&self) -> Self {
+        match self {
+            Self::Draining => Self::Draining,
+            Self::NotFound(what) => Self::NotFound(what),
+            Self::RepoMismatch { user, present } => {
+                Self::RepoMismatch { user: user.clone(), present: present.clone() }
+            }
+            Self::QueueFull { limit } => Self::QueueFull { limit: *limit },
+            Self::Source(error) => Self::Internal(error.to_string()),
+            Self::Repository(error) => Self::Repository(error.clone()),
+            Self::Install(error) => Self::Install(error.clone()),
+            Self::Workspace(error) => Self::Workspace(error.clone()),
+            Self::Journal(error) => Self::Journal(error.clone()),
+            Self::Blocking(error) => Self::Blocking(error.clone()),
+            Self::Internal(text) => Self::Internal(text.clone()),
+        }
+    }
+}
+
+/// What the supervisor works by.
+#[derive(Debug, Clone)]
+pub struct SupervisorSettings {
+    pub workspace: PathBuf,
+    pub cache: PathBuf,
+    /// Private, of this process.
+    pub runtime: PathBuf,
+    /// Repository for a first init that names none.
+    pub repo_url: Option<String>,
+    pub allowed_local_repos: Option<PathBuf>,
+    pub remotes: Remotes,
+    pub committer: Signature,
+    /// Run dev servers at all.
+    pub runs_previews: bool,
+    pub preview_ready: Duration,
+    /// `{slug}` stands for the thread's label.
+    pub preview_base_url: String,
+    pub max_concurrent_turns: usize,
+    pub max_queued_turns: usize,
+    pub max_warm_agents: usize,
+    pub turn_timeout: Duration,
+    /// `None`: the CLI is missing; turns then fail with a sentence.
+    pub agent: Option<Arc<AgentSettings>>,
+    /// `None`: Node is missing; previews then say so.
+    pub node: Option<crate::workspace::NodeTools>,
+}
+
+/// A request to make a thread ready.
+#[derive(Debug, Clone)]
+pub struct InitRequest {
+    pub key: ThreadKey,
+    pub repo_url: Option<String>,
+    pub base_branch: Option<String>,
+    pub wait_for_preview: bool,
+}
+
+/// A thread that is ready.
+#[derive(Debug, Clone)]
+pub struct InitAnswer {
+    pub paths: ThreadPaths,
+    pub branch: String,
+    pub head: String,
+    /// The thread's branch existed before this call.
+    pub resumed: bool,
+    pub preview: PreviewView,
+    pub timings: BTreeMap<&'static str, Duration>,
+}
+
+/// A thread's preview, as answers show it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct PreviewView {
+    pub state: PreviewState,
+    /// Stable for the life of the thread.
+    pub url: String,
+    /// The same with a short-lived access token, where one is needed.
+    pub preview_url: String,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub errors: Vec<crate::domain::PreviewError>,
+}
+
+/// An instruction for a thread.
+#[derive(Debug, Clone)]
+pub struct ExecuteRequest {
+    pub key: ThreadKey,
+    pub instruction: String,
+    pub mode: TurnMode,
+    pub model: Option<String>,
+    pub timeout: Option<Duration>,
+    pub author: Option<Author>,
+    pub idempotency_key: Option<String>,
+}
+
+/// One thread in a list.
+#[derive(Debug, Clone, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct ThreadView {
+    #[schema(value_type = String)]
+    pub client_id: ClientId,
+    #[schema(value_type = String)]
+    pub user_id: UserId,
+    #[schema(value_type = String)]
+    pub thread_id: ThreadId,
+    pub branch: String,
+    pub head: Option<String>,
+    #[schema(value_type = Option<String>)]
+    pub last_activity: Option<Timestamp>,
+    pub preview: PreviewView,
+    #[schema(value_type = Option<String>)]
+    pub running_turn: Option<TurnId>,
+}
+
+/// One turn in a thread's history.
+#[derive(Debug, Clone, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct TurnSummary {
+    #[schema(value_type = String)]
+    pub turn_id: TurnId,
+    /// `execute` or `plan`.
+    pub kind: TurnMode,
+    pub instruction: String,
+    pub status: TurnStatus,
+    pub text: String,
+    pub author: Option<Author>,
+    #[schema(value_type = String)]
+    pub started_at: Timestamp,
+    pub duration_ms: u64,
+    pub commit: Option<crate::domain::CommitSummary>,
+    pub usage: Usage,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// A turn that somebody can still stop.
+#[derive(Debug, Clone)]
+struct LiveTurn {
+    record: TurnRecord,
+    cancel: CancellationToken,
+}
+
+#[derive(Debug)]
+struct Inner {
+    settings: SupervisorSettings,
+    launcher: Launcher,
+    gateway: Gateway,
+    previews: Previews,
+    activity: Activity,
+    tasks: Tasks,
+    threads: Mutex<HashMap<ThreadKey, ThreadHandle>>,
+    /// Threads of a user share one repository: clone and worktree changes are one at a time.
+    repositories: Mutex<HashMap<UserKey, Arc<tokio::sync::Mutex<()>>>>,
+    live: Mutex<HashMap<TurnId, LiveTurn>>,
+    turns: Arc<Semaphore>,
+    warm: WarmAgents,
+    draining: CancellationToken,
+}
+
+/// The core's handle. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Supervisor(Arc<Inner>);
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Inner {
+    fn paths(&self, key: &ThreadKey) -> ThreadPaths {
+        ThreadPaths::new(&self.settings.workspace, key)
+    }
+
+    fn cache(&self) -> Cache {
+        Cache::new(&self.settings.cache)
+    }
+
+    async fn lock_repository(&self, user: &UserKey) -> OwnedMutexGuard<()> {
+        let mutex = lock(&self.repositories).entry(user.clone()).or_default().clone();
+        mutex.lock_owned().await
+    }
+
+    fn preview_view(&self, key: &ThreadKey, status: &PreviewStatus) -> PreviewView {
+        let slug = key.slug();
+        let url = self.settings.preview_base_url.replace("{slug}", &slug);
+        PreviewView {
+            state: status.state,
+            preview_url: self.previews.with_token(&url, &slug),
+            url,
+            errors: status.errors.clone(),
+        }
+    }
+
+    fn preview_status(&self, key: &ThreadKey) -> PreviewStatus {
+        self.previews.get(&key.slug()).map_or_else(PreviewStatus::off, |p| p.status().borrow().clone())
+    }
+}
+
+impl Supervisor {
+    /// A supervisor without threads; they come with the first requests for them.
+    pub fn new(
+        settings: SupervisorSettings,
+        launcher: Launcher,
+        gateway: Gateway,
+        previews: Previews,
+        activity: Activity,
+        tasks: Tasks,
+    ) -> Self {
+        let turns = Arc::new(Semaphore::new(settings.max_concurrent_turns));
+        let warm = WarmAgents::new(settings.max_warm_agents);
+        Self(Arc::new(Inner {
+            settings,
+            launcher,
+            gateway,
+            previews,
+            activity,
+            tasks,
+            threads: Mutex::default(),
+            repositories: Mutex::default(),
+            live: Mutex::default(),
+            turns,
+            warm,
+            draining: CancellationToken::new(),
+        }))
+    }
+
+    fn thread(&self, key: &ThreadKey) -> Result<ThreadHandle, SupervisorError> {
+        if self.is_draining() {
+            return Err(SupervisorError::Draining);
+        }
+        let mut threads = lock(&self.0.threads);
+        let handle =
+            threads.entry(key.clone()).or_insert_with(|| thread::start(self.0.clone(), key.clone()));
+        Ok(handle.clone())
+    }
+
+    async fn ask<T>(
+        &self,
+        key: &ThreadKey,
+        request: impl FnOnce(oneshot::Sender<Result<T, SupervisorError>>) -> Request,
+    ) -> Result<T, SupervisorError> {
+        let (reply, answer) = oneshot::channel();
+        self.thread(key)?.send(request(reply)).await?;
+        answer.await.map_err(|_| SupervisorError::Draining)?
+    }
+
+    /// Is a shutdown under way?
+    pub fn is_draining(&self) -> bool {
+        self.0.draining.is_cancelled()
+    }
+
+    /// Turns that run now.
+    pub fn active_turns(&self) -> usize {
+        self.0.activity.count(HolderKind::Turn)
+    }
+
+    /// Makes a thread ready: repository, branches, worktree, dependencies, dev server, agent.
+    /// Idempotent; two callers at once get the same thread.
+    ///
+    /// # Errors
+    /// See [`SupervisorError`]. A dev server that fails is no error: the answer's preview says so.
+    pub async fn init(&self, request: InitRequest) -> Result<InitAnswer, SupervisorError> {
+        let key = request.key.clone();
+        self.ask(&key, |reply| Request::Init(request, reply)).await
+    }
+
+    /// Prepares a thread that was initialised earlier, perhaps by another process.
+    async fn revive(&self, key: &ThreadKey) -> Result<(), SupervisorError> {
+        if !self.is_initialised(key).await? {
+            return Err(SupervisorError::NotFound(
+                "there is no such thread; call /api/init for it first",
+            ));
+        }
+        self.ask(key, Request::Revive).await
+    }
+
+    async fn is_initialised(&self, key: &ThreadKey) -> Result<bool, SupervisorError> {
+        let place = self.0.paths(key).preview_place();
+        Ok(task::blocking("looking for the thread", DISK_DEADLINE, move || place.exists()).await?)
+    }
+
+    /// Admits a turn: it is in its journal when this returns, and will run whether or not anybody
+    /// waits for it. An idempotency key seen before answers with that turn.
+    ///
+    /// # Errors
+    /// See [`SupervisorError`]; then nothing was accepted.
+    pub async fn execute(&self, request: ExecuteRequest) -> Result<TurnRecord, SupervisorError> {
+        let key = request.key.clone();
+        self.revive(&key).await?;
+        self.ask(&key, |reply| Request::Execute(Box::new(request), reply)).await
+    }
+
+    /// A turn, live or at rest.
+    ///
+    /// # Errors
+    /// [`SupervisorError::NotFound`].
+    pub async fn turn(&self, id: &TurnId) -> Result<TurnRecord, SupervisorError> {
+        if let Some(live) = lock(&self.0.live).get(id) {
+            return Ok(live.record.clone());
+        }
+        let file = TurnFile::new(&self.0.paths(id.key()), id.clone());
+        let look = file.clone();
+        let (exists, is_over) = task::blocking("looking for the turn", DISK_DEADLINE, move || {
+            (look.exists(), matches!(look.outcome(), Ok(Some(_))))
+        })
+        .await?;
+        if !exists {
+            return Err(SupervisorError::NotFound("there is no such turn"));
+        }
+        if !is_over {
+            // Its supervisor died: preparing the thread gives it an outcome, or its place in line.
+            self.revive(id.key()).await?;
+            if let Some(live) = lock(&self.0.live).get(id) {
+                return Ok(live.record.clone());
+            }
+        }
+        Ok(TurnRecord::at_rest(file))
+    }
+
+    /// How a turn stands, without waiting for its end.
+    ///
+    /// # Errors
+    /// [`SupervisorError::NotFound`].
+    pub async fn turn_result(&self, id: &TurnId) -> Result<TurnResult, SupervisorError> {
+        let record = self.turn(id).await?;
+        if !record.is_live() {
+            return Ok(record.outcome().await?);
+        }
+        let (file, context, key) =
+            (record.file().clone(), self.0.paths(id.key()).context(), id.key().clone());
+        let mut result = task::blocking("reading a turn", DISK_DEADLINE, move || {
+            let context = StoredContext::load(&context, &key).map_err(JournalError::from)?;
+            Ok::<_, JournalError>(blank_result(&file.accepted()?, &context))
+        })
+        .await??;
+        result.status =
+            if record.has_started() { TurnStatus::Running } else { TurnStatus::Queued };
+        let status = self.0.preview_status(id.key());
+        result.preview.state = status.state;
+        result.preview.errors = status.errors;
+        Ok(result)
+    }
+
+    /// Stops a turn, and waits until it has its outcome. A turn that is over stays as it is.
+    ///
+    /// # Errors
+    /// [`SupervisorError::NotFound`].
+    pub async fn cancel(&self, id: &TurnId) -> Result<TurnResult, SupervisorError> {
+        let record = self.turn(id).await?;
+        let live = lock(&self.0.live).get(id).cloned();
+        if let Some(live) = live {
+            live.cancel.cancel();
+            self.thread(id.key())?.send(Request::Wake).await?;
+        }
+        Ok(record.outcome().await?)
+    }
+
+    /// The preview of a thread that was initialised.
+    ///
+    /// # Errors
+    /// [`SupervisorError::NotFound`].
+    pub async fn preview(&self, key: &ThreadKey) -> Result<PreviewView, SupervisorError> {
+        if self.0.previews.get(&key.slug()).is_none() && !self.is_initialised(key).await? {
+            return Err(SupervisorError::NotFound("there is no such thread"));
+        }
+        Ok(self.0.preview_view(key, &self.0.preview_status(key)))
+    }
+
+    /// One thread.
+    ///
+    /// # Errors
+    /// [`SupervisorError::NotFound`].
+    pub async fn thread_view(&self, key: &ThreadKey) -> Result<ThreadView, SupervisorError> {
+        let preview = self.preview(key).await?;
+        let (paths, at) = (self.0.paths(key), key.clone());
+        let (head, last_activity) = task::blocking("reading a thread", DISK_DEADLINE, move || {
+            let head = crate::repository::branch_head(&paths.user.project(), &at.branch());
+            let context = StoredContext::load(&paths.context(), &at).ok();
+            (head, context.map(|context| context.updated))
+        })
+        .await?;
+        let running_turn = lock(&self.0.live)
+            .iter()
+            .find(|(id, live)| id.key() == key && live.record.is_live() && live.record.has_started())
+            .map(|(id, _)| id.clone());
+        Ok(ThreadView {
+            client_id: key.client.clone(),
+            user_id: key.user.clone(),
+            thread_id: key.thread.clone(),
+            branch: key.branch(),
+            head,
+            last_activity,
+            preview,
+            running_turn,
+        })
+    }
+
+    /// All threads of a user, by name.
+    ///
+    /// # Errors
+    /// If the workspace cannot be read.
+    pub async fn threads(&self, user: &UserKey) -> Result<Vec<ThreadView>, SupervisorError> {
+        let folder =
+            crate::workspace::UserPaths::new(&self.0.settings.workspace, user).state().join("threads");
+        let names = task::blocking("listing threads", DISK_DEADLINE, move || {
+            let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+            let mut names: Vec<ThreadId> = entries
+                .filter(|entry| entry.path().join("preview.json").exists())
+                .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+                .collect();
+            names.sort();
+            names
+        })
+        .await?;
+        let mut views = Vec::new();
+        for thread in names {
+            let key =
+                ThreadKey { client: user.client.clone(), user: user.user.clone(), thread };
+            views.push(self.thread_view(&key).await?);
+        }
+        Ok(views)
+    }
+
+    /// The thread's turns, newest first.
+    ///
+    /// # Errors
+    /// [`SupervisorError::NotFound`].
+    pub async fn history(
+        &self,
+        key: &ThreadKey,
+        limit: usize,
+    ) -> Result<Vec<TurnSummary>, SupervisorError> {
+        if !self.is_initialised(key).await? {
+            return Err(SupervisorError::NotFound("there is no such thread"));
+        }
+        let running: Vec<TurnId> = lock(&self.0.live)
+            .iter()
+            .filter(|(id, live)| id.key() == key && live.record.has_started())
+            .map(|(id, _)| id.clone())
+            .collect();
+        let (paths, key) = (self.0.paths(key), key.clone());
+        Ok(task::blocking("reading the history", DISK_DEADLINE, move || {
+            read_history(&paths, &key, limit, &running)
+        })
+        .await?)
+    }
+
+    /// Ends the service's core: refuses new work, lets running turns end until `deadline`, then
+    /// interrupts them; their edits are committed in either case. Agents and dev servers are gone
+    /// when this returns.
+    pub async fn drain(&self, deadline: Instant) {
+        self.0.draining.cancel();
+        let wait_for_turns = async {
+            while self.active_turns() > 0 {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        if tokio::time::timeout_at(deadline, wait_for_turns).await.is_err() {
+            tracing::warn!(turns = self.active_turns(), "interrupting turns that still run");
+            for live in lock(&self.0.live).values() {
+                live.cancel.cancel();
+            }
+        }
+        let handles: Vec<ThreadHandle> =
+            lock(&self.0.threads).drain().map(|(_, handle)| handle).collect();
+        for handle in handles {
+            handle.stop().await;
+        }
+        self.0.previews.stop_all().await;
+    }
+}
+
+fn read_history(
+    paths: &ThreadPaths,
+    key: &ThreadKey,
+    limit: usize,
+    running: &[TurnId],
+) -> Vec<TurnSummary> {
+    let entries = std::fs::read_dir(paths.turns()).into_iter().flatten().flatten();
+    let mut ids: Vec<TurnId> = entries
+        .filter_map(|entry| {
+            let name = entry.file_name().into_string().ok()?;
+            format!("{}~{}~{}~{}", key.client, key.user, key.thread, name.strip_suffix(".jsonl")?)
+                .parse()
+                .ok()
+        })
+        .collect();
+    ids.sort_by(|a, b| b.cmp(a));
+    ids.into_iter()
+        .take(limit)
+        .filter_map(|id| {
+            let file = TurnFile::new(paths, id.clone());
+            let accepted = file.accepted().ok()?;
+            let outcome = file.outcome().ok().flatten();
+            let pending =
+                if running.contains(&id) { TurnStatus::Running } else { TurnStatus::Queued };
+            Some(TurnSummary {
+                kind: accepted.mode,
+                instruction: accepted.instruction,
+                author: accepted.author,
+                started_at: accepted.accepted_at,
+                status: outcome.as_ref().map_or(pending, |result| result.status),
+                text: outcome.as_ref().map(|result| result.text.clone()).unwrap_or_default(),
+                duration_ms: outcome.as_ref().map_or(0, |result| result.duration_ms),
+                usage: outcome.as_ref().map(|result| result.usage).unwrap_or_default(),
+                error: outcome.as_ref().and_then(|result| result.error.clone()),
+                commit: outcome.and_then(|result| result.commit),
+                turn_id: id,
+            })
+        })
+        .collect()
+}

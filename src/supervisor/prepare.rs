@@ -1,0 +1,503 @@
+//! Making a thread ready: repository, branches, worktree, what an earlier process left behind,
+//! the agent ahead of its first instruction, dependencies and dev server.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use sha2::{Digest, Sha256};
+use tokio::{
+    sync::{Notify, watch},
+    time::{Instant, timeout},
+};
+
+use super::{DISK_DEADLINE, Inner, InitAnswer, InitRequest, SupervisorError};
+use crate::{
+    agent::{Agent, AgentSite},
+    domain::{Continuity, PreviewState},
+    identity::{ThreadKey, TurnId},
+    preview::{PreviewSite, pick_port},
+    repository::{self, Source, ThreadState, UserRepository, Worktree},
+    task,
+    turn::{Accepted, Journal, StoredContext, TurnFile, TurnSite},
+    workspace::{
+        DependencyRequest, InstallError, Metadata, PreviewPlace, ThreadPaths, ensure_dependencies,
+        make_private_dir, read_bounded, template_files, write_atomic,
+    },
+};
+
+/// Cloning a large repository over a slow line, or checking it out on a slow disk.
+const CLONE_DEADLINE: Duration = Duration::from_secs(15 * 60);
+
+/// A thread that is ready. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(super) struct Prepared {
+    pub(super) site: TurnSite,
+    pub(super) attach: Attach,
+    /// What `repoUrl` has to mean for this workspace; `None` for the template.
+    repo_url: Option<String>,
+    timings: BTreeMap<&'static str, Duration>,
+}
+
+/// What comes of a preparation.
+#[derive(Debug)]
+pub(super) struct Preparation {
+    pub(super) prepared: Prepared,
+    pub(super) context: StoredContext,
+    pub(super) agent: Option<(Agent, Continuity)>,
+    /// Turns that waited in line when an earlier process ended, oldest first.
+    pub(super) requeued: Vec<(Accepted, Journal)>,
+    pub(super) resumed: bool,
+}
+
+struct CheckedOut {
+    state: ThreadState,
+    worktree: Worktree,
+    repo_url: Option<String>,
+    place: PreviewPlace,
+    context: StoredContext,
+    notes: Option<String>,
+    timings: BTreeMap<&'static str, Duration>,
+}
+
+/// Prepares the thread.
+pub(super) async fn prepare(
+    inner: &Arc<Inner>,
+    key: &ThreadKey,
+    wishes: Option<InitRequest>,
+) -> Result<Preparation, SupervisorError> {
+    let paths = inner.paths(key);
+    let repository = inner.lock_repository(&key.user_key()).await;
+    let checked_out = {
+        let (inner, key, paths) = (inner.clone(), key.clone(), paths.clone());
+        task::blocking("checking the site out", CLONE_DEADLINE, move || {
+            check_out(&inner, &key, &paths, wishes)
+        })
+        .await??
+    };
+    drop(repository);
+
+    let CheckedOut { state, worktree, repo_url, place, context, notes, timings } = checked_out;
+    let runtime = inner.settings.runtime.join(key.slug());
+    let temporary = runtime.join("tmp");
+    {
+        let (temporary, session) = (temporary.clone(), paths.session());
+        task::blocking("making the thread's folders", DISK_DEADLINE, move || {
+            make_private_dir(&temporary)?;
+            make_private_dir(&session)
+        })
+        .await??;
+    }
+    let dependencies = inner.cache().user(&key.user_key());
+    let agent_site = AgentSite {
+        worktree: paths.worktree(),
+        git_dir: paths.user.project().join(".git"),
+        config_dir: paths.session(),
+        temporary,
+        dependencies,
+        preview_port: place.port,
+        notes,
+    };
+    let agent_settings = inner.settings.agent.clone();
+    let site = TurnSite {
+        key: key.clone(),
+        paths: paths.clone(),
+        worktree: Arc::new(worktree),
+        agent_site,
+        agent_settings: agent_settings.clone(),
+        launcher: inner.launcher.clone(),
+        gateway: inner.gateway.clone(),
+        committer: inner.settings.committer.clone(),
+        tasks: inner.tasks.clone(),
+    };
+    let (context, requeued) = recover(inner, &site, &paths, context).await?;
+    let agent = match agent_settings {
+        // Ahead of its first instruction, so that the first turn does not wait for it.
+        Some(_) if inner.settings.max_warm_agents > 0 => match site.start_agent(&context).await {
+            Ok(started) => Some(started),
+            Err(error) => {
+                tracing::warn!(%error, "failed to start the agent ahead");
+                None
+            }
+        },
+        _ => None,
+    };
+    let attach = Attach::start(inner.clone(), site.clone(), place);
+    Ok(Preparation {
+        prepared: Prepared { site, attach, repo_url, timings },
+        context,
+        agent,
+        requeued,
+        resumed: state.resumed,
+    })
+}
+
+/// Everything of git and of small files. Blocking.
+fn check_out(
+    inner: &Inner,
+    key: &ThreadKey,
+    paths: &ThreadPaths,
+    wishes: Option<InitRequest>,
+) -> Result<CheckedOut, SupervisorError> {
+    let mut timings = BTreeMap::new();
+    let mut clock = Instant::now();
+    let mut lap = |timings: &mut BTreeMap<_, _>, name| {
+        timings.insert(name, clock.elapsed());
+        clock = Instant::now();
+    };
+    let settings = &inner.settings;
+    let user = key.user_key();
+    let present = Metadata::load(&paths.user.metadata())?;
+    let asked = wishes.as_ref().and_then(|wishes| wishes.repo_url.as_deref());
+    let parse = |url: &str| {
+        repository::parse_source(url, settings.allowed_local_repos.as_deref())
+            .map_err(SupervisorError::from)
+    };
+    let repo_url = match &present {
+        Some(metadata) => {
+            check_repository(&user, metadata.repo_url.as_deref(), asked, &parse)?;
+            metadata.repo_url.clone()
+        }
+        None => match asked.or(settings.repo_url.as_deref()) {
+            Some(url) => Some(parse(url)?.identity()),
+            None => None,
+        },
+    };
+    let project = paths.user.project();
+    let base = wishes.as_ref().and_then(|wishes| wishes.base_branch.as_deref());
+    let repository = if present.is_some() && project.join(".git").exists() {
+        UserRepository::open(&project)?
+    } else {
+        let source = match &repo_url {
+            Some(url) => parse(url)?,
+            None => Source::Template(template_files()),
+        };
+        let created = UserRepository::create(
+            &project,
+            &paths.user.scratch(),
+            &source,
+            &settings.remotes,
+            &user,
+            base,
+            &settings.committer,
+        )?;
+        lap(&mut timings, "cloneMs");
+        created
+    };
+    let now = Timestamp::now();
+    let created = present.map_or(now, |metadata| metadata.created);
+    Metadata { created, last_accessed: now, repo_url: repo_url.clone() }
+        .save(&paths.user.metadata())?;
+    let state = repository.ensure_thread(key, &paths.worktree())?;
+    lap(&mut timings, "worktreeMs");
+    let worktree = repository.worktree(key, &paths.worktree())?;
+    let notes = read_notes(&worktree);
+    let context = StoredContext::load(&paths.context(), key)?;
+    context.save(&paths.context())?;
+    let place = place(inner, key, paths)?;
+    lap(&mut timings, "contextMs");
+    Ok(CheckedOut { state, worktree, repo_url, place, context, notes, timings })
+}
+
+fn check_repository(
+    user: &crate::identity::UserKey,
+    present: Option<&str>,
+    asked: Option<&str>,
+    parse: &impl Fn(&str) -> Result<Source, SupervisorError>,
+) -> Result<(), SupervisorError> {
+    let Some(asked) = asked else { return Ok(()) };
+    if present == Some(parse(asked)?.identity().as_str()) {
+        return Ok(());
+    }
+    Err(SupervisorError::RepoMismatch {
+        user: user.clone(),
+        present: present.unwrap_or("the built-in template").to_owned(),
+    })
+}
+
+/// What the site's owner wants agents to know, of the committed tree.
+fn read_notes(worktree: &Worktree) -> Option<String> {
+    const LIMIT: usize = 64 << 10;
+    ["AGENTS.md", "CLAUDE.md"].iter().find_map(|name| {
+        let notes = worktree.read_at_head(name.as_ref(), LIMIT).ok().flatten()?;
+        Some(String::from_utf8_lossy(&notes).into_owned())
+    })
+}
+
+/// The thread's slug and port: the stored ones, or new ones that are stored. Also the mark that
+/// the thread was initialised.
+fn place(
+    inner: &Inner,
+    key: &ThreadKey,
+    paths: &ThreadPaths,
+) -> Result<PreviewPlace, SupervisorError> {
+    let path = paths.preview_place();
+    let stored = PreviewPlace::load(&path)?;
+    let slug = key.slug();
+    let taken: HashSet<u16> = inner.previews.ports();
+    let wanted = stored.as_ref().map(|place| place.port);
+    let port = pick_port(wanted, &taken, &slug)
+        .ok_or_else(|| SupervisorError::Internal("no loopback port is free".into()))?;
+    let place = PreviewPlace { slug, port };
+    if stored.as_ref() != Some(&place) {
+        place.save(&path)?;
+    }
+    Ok(place)
+}
+
+/// Gives turns without a live owner their outcome, and those that never began their place in line.
+async fn recover(
+    inner: &Arc<Inner>,
+    site: &TurnSite,
+    paths: &ThreadPaths,
+    mut context: StoredContext,
+) -> Result<(StoredContext, Vec<(Accepted, Journal)>), SupervisorError> {
+    let (folder, key) = (paths.open_turns(), site.key.clone());
+    let open = task::blocking("looking for open turns", DISK_DEADLINE, move || {
+        let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+        let mut open: Vec<(PathBuf, TurnId)> = entries
+            .filter_map(|entry| {
+                let name = entry.file_name().into_string().ok()?;
+                let id = format!("{}~{}~{}~{name}", key.client, key.user, key.thread);
+                Some((entry.path(), id.parse().ok()?))
+            })
+            .collect();
+        open.sort_by(|(_, a), (_, b)| a.cmp(b));
+        open
+    })
+    .await?;
+    let mut requeued = Vec::new();
+    for (mark, id) in open {
+        let file = TurnFile::new(paths, id.clone());
+        let look = file.clone();
+        let accepted =
+            task::blocking("reading an open turn", DISK_DEADLINE, move || look.accepted()).await?;
+        let Ok(accepted) = accepted else {
+            // The process died before the turn was accepted: nobody was told of it.
+            task::blocking("sweeping a mark", DISK_DEADLINE, move || std::fs::remove_file(mark).ok())
+                .await?;
+            continue;
+        };
+        let journal = Journal::reopen(file, &inner.tasks).await?;
+        let record = journal.record();
+        if !record.is_live() {
+            task::blocking("sweeping a mark", DISK_DEADLINE, move || std::fs::remove_file(mark).ok())
+                .await?;
+        } else if record.has_started() {
+            tracing::warn!(turn_id = %id, "recovering a turn whose supervisor died");
+            context = site
+                .recover(&accepted, &journal, context)
+                .await
+                .map_err(|error| SupervisorError::Internal(format!("{error:#}")))?;
+        } else {
+            requeued.push((accepted, journal));
+        }
+    }
+    Ok((context, requeued))
+}
+
+/// Answers an init of a thread that is prepared.
+pub(super) async fn answer(
+    inner: &Arc<Inner>,
+    key: &ThreadKey,
+    prepared: &Prepared,
+    request: &InitRequest,
+    resumed: bool,
+) -> Result<InitAnswer, SupervisorError> {
+    if let Some(asked) = &request.repo_url {
+        let parse = |url: &str| {
+            repository::parse_source(url, inner.settings.allowed_local_repos.as_deref())
+                .map_err(SupervisorError::from)
+        };
+        check_repository(&key.user_key(), prepared.repo_url.as_deref(), Some(asked), &parse)?;
+    }
+    let slug = key.slug();
+    inner.previews.set_default(&slug);
+    let mut timings = if resumed { BTreeMap::new() } else { prepared.timings.clone() };
+    let started = Instant::now();
+    prepared.attach.done().await?;
+    timings.insert("dependenciesMs", started.elapsed());
+    let waited = Instant::now();
+    if request.wait_for_preview && inner.settings.runs_previews {
+        wait_for_preview(inner, &slug).await;
+    }
+    timings.insert("previewMs", waited.elapsed());
+    let worktree = prepared.site.worktree.clone();
+    let head = {
+        let (paths, repo_url) = (inner.paths(key), prepared.repo_url.clone());
+        task::blocking("reading the head", DISK_DEADLINE, move || {
+            touch(&paths, repo_url);
+            worktree.head()
+        })
+        .await??
+    };
+    Ok(InitAnswer {
+        paths: inner.paths(key),
+        branch: key.branch(),
+        head,
+        resumed,
+        preview: inner.preview_view(key, &inner.preview_status(key)),
+        timings,
+    })
+}
+
+fn touch(paths: &ThreadPaths, repo_url: Option<String>) {
+    let path = paths.user.metadata();
+    let now = Timestamp::now();
+    let created = Metadata::load(&path).ok().flatten().map_or(now, |metadata| metadata.created);
+    if let Err(error) = (Metadata { created, last_accessed: now, repo_url }).save(&path) {
+        tracing::warn!(%error, "failed to note the access");
+    }
+}
+
+/// Waits until the dev server is up or has failed, or the time is over.
+async fn wait_for_preview(inner: &Inner, slug: &str) {
+    let Some(preview) = inner.previews.get(slug) else { return };
+    let mut status = preview.status();
+    let settled = status.wait_for(|status| {
+        matches!(status.state, PreviewState::Live | PreviewState::Error | PreviewState::Off)
+    });
+    timeout(inner.settings.preview_ready, settled).await.ok();
+}
+
+/// Dependencies and dev server of a prepared thread: brought up beside the turns, so that an
+/// agent may mend what keeps them from coming up. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(super) struct Attach {
+    again: Arc<Notify>,
+    outcome: watch::Receiver<Option<Result<(), Arc<InstallError>>>>,
+}
+
+impl Attach {
+    fn start(inner: Arc<Inner>, site: TurnSite, place: PreviewPlace) -> Self {
+        let again = Arc::new(Notify::new());
+        let (publish, outcome) = watch::channel(None);
+        let tasks = inner.tasks.clone();
+        let wake = again.clone();
+        let token = tasks.token().clone();
+        let work = async move {
+            loop {
+                let attached = attach(&inner, &site, &place).await;
+                publish.send_replace(Some(attached.map_err(Arc::new)));
+                tokio::select! {
+                    () = wake.notified() => {}
+                    () = token.cancelled() => return,
+                    () = inner.draining.cancelled() => return,
+                }
+            }
+        };
+        tasks.spawn("attach", work);
+        Self { again, outcome }
+    }
+
+    /// The site's manifest changed: look at the dependencies again.
+    pub(super) fn again(&self) {
+        self.again.notify_one();
+    }
+
+    /// Waits for the dependencies. A failure is tried once more by the next caller.
+    async fn done(&self) -> Result<(), SupervisorError> {
+        let mut outcome = self.outcome.clone();
+        let attached = outcome
+            .wait_for(Option::is_some)
+            .await
+            .map_err(|_| SupervisorError::Draining)?
+            .clone()
+            .expect("waited for");
+        if attached.is_err() {
+            self.again.notify_one();
+        }
+        Ok(attached?)
+    }
+}
+
+/// Brings dependencies and dev server up.
+async fn attach(
+    inner: &Arc<Inner>,
+    site: &TurnSite,
+    place: &PreviewPlace,
+) -> Result<(), InstallError> {
+    let preview = inner.previews.ensure(PreviewSite {
+        slug: place.slug.clone(),
+        port: place.port,
+        worktree: site.paths.worktree(),
+        dependencies: site.agent_site.dependencies.clone(),
+        runtime: inner.settings.runtime.join(&place.slug),
+    });
+    if let Some(node) = &inner.settings.node {
+        preview.set_progress("Installing dependencies");
+        let worktree = site.worktree.clone();
+        let request = DependencyRequest {
+            worktree: site.paths.worktree(),
+            export: Box::new(move |folder| {
+                worktree.export(folder).map_err(|error| error.to_string())
+            }),
+            cache: site.agent_site.dependencies.clone(),
+            tools: node.clone(),
+            launcher: inner.launcher.clone(),
+        };
+        let status = preview.clone();
+        let attached =
+            ensure_dependencies(request, move |progress| status.set_progress(progress)).await;
+        let attached = match attached {
+            Ok(attached) => attached,
+            Err(error) => {
+                preview.fail(&error.to_string());
+                return Err(error);
+            }
+        };
+        if attached.is_symlink {
+            let worktree = site.worktree.clone();
+            let excluded = task::blocking("excluding node_modules", DISK_DEADLINE, move || {
+                worktree.exclude("/node_modules")
+            })
+            .await;
+            if !matches!(excluded, Ok(Ok(()))) {
+                tracing::warn!("failed to exclude node_modules from git");
+            }
+        }
+    }
+    if inner.settings.runs_previews {
+        preview.restart();
+    }
+    Ok(())
+}
+
+/// Which turn an idempotency key stands for.
+#[derive(Debug)]
+pub(super) struct IdempotencyMark(PathBuf);
+
+impl IdempotencyMark {
+    /// The key itself may be anything: its digest names the file.
+    pub(super) fn new(paths: &ThreadPaths, key: &str) -> Self {
+        Self(paths.idempotency().join(hex::encode(Sha256::digest(key))))
+    }
+
+    /// The turn that was accepted with this key, if there is one.
+    pub(super) async fn turn(&self, key: &ThreadKey) -> Result<Option<TurnId>, SupervisorError> {
+        let path = self.0.clone();
+        let read = task::blocking("reading an idempotency key", DISK_DEADLINE, move || {
+            read_bounded(&path, 1024)
+        })
+        .await??;
+        let id = read.and_then(|text| String::from_utf8(text).ok()?.parse::<TurnId>().ok());
+        let Some(id) = id.filter(|id| id.key() == key) else { return Ok(None) };
+        let folder = self.0.parent().and_then(|path| path.parent()).map(PathBuf::from);
+        let journal = folder.unwrap_or_default().join("turns").join(format!("{}.jsonl", id.sequence()));
+        let exists =
+            task::blocking("looking for the turn", DISK_DEADLINE, move || journal.exists()).await?;
+        Ok(exists.then_some(id))
+    }
+
+    pub(super) async fn set(&self, turn: &TurnId) -> Result<(), SupervisorError> {
+        let (path, text) = (self.0.clone(), turn.to_string());
+        Ok(task::blocking("writing an idempotency key", DISK_DEADLINE, move || {
+            write_atomic(&path, text.as_bytes())
+        })
+        .await??)
+    }
+}

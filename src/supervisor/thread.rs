@@ -1,0 +1,461 @@
+//! The driver of one thread: its queue, its agent, its preparation. One task per active thread;
+//! slow work runs beside it in a set of its own and comes back as a value, so that the driver
+//! always answers.
+
+use std::{collections::VecDeque, sync::Arc, time::Duration};
+
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::JoinSet,
+    time::{Instant, sleep_until},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::Instrument;
+
+use super::{
+    ExecuteRequest, Inner, InitAnswer, InitRequest, LiveTurn, SupervisorError, lock,
+    prepare::{self, Prepared, Preparation},
+};
+use crate::{
+    agent::Agent,
+    domain::{CommitSummary, Continuity, PreviewState, TurnEvent, TurnPreview, TurnStatus},
+    identity::{ThreadKey, TurnId},
+    lifecycle::{Guard, HolderKind},
+    task,
+    turn::{Accepted, Journal, RunEnd, StoredContext, TurnFile, TurnRecord, blank_result, run_turn},
+};
+
+/// Requests that wait for a driver. Admission itself is bounded by the queue's limit; this only
+/// has to take in what comes while one admission writes its journal.
+const MAILBOX: usize = 256;
+/// An agent that was not needed for so long is ended.
+const AGENT_IDLE: Duration = Duration::from_secs(15 * 60);
+/// Stopping a thread: an interrupted turn commits and writes its outcome in this time.
+const STOP_GRACE: Duration = Duration::from_secs(15);
+
+type Reply<T> = oneshot::Sender<Result<T, SupervisorError>>;
+
+/// What a driver is asked for.
+#[derive(Debug)]
+pub(super) enum Request {
+    Init(InitRequest, Reply<InitAnswer>),
+    /// Prepare a thread that was initialised before, without an init of its own.
+    Revive(Reply<()>),
+    Execute(Box<ExecuteRequest>, Reply<TurnRecord>),
+    /// A waiting turn was cancelled: look.
+    Wake,
+    /// Another thread needs the place: end the idle agent.
+    RestAgent,
+    Stop(oneshot::Sender<()>),
+}
+
+/// Sends to a driver. Cheap to clone.
+#[derive(Debug, Clone)]
+pub(super) struct ThreadHandle(mpsc::Sender<Request>);
+
+impl ThreadHandle {
+    pub(super) async fn send(&self, request: Request) -> Result<(), SupervisorError> {
+        self.0.send(request).await.map_err(|_| SupervisorError::Draining)
+    }
+
+    fn try_rest(&self) {
+        // A full mailbox means that the thread is busy, so that its agent is not idle.
+        self.0.try_send(Request::RestAgent).ok();
+    }
+
+    /// Waits for the running turn's outcome (it has to be cancelled before, if it should end
+    /// early) and ends the agent.
+    pub(super) async fn stop(self) {
+        let (reply, stopped) = oneshot::channel();
+        if self.0.send(Request::Stop(reply)).await.is_ok() {
+            stopped.await.ok();
+        }
+    }
+}
+
+pub(super) fn start(inner: Arc<Inner>, key: ThreadKey) -> ThreadHandle {
+    let (sender, inbox) = mpsc::channel(MAILBOX);
+    let span = tracing::info_span!("thread", thread = %key);
+    let tasks = inner.tasks.clone();
+    let driver = Driver {
+        inner,
+        key,
+        prepared: None,
+        context: None,
+        agent: None,
+        agent_idle_since: Instant::now(),
+        queue: VecDeque::new(),
+        running: None,
+        is_preparing: false,
+        waiting: Vec::new(),
+        work: JoinSet::new(),
+    };
+    tasks.spawn("thread", driver.drive(inbox).instrument(span));
+    ThreadHandle(sender)
+}
+
+/// A turn that was accepted and waits.
+#[derive(Debug)]
+struct Queued {
+    accepted: Accepted,
+    journal: Journal,
+    cancel: CancellationToken,
+    _guard: Guard,
+}
+
+enum Waiter {
+    Init(InitRequest, Reply<InitAnswer>),
+    Revive(Reply<()>),
+}
+
+/// Work that came back.
+enum Done {
+    Prepared(Result<Box<Preparation>, SupervisorError>),
+    Turn(TurnId, Box<RunEnd>),
+    /// Replies, cancelled waiting turns: nothing to take in.
+    Nothing,
+    /// A waiting turn was cancelled and has its outcome.
+    Dropped(TurnId, Box<StoredContext>),
+}
+
+struct Driver {
+    inner: Arc<Inner>,
+    key: ThreadKey,
+    prepared: Option<Prepared>,
+    context: Option<StoredContext>,
+    agent: Option<(Agent, Continuity)>,
+    agent_idle_since: Instant,
+    queue: VecDeque<Queued>,
+    running: Option<TurnId>,
+    is_preparing: bool,
+    waiting: Vec<Waiter>,
+    work: JoinSet<Done>,
+}
+
+impl Driver {
+    async fn drive(mut self, mut inbox: mpsc::Receiver<Request>) {
+        loop {
+            let agent_idle_at = self.agent_idle_since + AGENT_IDLE;
+            tokio::select! {
+                biased;
+                Some(done) = self.work.join_next() => match done {
+                    Ok(done) => self.take_in(done).await,
+                    Err(error) => tracing::error!(%error, "a thread's work broke off"),
+                },
+                () = sleep_until(agent_idle_at), if self.agent.is_some() => self.rest_agent(),
+                request = inbox.recv() => match request {
+                    None => break,
+                    Some(Request::Stop(reply)) => {
+                        inbox.close();
+                        self.stop().await;
+                        reply.send(()).ok();
+                        break;
+                    }
+                    Some(request) => self.handle(request).await,
+                },
+            }
+        }
+    }
+
+    async fn handle(&mut self, request: Request) {
+        match request {
+            Request::Init(request, reply) => {
+                if self.prepared.is_some() {
+                    self.answer_init(request, true, reply);
+                } else {
+                    self.waiting.push(Waiter::Init(request, reply));
+                    self.prepare();
+                }
+            }
+            Request::Revive(reply) => {
+                if self.prepared.is_some() {
+                    reply.send(Ok(())).ok();
+                } else {
+                    self.waiting.push(Waiter::Revive(reply));
+                    self.prepare();
+                }
+            }
+            Request::Execute(request, reply) => {
+                let admitted = self.admit(*request).await;
+                reply.send(admitted).ok();
+                self.start_next();
+            }
+            Request::Wake => self.drop_cancelled(),
+            Request::RestAgent => self.rest_agent(),
+            Request::Stop(_) => unreachable!("handled by the loop"),
+        }
+    }
+
+    /// Starts the preparation, unless it is under way. The first waiter's wishes are followed:
+    /// a thread's repository and base are chosen once.
+    fn prepare(&mut self) {
+        if self.is_preparing {
+            return;
+        }
+        self.is_preparing = true;
+        let wishes = self.waiting.iter().find_map(|waiter| match waiter {
+            Waiter::Init(request, _) => Some(request.clone()),
+            Waiter::Revive(_) => None,
+        });
+        let (inner, key) = (self.inner.clone(), self.key.clone());
+        let work = async move {
+            let prepared = prepare::prepare(&inner, &key, wishes).await;
+            Done::Prepared(prepared.map(Box::new))
+        };
+        self.work.spawn(work.in_current_span());
+    }
+
+    async fn take_in(&mut self, done: Done) {
+        match done {
+            Done::Nothing => {}
+            Done::Dropped(id, context) => {
+                self.context = Some(*context);
+                lock(&self.inner.live).remove(&id);
+            }
+            Done::Prepared(Err(error)) => {
+                self.is_preparing = false;
+                for waiter in std::mem::take(&mut self.waiting) {
+                    match waiter {
+                        Waiter::Init(_, reply) => reply.send(Err(error.clone())).ok().is_some(),
+                        Waiter::Revive(reply) => reply.send(Err(error.clone())).ok().is_some(),
+                    };
+                }
+            }
+            Done::Prepared(Ok(preparation)) => {
+                self.is_preparing = false;
+                let Preparation { prepared, context, agent, requeued, resumed } = *preparation;
+                self.context = Some(context);
+                self.agent = agent;
+                self.prepared = Some(prepared);
+                if self.agent.is_some() {
+                    self.keep_agent();
+                }
+                for (accepted, journal) in requeued {
+                    self.enqueue(accepted, journal);
+                }
+                let mut resumed = resumed;
+                for waiter in std::mem::take(&mut self.waiting) {
+                    match waiter {
+                        Waiter::Init(request, reply) => {
+                            self.answer_init(request, resumed, reply);
+                            // Whoever asked second finds the branch that the first one made.
+                            resumed = true;
+                        }
+                        Waiter::Revive(reply) => {
+                            reply.send(Ok(())).ok();
+                        }
+                    }
+                }
+                self.start_next();
+            }
+            Done::Turn(id, end) => {
+                self.running = None;
+                lock(&self.inner.live).remove(&id);
+                self.context = Some(end.context);
+                self.agent = end.agent.map(|agent| (agent, Continuity::Native));
+                if self.agent.is_some() {
+                    self.keep_agent();
+                }
+                self.start_next();
+            }
+        }
+    }
+
+    fn answer_init(&mut self, request: InitRequest, resumed: bool, reply: Reply<InitAnswer>) {
+        let Some(prepared) = self.prepared.clone() else { return };
+        let (inner, key) = (self.inner.clone(), self.key.clone());
+        let work = async move {
+            reply.send(prepare::answer(&inner, &key, &prepared, &request, resumed).await).ok();
+            Done::Nothing
+        };
+        self.work.spawn(work.in_current_span());
+    }
+
+    /// Writes a turn into its journal and puts it in line.
+    async fn admit(&mut self, request: ExecuteRequest) -> Result<TurnRecord, SupervisorError> {
+        let paths = self.inner.paths(&self.key);
+        let seen = match request.idempotency_key {
+            None => None,
+            Some(key) => Some(prepare::IdempotencyMark::new(&paths, &key)),
+        };
+        if let Some(mark) = &seen
+            && let Some(id) = mark.turn(&self.key).await?
+        {
+            if let Some(live) = lock(&self.inner.live).get(&id) {
+                return Ok(live.record.clone());
+            }
+            return Ok(TurnRecord::at_rest(TurnFile::new(&paths, id)));
+        }
+        let limit = self.inner.settings.max_queued_turns;
+        // The running one does not wait.
+        if self.queue.len() >= limit + usize::from(self.running.is_none()) {
+            return Err(SupervisorError::QueueFull { limit });
+        }
+        let timeout = request.timeout.unwrap_or(self.inner.settings.turn_timeout);
+        let accepted = Accepted {
+            turn_id: TurnId::new(&self.key),
+            mode: request.mode,
+            instruction: request.instruction,
+            model: request.model,
+            timeout_seconds: timeout.as_secs_f64(),
+            author: request.author,
+            accepted_at: jiff::Timestamp::now(),
+        };
+        if let Some(mark) = seen {
+            // Before the journal: a crash between the two leaves a mark of a turn that is not
+            // there, which the next call with this key takes over.
+            mark.set(&accepted.turn_id).await?;
+        }
+        let journal = Journal::create(&paths, accepted.clone(), &self.inner.tasks).await?;
+        let position = self.queue.len() + usize::from(self.running.is_some());
+        journal.append(TurnEvent::Queued { position }).await?;
+        let record = journal.record();
+        self.enqueue(accepted, journal);
+        Ok(record)
+    }
+
+    fn enqueue(&mut self, accepted: Accepted, journal: Journal) {
+        let cancel = CancellationToken::new();
+        let live = LiveTurn { record: journal.record(), cancel: cancel.clone() };
+        lock(&self.inner.live).insert(accepted.turn_id.clone(), live);
+        let guard = self.inner.activity.hold(HolderKind::Queue, accepted.turn_id.to_string());
+        self.queue.push_back(Queued { accepted, journal, cancel, _guard: guard });
+    }
+
+    /// Runs the next turn in line, if none runs.
+    fn start_next(&mut self) {
+        if self.running.is_some() || self.inner.draining.is_cancelled() {
+            return;
+        }
+        let (Some(prepared), Some(context)) = (self.prepared.clone(), self.context.clone()) else {
+            return;
+        };
+        let Some(turn) = self.queue.pop_front() else { return };
+        let id = turn.accepted.turn_id.clone();
+        self.running = Some(id.clone());
+        self.inner.warm.remove(&self.key);
+        let agent = self.agent.take();
+        let inner = self.inner.clone();
+        let span = tracing::info_span!("turn", turn_id = %id);
+        let work = async move {
+            let Queued { accepted, journal, cancel, _guard } = turn;
+            // Elsewhere as many turns run as may: this one still waits.
+            let permit = tokio::select! {
+                permit = inner.turns.clone().acquire_owned() => permit.ok(),
+                () = cancel.cancelled() => None,
+            };
+            let holder = inner.activity.hold(HolderKind::Turn, id.to_string());
+            drop(_guard);
+            let preview = async |commit: Option<&CommitSummary>| {
+                preview_after(&inner, &prepared, commit).await
+            };
+            let end = run_turn(
+                &prepared.site, &accepted, &journal, context, agent, &cancel, preview,
+            )
+            .await;
+            drop((permit, holder));
+            Done::Turn(id, Box::new(end))
+        };
+        self.work.spawn(work.instrument(span));
+    }
+
+    /// Gives waiting turns that were cancelled their outcome.
+    fn drop_cancelled(&mut self) {
+        let (cancelled, waiting): (VecDeque<_>, VecDeque<_>) = std::mem::take(&mut self.queue)
+            .into_iter()
+            .partition(|turn| turn.cancel.is_cancelled());
+        self.queue = waiting;
+        for turn in cancelled {
+            let Some(context) = &mut self.context else { return };
+            let mut result = blank_result(&turn.accepted, context);
+            result.status = TurnStatus::Cancelled;
+            context.record(&turn.accepted, &result);
+            result.context = context.answer();
+            let (context, path) = (context.clone(), self.inner.paths(&self.key).context());
+            let work = async move {
+                let saved = context.clone();
+                let save = task::blocking("saving the context", STOP_GRACE, move || saved.save(&path));
+                if !matches!(save.await, Ok(Ok(()))) {
+                    tracing::warn!("failed to save the context; the journal has it all");
+                }
+                turn.journal.append(TurnEvent::terminal(result)).await.ok();
+                turn.journal.flush().await.ok();
+                Done::Dropped(turn.accepted.turn_id, Box::new(context))
+            };
+            self.work.spawn(work.in_current_span());
+        }
+    }
+
+    /// The agent is idle: it stays if the container has a place for it.
+    fn keep_agent(&mut self) {
+        self.agent_idle_since = Instant::now();
+        for key in self.inner.warm.admit(&self.key) {
+            if key == self.key {
+                self.rest_agent();
+            } else if let Some(other) = lock(&self.inner.threads).get(&key) {
+                other.try_rest();
+            }
+        }
+    }
+
+    /// Ends the idle agent; the next turn starts another, which resumes the conversation.
+    fn rest_agent(&mut self) {
+        if let Some((agent, _)) = self.agent.take() {
+            self.inner.warm.remove(&self.key);
+            self.work.spawn(async move {
+                agent.stop().await;
+                Done::Nothing
+            });
+        }
+    }
+
+    async fn stop(&mut self) {
+        self.rest_agent();
+        // Turns that never began stay in their journals, and in line.
+        self.queue.clear();
+        let finish = async {
+            while let Some(done) = self.work.join_next().await {
+                match done {
+                    Ok(Done::Turn(_, end)) => {
+                        if let Some(agent) = end.agent {
+                            agent.stop().await;
+                        }
+                    }
+                    Ok(Done::Prepared(Ok(preparation))) => {
+                        if let Some((agent, _)) = preparation.agent {
+                            agent.stop().await;
+                        }
+                    }
+                    Ok(_) => {}
+                    Err(error) => tracing::error!(%error, "a thread's work broke off"),
+                }
+            }
+        };
+        if tokio::time::timeout(STOP_GRACE, finish).await.is_err() {
+            tracing::error!("a thread did not end in time");
+        }
+        self.work.shutdown().await;
+    }
+}
+
+/// The preview's word on a turn: what needs new dependencies gets them, a server that had given up
+/// tries again.
+async fn preview_after(
+    inner: &Arc<Inner>,
+    prepared: &Prepared,
+    commit: Option<&CommitSummary>,
+) -> TurnPreview {
+    if let Some(commit) = commit {
+        let names = ["package.json", "package-lock.json", "pnpm-lock.yaml", "yarn.lock"];
+        let changed = |name: &&str| commit.files.iter().any(|file| file.path == **name);
+        if names.iter().any(|name| changed(&name)) {
+            prepared.attach.again();
+        } else if inner.preview_status(&prepared.site.key).state == PreviewState::Error
+            && let Some(preview) = inner.previews.get(&prepared.site.key.slug())
+        {
+            preview.start();
+        }
+    }
+    let status = inner.preview_status(&prepared.site.key);
+    TurnPreview { state: status.state, errors: status.errors }
+}

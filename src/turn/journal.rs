@@ -1,0 +1,621 @@
+//! The journal of a turn: one append-only file of JSON lines on the workspace.
+//!
+//! The first line says what was accepted; each further line is an event with a growing number;
+//! the last one is the outcome. An empty file in the thread's `open` folder marks a turn without
+//! an outcome, so that a restart finds it without reading every journal.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, BufRead, BufReader, Read, Seek, SeekFrom},
+    os::unix::fs::OpenOptionsExt,
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::{
+    domain::{Author, TurnEvent, TurnMode, TurnResult},
+    identity::TurnId,
+    task::{self, BlockingError, Tasks},
+    workspace::{ThreadPaths, WorkspaceError, make_private_dir},
+};
+
+/// How long one append may take before the disk counts as stuck.
+const DISK_DEADLINE: Duration = Duration::from_secs(60);
+/// Events waiting for the disk. A full queue slows the reading of the agent's output, which the
+/// operating system's pipe then holds back: bounded all the way.
+const QUEUE: usize = 512;
+/// Longest journal line that is read back; longer ones are never written (see [`TurnEvent`]).
+const MAX_LINE: u64 = 4 << 20;
+
+/// A journal operation that failed.
+#[derive(Debug, thiserror::Error)]
+pub enum JournalError {
+    #[error(transparent)]
+    Workspace(#[from] WorkspaceError),
+    #[error(transparent)]
+    Blocking(#[from] BlockingError),
+    #[error("the journal of turn {turn} is damaged")]
+    Damaged { turn: TurnId },
+    #[error("the journal's writer has stopped")]
+    Stopped,
+}
+
+/// What was admitted: the first line of a journal.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Accepted {
+    pub turn_id: TurnId,
+    pub mode: TurnMode,
+    pub instruction: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub model: Option<String>,
+    /// Seconds.
+    pub timeout_seconds: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub author: Option<Author>,
+    pub accepted_at: Timestamp,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(tag = "record", rename = "accepted")]
+struct AcceptedLine {
+    #[serde(flatten)]
+    accepted: Accepted,
+}
+
+/// One event as it stands in the journal and goes out over SSE.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EventLine {
+    /// Grows by one, from 1.
+    pub id: u64,
+    pub at: Timestamp,
+    #[serde(flatten)]
+    pub event: TurnEvent,
+}
+
+impl EventLine {
+    /// The event's name.
+    pub fn name(&self) -> &'static str {
+        match self.event {
+            TurnEvent::Queued { .. } => "turn.queued",
+            TurnEvent::Started {} => "turn.started",
+            TurnEvent::Waiting { .. } => "turn.waiting",
+            TurnEvent::TextDelta { .. } => "text.delta",
+            TurnEvent::ToolStarted { .. } => "tool.started",
+            TurnEvent::ToolFinished { .. } => "tool.finished",
+            TurnEvent::FileChanged { .. } => "file.changed",
+            TurnEvent::PreviewUpdated {} => "preview.updated",
+            TurnEvent::PreviewError { .. } => "preview.error",
+            TurnEvent::CommitCreated { .. } => "commit.created",
+            TurnEvent::Completed { .. } => "turn.completed",
+            TurnEvent::Failed { .. } => "turn.failed",
+            TurnEvent::Cancelled { .. } => "turn.cancelled",
+            TurnEvent::Recovered { .. } => "turn.recovered",
+        }
+    }
+
+    /// The outcome, if this is the last event.
+    pub fn outcome(&self) -> Option<&TurnResult> {
+        match &self.event {
+            TurnEvent::Completed { result }
+            | TurnEvent::Failed { result }
+            | TurnEvent::Cancelled { result }
+            | TurnEvent::Recovered { result } => Some(result),
+            _ => None,
+        }
+    }
+
+    /// The event's data with the turn's id, as JSON text.
+    pub fn data(&self, turn: &TurnId) -> String {
+        let value = serde_json::to_value(&self.event).expect("our own plain data serialises");
+        let mut data = value.get("data").cloned().unwrap_or_else(|| serde_json::json!({}));
+        if let Some(object) = data.as_object_mut() {
+            object.insert("turnId".into(), turn.to_string().into());
+        }
+        data.to_string()
+    }
+}
+
+/// How far the journal has come.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Committed {
+    /// Bytes that readers may read.
+    pub bytes: u64,
+    /// Number of the last event.
+    pub last_id: u64,
+    pub has_started: bool,
+    /// The last event was the outcome.
+    pub is_done: bool,
+}
+
+enum Command {
+    Event(Box<TurnEvent>),
+    Flush(oneshot::Sender<()>),
+}
+
+/// The writing end of a turn's journal. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Journal {
+    turn: TurnFile,
+    sender: mpsc::Sender<Command>,
+    committed: watch::Receiver<Committed>,
+}
+
+impl std::fmt::Debug for Command {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Command")
+    }
+}
+
+impl Journal {
+    /// Writes the first line, durably, and starts the writer.
+    ///
+    /// # Errors
+    /// [`JournalError`]; then nothing was accepted.
+    pub async fn create(
+        paths: &ThreadPaths,
+        accepted: Accepted,
+        tasks: &Tasks,
+    ) -> Result<Self, JournalError> {
+        let turn = TurnFile::new(paths, accepted.turn_id.clone());
+        let (file, bytes) = {
+            let turn = turn.clone();
+            task::blocking("creating a turn's journal", DISK_DEADLINE, move || {
+                turn.create(accepted)
+            })
+            .await??
+        };
+        Ok(Self::start(turn, file, Committed { bytes, ..Committed::default() }, tasks))
+    }
+
+    /// Goes on with the journal of a turn that has no outcome. A torn last line is cut off.
+    ///
+    /// # Errors
+    /// [`JournalError`].
+    pub async fn reopen(turn: TurnFile, tasks: &Tasks) -> Result<Self, JournalError> {
+        let (file, committed) = {
+            let turn = turn.clone();
+            task::blocking("reopening a turn's journal", DISK_DEADLINE, move || turn.reopen())
+                .await??
+        };
+        Ok(Self::start(turn, file, committed, tasks))
+    }
+
+    fn start(turn: TurnFile, file: File, committed: Committed, tasks: &Tasks) -> Self {
+        let (sender, receiver) = mpsc::channel(QUEUE);
+        let (publish, watch) = watch::channel(committed);
+        tasks.spawn("journal", write_events(turn.clone(), file, receiver, publish));
+        Self { turn, sender, committed: watch }
+    }
+
+    /// Queues an event; it is seen by readers once it is in the file.
+    ///
+    /// # Errors
+    /// [`JournalError::Stopped`] if the disk failed the writer.
+    pub async fn append(&self, event: TurnEvent) -> Result<(), JournalError> {
+        self.sender.send(Command::Event(Box::new(event))).await.map_err(|_| JournalError::Stopped)
+    }
+
+    /// Waits until everything queued is in the file; the outcome has then reached the disk.
+    ///
+    /// # Errors
+    /// [`JournalError::Stopped`].
+    pub async fn flush(&self) -> Result<(), JournalError> {
+        let (done, wait) = oneshot::channel();
+        self.sender.send(Command::Flush(done)).await.map_err(|_| JournalError::Stopped)?;
+        wait.await.map_err(|_| JournalError::Stopped)
+    }
+
+    /// The turn's file and how far it may be read.
+    pub fn record(&self) -> TurnRecord {
+        TurnRecord { turn: self.turn.clone(), live: Some(self.committed.clone()) }
+    }
+}
+
+async fn write_events(
+    turn: TurnFile,
+    file: File,
+    mut commands: mpsc::Receiver<Command>,
+    publish: watch::Sender<Committed>,
+) {
+    let file = Arc::new(file);
+    let mut committed = *publish.borrow();
+    let mut batch = Vec::new();
+    while commands.recv_many(&mut batch, QUEUE).await > 0 {
+        let mut text = Vec::new();
+        let mut flushed = Vec::new();
+        for command in batch.drain(..) {
+            match command {
+                // Nothing follows the outcome, whoever still tries.
+                Command::Event(_) if committed.is_done => {}
+                Command::Event(event) => {
+                    committed.last_id += 1;
+                    let line = EventLine { id: committed.last_id, at: Timestamp::now(), event: *event };
+                    committed.has_started |= matches!(line.event, TurnEvent::Started {});
+                    committed.is_done = line.outcome().is_some();
+                    serde_json::to_writer(&mut text, &line).expect("our own plain data serialises");
+                    text.push(b'\n');
+                }
+                Command::Flush(done) => flushed.push(done),
+            }
+        }
+        committed.bytes += text.len() as u64;
+        if !text.is_empty() {
+            let (file, turn, is_done) = (file.clone(), turn.clone(), committed.is_done);
+            let written = task::blocking("writing a turn's journal", DISK_DEADLINE, move || {
+                crate::workspace::append_line(&file, &text, is_done)?;
+                if is_done { turn.mark_done() } else { Ok(()) }
+            })
+            .await;
+            match written {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => {
+                    tracing::error!(turn_id = %turn.id, %error, "failed to write the journal");
+                    return;
+                }
+                Err(error) => {
+                    tracing::error!(turn_id = %turn.id, %error, "failed to write the journal");
+                    return;
+                }
+            }
+        }
+        publish.send_replace(committed);
+        for done in flushed {
+            // Nobody waits any more: fine.
+            done.send(()).ok();
+        }
+    }
+}
+
+/// Where a turn's journal lies.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TurnFile {
+    id: TurnId,
+    journal: PathBuf,
+    open_mark: PathBuf,
+}
+
+impl TurnFile {
+    /// The journal of `id`, whether it exists or not.
+    pub fn new(paths: &ThreadPaths, id: TurnId) -> Self {
+        let journal = paths.turns().join(format!("{}.jsonl", id.sequence()));
+        let open_mark = paths.open_turns().join(id.sequence());
+        Self { id, journal, open_mark }
+    }
+
+    /// The turn.
+    pub fn id(&self) -> &TurnId {
+        &self.id
+    }
+
+    fn create(&self, accepted: Accepted) -> Result<(File, u64), WorkspaceError> {
+        for path in [&self.journal, &self.open_mark] {
+            make_private_dir(path.parent().expect("both lie in a folder"))?;
+        }
+        // The mark first: a mark without a journal is swept, a journal without a mark is lost.
+        File::create(&self.open_mark).map_err(WorkspaceError::io("create", &self.open_mark))?;
+        let file = OpenOptions::new()
+            .append(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&self.journal)
+            .map_err(WorkspaceError::io("create", &self.journal))?;
+        let mut line = serde_json::to_vec(&AcceptedLine { accepted })
+            .expect("our own plain data serialises");
+        line.push(b'\n');
+        crate::workspace::append_line(&file, &line, true)
+            .map_err(WorkspaceError::io("write", &self.journal))?;
+        Ok((file, line.len() as u64))
+    }
+
+    fn reopen(&self) -> Result<(File, Committed), JournalError> {
+        let whole = self.scan()?;
+        let file = OpenOptions::new()
+            .append(true)
+            .open(&self.journal)
+            .map_err(WorkspaceError::io("open", &self.journal))?;
+        file.set_len(whole.bytes).map_err(WorkspaceError::io("cut", &self.journal))?;
+        Ok((file, whole))
+    }
+
+    fn mark_done(&self) -> io::Result<()> {
+        match fs::remove_file(&self.open_mark) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// How far the file holds whole lines.
+    fn scan(&self) -> Result<Committed, JournalError> {
+        let mut committed = Committed::default();
+        self.each_line(0, u64::MAX, |line, end| {
+            if let Ok(event) = serde_json::from_slice::<EventLine>(line) {
+                committed.last_id = event.id;
+                committed.has_started |= matches!(event.event, TurnEvent::Started {});
+                committed.is_done |= event.outcome().is_some();
+            }
+            committed.bytes = end;
+            true
+        })?;
+        Ok(committed)
+    }
+
+    /// Calls `visit` with each whole line between two offsets and the offset after it, until it
+    /// answers false.
+    fn each_line(
+        &self,
+        from: u64,
+        to: u64,
+        mut visit: impl FnMut(&[u8], u64) -> bool,
+    ) -> Result<(), JournalError> {
+        let mut file =
+            File::open(&self.journal).map_err(WorkspaceError::io("open", &self.journal))?;
+        file.seek(SeekFrom::Start(from)).map_err(WorkspaceError::io("read", &self.journal))?;
+        let mut reader = BufReader::new(file.take(to - from));
+        let mut offset = from;
+        let mut line = Vec::new();
+        loop {
+            line.clear();
+            let read = (&mut reader)
+                .take(MAX_LINE)
+                .read_until(b'\n', &mut line)
+                .map_err(WorkspaceError::io("read", &self.journal))?;
+            if read == 0 || line.last() != Some(&b'\n') {
+                return Ok(());
+            }
+            offset += read as u64;
+            if !visit(&line, offset) {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Does the turn exist?
+    pub fn exists(&self) -> bool {
+        self.journal.exists()
+    }
+
+    /// What was accepted. Blocking.
+    ///
+    /// # Errors
+    /// [`JournalError`].
+    pub fn accepted(&self) -> Result<Accepted, JournalError> {
+        let mut accepted = None;
+        self.each_line(0, u64::MAX, |line, _| {
+            accepted = serde_json::from_slice::<AcceptedLine>(line).ok();
+            false
+        })?;
+        accepted
+            .map(|line| line.accepted)
+            .ok_or_else(|| JournalError::Damaged { turn: self.id.clone() })
+    }
+
+    /// How it ended, if it did. Blocking; reads the last line alone.
+    ///
+    /// # Errors
+    /// [`JournalError`].
+    pub fn outcome(&self) -> Result<Option<TurnResult>, JournalError> {
+        if self.open_mark.exists() {
+            return Ok(None);
+        }
+        let mut file =
+            File::open(&self.journal).map_err(WorkspaceError::io("open", &self.journal))?;
+        let length = file.metadata().map_err(WorkspaceError::io("read", &self.journal))?.len();
+        file.seek(SeekFrom::Start(length.saturating_sub(MAX_LINE)))
+            .map_err(WorkspaceError::io("read", &self.journal))?;
+        let mut tail = Vec::new();
+        file.take(MAX_LINE)
+            .read_to_end(&mut tail)
+            .map_err(WorkspaceError::io("read", &self.journal))?;
+        let last = tail.strip_suffix(b"\n").unwrap_or(&tail).rsplit(|b| *b == b'\n').next();
+        Ok(last
+            .and_then(|line| serde_json::from_slice::<EventLine>(line).ok())
+            .and_then(|line| line.outcome().cloned()))
+    }
+
+    fn events(&self, from: u64, to: u64) -> Result<(Vec<EventLine>, u64), JournalError> {
+        /// So many events at a time: a reader at one byte a second holds no more in memory.
+        const AT_ONCE: usize = 256;
+        let mut events = Vec::new();
+        let mut end = from;
+        self.each_line(from, to, |line, offset| {
+            end = offset;
+            if let Ok(event) = serde_json::from_slice::<EventLine>(line) {
+                events.push(event);
+            }
+            events.len() < AT_ONCE
+        })?;
+        Ok((events, end))
+    }
+}
+
+/// A turn that can be looked at: its file and, while it has a writer here, how far that is.
+#[derive(Debug, Clone)]
+pub struct TurnRecord {
+    turn: TurnFile,
+    live: Option<watch::Receiver<Committed>>,
+}
+
+impl TurnRecord {
+    /// A turn that no writer here works on.
+    pub fn at_rest(turn: TurnFile) -> Self {
+        Self { turn, live: None }
+    }
+
+    /// The turn's file.
+    pub fn file(&self) -> &TurnFile {
+        &self.turn
+    }
+
+    /// Is a writer here working on it?
+    pub fn is_live(&self) -> bool {
+        self.live.as_ref().is_some_and(|live| !live.borrow().is_done)
+    }
+
+    /// Has it begun to run?
+    pub fn has_started(&self) -> bool {
+        self.live.as_ref().is_none_or(|live| live.borrow().has_started)
+    }
+
+    /// Waits for the outcome.
+    ///
+    /// # Errors
+    /// [`JournalError::Stopped`] if the writer ended without one.
+    pub async fn outcome(&self) -> Result<TurnResult, JournalError> {
+        if let Some(live) = &self.live {
+            live.clone()
+                .wait_for(|committed| committed.is_done)
+                .await
+                .map_err(|_| JournalError::Stopped)?;
+        }
+        let turn = self.turn.clone();
+        task::blocking("reading a turn's outcome", DISK_DEADLINE, move || turn.outcome())
+            .await??
+            .ok_or(JournalError::Stopped)
+    }
+
+    /// Its events, from the one after `last_id`, to the outcome.
+    pub fn events(&self, last_id: u64) -> Events {
+        Events {
+            turn: self.turn.clone(),
+            live: self.live.clone(),
+            offset: 0,
+            after: last_id,
+            is_done: false,
+        }
+    }
+}
+
+/// Reads a turn's events, waiting for those to come.
+#[derive(Debug)]
+pub struct Events {
+    turn: TurnFile,
+    live: Option<watch::Receiver<Committed>>,
+    offset: u64,
+    after: u64,
+    is_done: bool,
+}
+
+impl Events {
+    /// The next events; empty after the outcome, or when nobody will write any more.
+    ///
+    /// # Errors
+    /// [`JournalError`].
+    pub async fn next(&mut self) -> Result<Vec<EventLine>, JournalError> {
+        while !self.is_done {
+            let (to, writer_gone) = match &mut self.live {
+                None => (u64::MAX, true),
+                Some(live) => {
+                    let offset = self.offset;
+                    let gone = live.wait_for(|c| c.bytes > offset || c.is_done).await.is_err();
+                    (live.borrow().bytes, gone)
+                }
+            };
+            let (turn, from) = (self.turn.clone(), self.offset);
+            let (events, end) =
+                task::blocking("reading a turn's events", DISK_DEADLINE, move || {
+                    turn.events(from, to)
+                })
+                .await??;
+            let stuck = end == self.offset;
+            self.offset = end;
+            self.is_done = events.iter().any(|event| event.outcome().is_some())
+                || (stuck && writer_gone);
+            let fresh: Vec<_> = events.into_iter().filter(|event| event.id > self.after).collect();
+            if !fresh.is_empty() {
+                return Ok(fresh);
+            }
+        }
+        Ok(Vec::new())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::identity::ThreadKey;
+
+    fn accepted(id: &TurnId) -> Accepted {
+        Accepted {
+            turn_id: id.clone(),
+            mode: TurnMode::Execute,
+            instruction: "make it blue".into(),
+            model: None,
+            timeout_seconds: 1.5,
+            author: None,
+            accepted_at: Timestamp::now(),
+        }
+    }
+
+    async fn read_all(mut events: Events) -> Vec<EventLine> {
+        let mut all = Vec::new();
+        loop {
+            let more = tokio::time::timeout(Duration::from_secs(20), events.next())
+                .await
+                .expect("events end")
+                .unwrap();
+            if more.is_empty() {
+                return all;
+            }
+            all.extend(more);
+        }
+    }
+
+    #[tokio::test]
+    async fn live_and_replayed_events_are_the_same() {
+        let folder = tempfile::tempdir().unwrap();
+        let key = ThreadKey::parse("acme", "alice", "main").unwrap();
+        let paths = ThreadPaths::new(folder.path(), &key);
+        let id = TurnId::new(&key);
+        let tasks = Tasks::new();
+        let journal = Journal::create(&paths, accepted(&id), &tasks).await.unwrap();
+        let live = read_all(journal.record().events(0));
+        for i in 0..700 {
+            journal.append(TurnEvent::TextDelta { text: format!("{i} é\n") }).await.unwrap();
+        }
+        assert!(journal.record().file().open_mark.exists());
+        let result = crate::turn::run::tests::result(&id);
+        journal.append(TurnEvent::terminal(result)).await.unwrap();
+        journal.append(TurnEvent::Started {}).await.unwrap();
+        journal.flush().await.unwrap();
+
+        let live = live.await;
+        let file = TurnFile::new(&paths, id.clone());
+        let replayed = read_all(TurnRecord::at_rest(file.clone()).events(0)).await;
+        assert_eq!(live, replayed);
+        assert_eq!(replayed.len(), 701, "nothing follows the outcome");
+        assert!(!file.open_mark.exists());
+        assert_eq!(file.accepted().unwrap().instruction, "make it blue");
+        assert_eq!(file.outcome().unwrap().unwrap().turn_id, id);
+        let tail = read_all(TurnRecord::at_rest(file).events(699)).await;
+        assert_eq!(tail.iter().map(|event| event.id).collect::<Vec<_>>(), [700, 701]);
+    }
+
+    #[tokio::test]
+    async fn a_torn_line_is_cut_off() {
+        let folder = tempfile::tempdir().unwrap();
+        let key = ThreadKey::parse("acme", "alice", "main").unwrap();
+        let paths = ThreadPaths::new(folder.path(), &key);
+        let id = TurnId::new(&key);
+        let tasks = Tasks::new();
+        let journal = Journal::create(&paths, accepted(&id), &tasks).await.unwrap();
+        journal.append(TurnEvent::Started {}).await.unwrap();
+        journal.flush().await.unwrap();
+        drop(journal);
+        let file = TurnFile::new(&paths, id.clone());
+        let mut raw = OpenOptions::new().append(true).open(&file.journal).unwrap();
+        io::Write::write_all(&mut raw, b"{\"id\":2,\"at\":\"20").unwrap();
+
+        let journal = Journal::reopen(file.clone(), &tasks).await.unwrap();
+        assert!(journal.record().has_started());
+        journal.append(TurnEvent::TextDelta { text: "on".into() }).await.unwrap();
+        journal.flush().await.unwrap();
+        let (events, _) = file.events(0, u64::MAX).unwrap();
+        assert_eq!(events.iter().map(|event| event.id).collect::<Vec<_>>(), [1, 2]);
+    }
+}

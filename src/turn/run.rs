@@ -1,0 +1,511 @@
+//! One turn, from its start to its outcome: outside edits first, then the agent, then the commit,
+//! the context and the journal. Whatever the agent does, this ends with exactly one outcome.
+
+use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
+
+use jiff::Timestamp;
+use tokio::{sync::mpsc, time::Instant};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    context::{StoredContext, replay_summary},
+    journal::{Accepted, Journal, JournalError},
+};
+use crate::{
+    agent::{
+        Agent, AgentSettings, AgentSite, Ending, RunEvent, RunOutcome, RunRequest, SessionStart,
+    },
+    domain::{
+        CommitSummary, Continuity, ErrorCode, FileStatus, HeldBack, PreviewState, Signature,
+        TurnEvent, TurnFailure, TurnMode, TurnPreview, TurnResult, TurnStatus, Usage,
+    },
+    gateway::Gateway,
+    identity::ThreadKey,
+    process::Launcher,
+    repository::{CommitRequest, Committed, RepositoryError, Worktree},
+    task::{self, Tasks},
+    workspace::{ThreadPaths, WorkspaceError},
+};
+
+/// Git on a slow disk may take this long.
+const GIT_DEADLINE: Duration = Duration::from_secs(120);
+
+/// Everything that a turn of one thread works with.
+#[derive(Debug, Clone)]
+pub struct TurnSite {
+    pub key: ThreadKey,
+    pub paths: ThreadPaths,
+    pub worktree: Arc<Worktree>,
+    pub agent_site: AgentSite,
+    pub agent_settings: Arc<AgentSettings>,
+    pub launcher: Launcher,
+    pub gateway: Gateway,
+    pub committer: Signature,
+    pub tasks: Tasks,
+}
+
+/// What is left when a turn is over.
+#[derive(Debug)]
+pub struct RunEnd {
+    pub result: TurnResult,
+    /// The CLI, if it can serve another turn.
+    pub agent: Option<Agent>,
+    pub context: StoredContext,
+}
+
+#[derive(Debug, thiserror::Error)]
+enum RunError {
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    #[error(transparent)]
+    Repository(#[from] RepositoryError),
+    #[error(transparent)]
+    Workspace(#[from] WorkspaceError),
+    #[error(transparent)]
+    Blocking(#[from] task::BlockingError),
+    #[error(transparent)]
+    Agent(#[from] crate::agent::AgentError),
+}
+
+impl TurnSite {
+    /// Is the CLI's own transcript of this session there? Blocking.
+    fn has_transcript(&self, session: &str) -> bool {
+        let projects = self.agent_site.config_dir.join("projects");
+        let Ok(folders) = std::fs::read_dir(projects) else { return false };
+        folders.flatten().any(|folder| folder.path().join(format!("{session}.jsonl")).is_file())
+    }
+
+    /// Starts the CLI for the thread's conversation, ahead of its first instruction.
+    ///
+    /// # Errors
+    /// If the program cannot be started.
+    pub async fn start_agent(
+        &self,
+        context: &StoredContext,
+    ) -> Result<(Agent, Continuity), crate::agent::AgentError> {
+        let resumable = match context.session_id.clone() {
+            None => None,
+            Some(session) => {
+                let site = self.clone();
+                task::blocking("looking for the conversation", GIT_DEADLINE, move || {
+                    site.has_transcript(&session).then_some(session)
+                })
+                .await
+                .unwrap_or_default()
+            }
+        };
+        let (session, continuity) = match resumable {
+            Some(session) => (SessionStart::Resume(session), Continuity::Native),
+            None if context.history.is_empty() => (new_session(), Continuity::Fresh),
+            None => (new_session(), Continuity::Replayed),
+        };
+        Ok((self.spawn_agent(&session).await?, continuity))
+    }
+
+    async fn spawn_agent(&self, session: &SessionStart) -> Result<Agent, crate::agent::AgentError> {
+        Agent::start(
+            &self.launcher,
+            &self.gateway,
+            &self.agent_settings,
+            self.agent_site.clone(),
+            session,
+            &self.tasks,
+        )
+        .await
+    }
+
+    async fn on_disk<T: Send + 'static>(
+        &self,
+        what: &'static str,
+        work: impl FnOnce(&Worktree) -> Result<T, RepositoryError> + Send + 'static,
+    ) -> Result<T, RunError> {
+        let worktree = self.worktree.clone();
+        Ok(task::blocking(what, GIT_DEADLINE, move || work(&worktree)).await??)
+    }
+
+    /// Commits what is in the worktree, as the work of nobody's turn.
+    async fn commit_outside_edits(&self) -> Result<(), RunError> {
+        let request = CommitRequest {
+            subject: "Edits made outside of a turn".into(),
+            body: String::new(),
+            trailers: vec![
+                ("Thread".into(), self.key.to_string()),
+                ("Status".into(), "outside".into()),
+            ],
+            author: self.committer.clone(),
+            committer: self.committer.clone(),
+            held_dir: None,
+        };
+        let committed =
+            self.on_disk("committing outside edits", move |tree| tree.commit(&request)).await?;
+        if let Some(commit) = committed.commit {
+            tracing::info!(commit = commit.id, files = commit.files.len(), "committed edits made outside of a turn");
+        }
+        Ok(())
+    }
+
+    async fn commit_turn(
+        &self,
+        accepted: &Accepted,
+        status: TurnStatus,
+        outcome: &RunOutcome,
+    ) -> Result<Committed, RunError> {
+        let mut trailers = vec![
+            ("Turn-Id".to_owned(), accepted.turn_id.to_string()),
+            ("Thread".to_owned(), self.key.to_string()),
+        ];
+        trailers.extend(outcome.session_id.clone().map(|id| ("Session-Id".to_owned(), id)));
+        trailers.extend(outcome.model.clone().map(|model| ("Model".to_owned(), model)));
+        trailers.push(("Cost-USD".to_owned(), format!("{:.6}", outcome.usage.cost_usd)));
+        trailers.push(("Status".to_owned(), status.as_str().to_owned()));
+        let request = CommitRequest {
+            subject: accepted.instruction.clone(),
+            body: accepted.instruction.clone(),
+            trailers,
+            author: accepted.author.clone().unwrap_or_else(|| self.committer.clone()),
+            committer: self.committer.clone(),
+            held_dir: Some(self.paths.held(&accepted.turn_id)),
+        };
+        self.on_disk("committing a turn", move |tree| tree.commit(&request)).await
+    }
+
+    /// Gives a turn without a live owner its outcome: what it wrote is committed.
+    ///
+    /// # Errors
+    /// If journal or repository cannot be written.
+    pub async fn recover(
+        &self,
+        accepted: &Accepted,
+        journal: &Journal,
+        mut context: StoredContext,
+    ) -> Result<StoredContext, anyhow::Error> {
+        let outcome = RunOutcome::nothing();
+        let committed = self.commit_turn(accepted, TurnStatus::Recovered, &outcome).await?;
+        let mut result = blank_result(accepted, &context);
+        result.status = TurnStatus::Recovered;
+        result.text = "The turn was cut off; the edits that it had made are kept.".into();
+        result.session_id.clone_from(&context.session_id);
+        result.held_back = committed.held_back;
+        if let Some(commit) = committed.commit {
+            journal.append(TurnEvent::CommitCreated { commit: commit.clone() }).await?;
+            result.commit = Some(commit);
+        }
+        self.finish(accepted, journal, &mut context, &mut result).await?;
+        Ok(context)
+    }
+
+    /// Context first, outcome last: a crash between the two recovers the turn once more.
+    async fn finish(
+        &self,
+        accepted: &Accepted,
+        journal: &Journal,
+        context: &mut StoredContext,
+        result: &mut TurnResult,
+    ) -> Result<(), RunError> {
+        context.history.retain(|entry| entry.turn_id != accepted.turn_id);
+        context.record(accepted, result);
+        result.context = context.answer();
+        let (path, saved) = (self.paths.context(), context.clone());
+        task::blocking("saving the context", GIT_DEADLINE, move || saved.save(&path)).await??;
+        journal.append(TurnEvent::terminal(result.clone())).await?;
+        journal.flush().await?;
+        Ok(())
+    }
+}
+
+impl RunOutcome {
+    fn nothing() -> Self {
+        Self {
+            ending: Ending::Cancelled,
+            text: String::new(),
+            usage: Usage::default(),
+            num_turns: 0,
+            session_id: None,
+            model: None,
+            touched: BTreeSet::new(),
+        }
+    }
+}
+
+fn new_session() -> SessionStart {
+    SessionStart::New(uuid::Uuid::new_v4().to_string())
+}
+
+/// A turn of which nothing is known but that it was accepted.
+pub fn blank_result(accepted: &Accepted, context: &StoredContext) -> TurnResult {
+    TurnResult {
+        turn_id: accepted.turn_id.clone(),
+        status: TurnStatus::Queued,
+        mode: accepted.mode,
+        text: String::new(),
+        session_id: None,
+        commit: None,
+        usage: Usage::default(),
+        num_turns: 0,
+        duration_ms: 0,
+        preview: TurnPreview { state: PreviewState::Off, errors: Vec::new() },
+        held_back: Vec::new(),
+        continuity: Continuity::Fresh,
+        context: context.answer(),
+        error: None,
+        code: None,
+    }
+}
+
+/// Runs a turn. `agent` is the thread's CLI if it is up, with how it got at the conversation;
+/// `preview` tells the preview's state at the end.
+///
+/// Not cancel safe: cancel through the token.
+pub async fn run_turn(
+    site: &TurnSite,
+    accepted: &Accepted,
+    journal: &Journal,
+    mut context: StoredContext,
+    agent: Option<(Agent, Continuity)>,
+    cancel: &CancellationToken,
+    preview: impl AsyncFnOnce(Option<&CommitSummary>) -> TurnPreview,
+) -> RunEnd {
+    let started = Instant::now();
+    let mut result = blank_result(accepted, &context);
+    let mut slot = agent;
+    let outcome = drive(site, accepted, journal, &context, &mut slot, &mut result, cancel).await;
+    let failure = match outcome {
+        Ok(outcome) => {
+            let failure = apply(&outcome, accepted, &mut result);
+            match commit(site, accepted, journal, &outcome, &mut result).await {
+                Ok(()) => failure,
+                Err(error) => Some(internal(&error)),
+            }
+        }
+        Err(error) => Some(internal(&error)),
+    };
+    if let Some(failure) = failure {
+        result.status = TurnStatus::Failed;
+        result.error = Some(failure.message);
+        result.code = Some(failure.code);
+    }
+    result.preview = preview(result.commit.as_ref()).await;
+    result.duration_ms = started.elapsed().as_millis() as u64;
+    if let Err(error) = site.finish(accepted, journal, &mut context, &mut result).await {
+        tracing::error!(error = %chain(&error), "failed to write a turn's outcome");
+        result.status = TurnStatus::Failed;
+        result.error = Some("The workspace's disk does not take the outcome of this turn.".into());
+        result.code = Some(ErrorCode::Internal);
+    }
+    tracing::info!(
+        status = result.status.as_str(),
+        elapsed_ms = result.duration_ms,
+        cost_usd = result.usage.cost_usd,
+        commit = result.commit.as_ref().map(|commit| commit.id.as_str()),
+        "turn ended"
+    );
+    let agent = slot.map(|(agent, _)| agent).filter(Agent::is_usable);
+    RunEnd { result, agent, context }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(&format!(": {error}"));
+        source = error.source();
+    }
+    text
+}
+
+fn internal(error: &RunError) -> TurnFailure {
+    tracing::error!(error = chain(error), "a turn failed inside greenroom");
+    match error {
+        RunError::Agent(_) => TurnFailure {
+            code: ErrorCode::AgentFailed,
+            message: "The agent's program, claude, could not be started; /ready says what is \
+                      missing."
+                .into(),
+        },
+        _ => TurnFailure {
+            code: ErrorCode::Internal,
+            message: "The turn could not be carried out; the edits so far are kept. The log has \
+                      the reason."
+                .into(),
+        },
+    }
+}
+
+async fn drive(
+    site: &TurnSite,
+    accepted: &Accepted,
+    journal: &Journal,
+    context: &StoredContext,
+    slot: &mut Option<(Agent, Continuity)>,
+    result: &mut TurnResult,
+    cancel: &CancellationToken,
+) -> Result<RunOutcome, RunError> {
+    journal.append(TurnEvent::Started {}).await?;
+    site.commit_outside_edits().await?;
+    if cancel.is_cancelled() {
+        return Ok(RunOutcome::nothing());
+    }
+    let deadline = Instant::now() + Duration::from_secs_f64(accepted.timeout_seconds);
+    if slot.as_ref().is_none_or(|(agent, _)| !agent.is_usable()) {
+        *slot = Some(site.start_agent(context).await?);
+    }
+    let (agent, continuity) = slot.as_mut().expect("it was just filled");
+    result.continuity = *continuity;
+    let instruction = match continuity {
+        Continuity::Replayed => replay_summary(context) + &accepted.instruction,
+        Continuity::Native | Continuity::Fresh => accepted.instruction.clone(),
+    };
+    let request = |instruction| RunRequest {
+        label: accepted.turn_id.to_string(),
+        instruction,
+        mode: accepted.mode,
+        model: accepted.model.clone(),
+        deadline,
+    };
+    let outcome = follow(site, journal, agent, request(instruction), cancel).await?;
+    if outcome.ending != Ending::SessionLost {
+        // From now on the process itself remembers.
+        *continuity = Continuity::Native;
+        return Ok(outcome);
+    }
+    tracing::warn!("the agent has lost the conversation; it begins with a summary");
+    let mut agent = site.spawn_agent(&new_session()).await?;
+    result.continuity = Continuity::Replayed;
+    let instruction = replay_summary(context) + &accepted.instruction;
+    let outcome = follow(site, journal, &mut agent, request(instruction), cancel).await;
+    *slot = Some((agent, Continuity::Native));
+    outcome
+}
+
+/// Runs the agent while its events go to the journal.
+async fn follow(
+    site: &TurnSite,
+    journal: &Journal,
+    agent: &mut Agent,
+    request: RunRequest,
+    cancel: &CancellationToken,
+) -> Result<RunOutcome, RunError> {
+    let (sender, mut events) = mpsc::channel(64);
+    let forward = async {
+        let mut failed = None;
+        while let Some(event) = events.recv().await {
+            if failed.is_none()
+                && let Err(error) = journal.append(site.turn_event(event)).await
+            {
+                // The run goes on being read, so that it can end; the turn then fails.
+                cancel.cancel();
+                failed = Some(error);
+            }
+        }
+        failed
+    };
+    let (outcome, failed) = tokio::join!(agent.run(request, sender, cancel), forward);
+    match failed {
+        None => Ok(outcome),
+        Some(error) => Err(error.into()),
+    }
+}
+
+impl TurnSite {
+    fn turn_event(&self, event: RunEvent) -> TurnEvent {
+        match event {
+            RunEvent::Text(text) => TurnEvent::TextDelta { text },
+            RunEvent::ToolStarted { id, name, input } => TurnEvent::ToolStarted { id, name, input },
+            RunEvent::ToolFinished { id, ok, summary } => {
+                TurnEvent::ToolFinished { id, ok, summary }
+            }
+            RunEvent::FileTouched { path, is_new } => TurnEvent::FileChanged {
+                path: self.relative(&path),
+                status: if is_new { FileStatus::Added } else { FileStatus::Modified },
+            },
+            RunEvent::Waiting { until, reason } => TurnEvent::Waiting { until, reason },
+        }
+    }
+
+    fn relative(&self, path: &str) -> String {
+        let path = PathBuf::from(path);
+        path.strip_prefix(&self.agent_site.worktree).unwrap_or(&path).display().to_string()
+    }
+}
+
+/// Takes what the agent's run says into the result.
+fn apply(outcome: &RunOutcome, accepted: &Accepted, result: &mut TurnResult) -> Option<TurnFailure> {
+    result.text.clone_from(&outcome.text);
+    result.usage = outcome.usage;
+    result.num_turns = outcome.num_turns;
+    result.session_id.clone_from(&outcome.session_id);
+    let fail = |code, message: String| Some(TurnFailure { code, message });
+    match &outcome.ending {
+        Ending::Completed => {
+            result.status = TurnStatus::Completed;
+            None
+        }
+        Ending::Cancelled => {
+            result.status = TurnStatus::Cancelled;
+            None
+        }
+        Ending::Failed(why) => fail(ErrorCode::AgentFailed, why.clone()),
+        Ending::SessionLost => {
+            fail(ErrorCode::AgentFailed, "The agent could not begin the conversation.".into())
+        }
+        Ending::TimedOut => fail(
+            ErrorCode::TurnTimeout,
+            format!(
+                "The turn took longer than {} s and was stopped; the edits so far are kept.",
+                accepted.timeout_seconds
+            ),
+        ),
+    }
+}
+
+async fn commit(
+    site: &TurnSite,
+    accepted: &Accepted,
+    journal: &Journal,
+    outcome: &RunOutcome,
+    result: &mut TurnResult,
+) -> Result<(), RunError> {
+    if accepted.mode == TurnMode::Plan {
+        // Whatever changed meanwhile is a person's: it is committed as such, before the next turn.
+        return Ok(());
+    }
+    let status = match &outcome.ending {
+        Ending::Completed => TurnStatus::Completed,
+        Ending::Cancelled => TurnStatus::Cancelled,
+        Ending::Failed(_) | Ending::TimedOut | Ending::SessionLost => TurnStatus::Failed,
+    };
+    let committed = site.commit_turn(accepted, status, outcome).await?;
+    result.held_back = committed.held_back;
+    if let Some(commit) = committed.commit {
+        let told: BTreeSet<String> = outcome.touched.iter().map(|p| site.relative(p)).collect();
+        for file in commit.files.iter().filter(|file| !told.contains(&file.path)) {
+            let event = TurnEvent::FileChanged { path: file.path.clone(), status: file.status };
+            journal.append(event).await?;
+        }
+        journal.append(TurnEvent::CommitCreated { commit: commit.clone() }).await?;
+        result.commit = Some(commit);
+    }
+    Ok(())
+}
+
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::identity::TurnId;
+
+    /// A completed turn without any content.
+    pub(crate) fn result(id: &TurnId) -> TurnResult {
+        let accepted = Accepted {
+            turn_id: id.clone(),
+            mode: TurnMode::Execute,
+            instruction: String::new(),
+            model: None,
+            timeout_seconds: 1.0,
+            author: None,
+            accepted_at: Timestamp::now(),
+        };
+        let context = StoredContext::new(id.key());
+        TurnResult { status: TurnStatus::Completed, ..blank_result(&accepted, &context) }
+    }
+}
