@@ -1,1 +1,115 @@
-//! (room)
+//! All of git: one repository per user, one worktree per thread, one commit per turn.
+//!
+//! [`UserRepository`] is made once from a [`Source`] and opened from then on; it gives each
+//! thread a branch and a [`Worktree`]. Every function blocks (disk, and network in
+//! [`UserRepository::create`]): callers run them through `task::blocking` and hold the lease that
+//! guards what they change. Nothing is kept open between calls, so handles are plain paths, cheap
+//! to clone, and right after a move or a repair.
+//!
+//! **Invariant:** a repository is opened by a git directory that we know, with a working
+//! directory that we set and a configuration that we wrote (see `gitdir`); nothing that the agent
+//! leaves in a worktree can point git elsewhere.
+//!
+//! **Invariant:** nothing here resets, cleans or stashes. The only files ever written into a
+//! worktree are those of a first checkout, into a folder that nobody has seen yet.
+
+mod checkout;
+mod files;
+mod gate;
+mod gitdir;
+mod message;
+mod remote;
+mod source;
+#[cfg(test)]
+mod tests;
+mod tree;
+mod user;
+mod worktree;
+
+use std::{io, sync::Once};
+
+pub use remote::{RemoteError, RemoteErrorKind, Remotes};
+pub use source::{Source, SourceError, TemplateFile, parse_source};
+pub use user::{ThreadState, UserRepository};
+pub use worktree::{Change, CommitRequest, Committed, LogEntry, Worktree};
+
+/// Why something with a repository did not work.
+#[derive(Debug, thiserror::Error)]
+pub enum RepositoryError {
+    /// The remote could not be fetched from.
+    #[error(transparent)]
+    Remote(#[from] RemoteError),
+    #[error("the repository is empty; push a first commit to it, then try again")]
+    Empty,
+    #[error("the repository has no branch \"{branch}\"")]
+    NoSuchBranch { branch: String },
+    /// There is no single branch that could be the default one.
+    #[error("the repository names no default branch; name one as baseBranch")]
+    NoDefaultBranch,
+    /// `project/` is missing or holds something that is no repository of ours.
+    #[error("the workspace holds no repository")]
+    Missing,
+    /// Something in the git directory was changed in a way that cannot be put right safely.
+    #[error("the repository was tampered with: {what}")]
+    Tampered { what: String },
+    /// Somebody else moved the branch; nothing was committed, and a second try may work.
+    #[error("the branch {branch} was moved by somebody else")]
+    HeadMoved { branch: String },
+    #[error("failed to {operation}")]
+    Git { operation: &'static str, source: git2::Error },
+    #[error("failed to {operation}")]
+    Disk { operation: &'static str, source: io::Error },
+}
+
+type Result<T, E = RepositoryError> = std::result::Result<T, E>;
+
+/// Names the operation that a lower-level error broke.
+trait Operation<T> {
+    fn during(self, operation: &'static str) -> Result<T>;
+}
+
+impl<T> Operation<T> for std::result::Result<T, git2::Error> {
+    fn during(self, operation: &'static str) -> Result<T> {
+        self.map_err(|source| RepositoryError::Git { operation, source })
+    }
+}
+
+impl<T> Operation<T> for io::Result<T> {
+    fn during(self, operation: &'static str) -> Result<T> {
+        self.map_err(|source| RepositoryError::Disk { operation, source })
+    }
+}
+
+/// Sets libgit2 up for the whole process. Takes well under a millisecond; every way into this
+/// room calls it, so calling it at the start of the program only moves the cost.
+pub fn init() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        if let Err(error) = set_up() {
+            tracing::error!(%error, "libgit2 could not be set up");
+        }
+    });
+}
+
+#[expect(unsafe_code, reason = "libgit2's global options; set once, before it is used")]
+fn set_up() -> std::result::Result<(), git2::Error> {
+    use git2::{ConfigLevel, opts};
+    // SAFETY: these write globals of libgit2 without a lock. `Once` makes this the only writer,
+    // and no repository is opened before `init` has returned.
+    unsafe {
+        // What a person or a system configured for git on this machine must not reach sites.
+        for level in
+            [ConfigLevel::ProgramData, ConfigLevel::System, ConfigLevel::XDG, ConfigLevel::Global]
+        {
+            opts::set_search_path(level, "")?;
+        }
+        // The check protects people who walk into a foreign folder. We open paths that we made,
+        // by a configuration that we wrote, and with a uid per client they are owned by others.
+        opts::set_verify_owner_validation(false)?;
+        // The defaults (256 MB of objects, 8 GB of mapped packs) are a workstation's.
+        opts::set_cache_max_size(32 << 20)?;
+        opts::set_mwindow_size(16 << 20)?;
+        opts::set_mwindow_mapped_limit(256 << 20)?;
+    }
+    remote::register_transports()
+}

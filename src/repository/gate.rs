@@ -1,0 +1,154 @@
+//! What a commit leaves out on purpose, and the copy that is kept of it.
+//!
+//! Names are judged for new files alone: what the site's own history already holds is the
+//! site's business, and leaving its edits out would make preview and repository differ for ever.
+//! Size and content are judged for new content of old files too. A deletion is never held back.
+
+use std::{
+    fs::{self, File},
+    io::{self, Seek},
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
+    path::{Component, Path, PathBuf},
+};
+
+/// Largest file that is committed, in bytes.
+pub(super) const MAX_FILE_BYTES: u64 = 20_000_000;
+/// Most bytes that one commit copies aside.
+const MAX_COPIED_BYTES: u64 = 500_000_000;
+
+/// The folder of installed packages that `path` lies in, if any.
+pub(super) fn packages_folder(path: &Path) -> Option<PathBuf> {
+    let mut folder = PathBuf::new();
+    for part in path.components() {
+        folder.push(part);
+        if part == Component::Normal("node_modules".as_ref()) {
+            return Some(folder);
+        }
+    }
+    None
+}
+
+/// Why a new file of this name is held back.
+pub(super) fn judge_name(path: &Path) -> Option<&'static str> {
+    let name = path.file_name()?.to_string_lossy().to_ascii_lowercase();
+    if name == ".env" || name.starts_with(".env.") {
+        let is_sample = [".example", ".sample", ".template"].iter().any(|end| name.ends_with(end));
+        return (!is_sample).then_some("it holds settings that are often secret");
+    }
+    let is_key = [".pem", ".key", ".p12", ".pfx"].iter().any(|end| name.ends_with(end))
+        || ["id_rsa", "id_dsa", "id_ecdsa", "id_ed25519"]
+            .iter()
+            .any(|key| name.starts_with(key) && !name.ends_with(".pub"));
+    is_key.then_some("its name says that it is a private key")
+}
+
+/// Why this content is held back.
+pub(super) fn judge_content(bytes: &[u8]) -> Option<&'static str> {
+    let text = String::from_utf8_lossy(bytes);
+    let is_key = text
+        .match_indices("PRIVATE KEY-----")
+        .any(|(at, _)| text[..at].rsplit('\n').next().is_some_and(|line| line.contains("-----BEGIN ")));
+    is_key.then_some("it holds a private key")
+}
+
+/// The reason for a file over [`MAX_FILE_BYTES`].
+pub(super) const TOO_LARGE: &str = "it is larger than 20 MB";
+
+/// Keeps copies of held-back files in one folder, which it makes when it is needed.
+#[derive(Debug)]
+pub(super) struct Keeper<'a> {
+    folder: &'a Path,
+    copied: u64,
+}
+
+impl<'a> Keeper<'a> {
+    pub(super) fn new(folder: &'a Path) -> Self {
+        Self { folder, copied: 0 }
+    }
+
+    /// Copies `file` to `path` below the folder, for the owner's eyes alone.
+    ///
+    /// A file that stays held back for many turns is stored once: if the newest folder beside
+    /// this one has it with the same size and time, it is linked from there.
+    pub(super) fn keep(&mut self, path: &Path, file: &mut File) -> io::Result<()> {
+        let metadata = file.metadata()?;
+        let target = self.folder.join(path);
+        let parent = target.parent().unwrap_or(self.folder);
+        let earlier = self.earlier(path, &metadata);
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(parent)?;
+        if earlier.is_some_and(|earlier| fs::hard_link(earlier, &target).is_ok()) {
+            return Ok(());
+        }
+        if self.copied.saturating_add(metadata.len()) > MAX_COPIED_BYTES {
+            return Err(io::Error::other("too much to copy aside"));
+        }
+        self.copied += metadata.len();
+        file.rewind()?;
+        let mut copy = File::options().write(true).create_new(true).mode(0o600).open(&target)?;
+        // `take`: the file may still grow.
+        io::copy(&mut io::Read::take(&mut *file, metadata.len()), &mut copy)?;
+        copy.set_modified(metadata.modified()?)
+    }
+
+    fn earlier(&self, path: &Path, metadata: &fs::Metadata) -> Option<PathBuf> {
+        let own_name = self.folder.file_name()?;
+        let siblings = fs::read_dir(self.folder.parent()?).ok()?;
+        let newest =
+            siblings.filter_map(|e| Some(e.ok()?.file_name())).filter(|n| n != own_name).max()?;
+        let candidate = self.folder.parent()?.join(newest).join(path);
+        let found = fs::symlink_metadata(&candidate).ok()?;
+        let is_same = found.is_file()
+            && found.len() == metadata.len()
+            && found.modified().ok()? == metadata.modified().ok()?;
+        is_same.then_some(candidate)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names() {
+        for held in [".env", "a/.env.local", ".ENV", "x.pem", "tls/server.KEY", "id_rsa", "id_ed25519"] {
+            assert!(judge_name(Path::new(held)).is_some(), "{held}");
+        }
+        for fine in [".env.example", ".env.sample", "a/.env.template", "env.d.ts", "id_rsa.pub", ".envrc.md", "keys.ts"] {
+            assert!(judge_name(Path::new(fine)).is_none(), "{fine}");
+        }
+        assert_eq!(
+            packages_folder(Path::new("a/node_modules/b/node_modules/c")),
+            Some("a/node_modules".into())
+        );
+        assert_eq!(packages_folder(Path::new("src/node_modules.md")), None);
+    }
+
+    #[test]
+    fn contents() {
+        // Put together here, so that this file holds no key itself.
+        let key = format!("x\n-----BEGIN RSA {}\nMIIE", "PRIVATE KEY-----");
+        assert!(judge_content(key.as_bytes()).is_some());
+        assert!(judge_content(b"-----BEGIN CERTIFICATE-----").is_none());
+        assert!(judge_content(b"the text PRIVATE KEY----- alone").is_none());
+    }
+
+    #[test]
+    fn what_stays_held_back_is_stored_once() {
+        use std::os::unix::fs::MetadataExt;
+        let root = tempfile::tempdir().unwrap();
+        let source = root.path().join("film.mp4");
+        fs::write(&source, "film").unwrap();
+        for turn in ["1", "2"] {
+            let folder = root.path().join("held").join(turn);
+            let mut file = File::open(&source).unwrap();
+            Keeper::new(&folder).keep(Path::new("a/film.mp4"), &mut file).unwrap();
+        }
+        let inode = |turn: &str| {
+            let copy = root.path().join("held").join(turn).join("a/film.mp4");
+            let metadata = fs::metadata(copy).unwrap();
+            assert_eq!(metadata.mode() & 0o777, 0o600);
+            metadata.ino()
+        };
+        assert_eq!(inode("1"), inode("2"));
+    }
+}

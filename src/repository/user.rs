@@ -1,0 +1,309 @@
+//! A user's repository: made once, then opened; its branches.
+
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use git2::{
+    AutotagOption, BranchType, ErrorCode, FetchOptions, Oid, Repository, RepositoryInitOptions,
+};
+
+use super::{
+    Operation as _, Remotes, RepositoryError, Result, Source, TemplateFile, Worktree, checkout,
+    files, gitdir::{self, GitDir}, message, tree,
+};
+use crate::{
+    domain::Signature,
+    identity::{ThreadKey, UserKey},
+};
+
+/// The branch that the built-in template starts.
+const TEMPLATE_BRANCH: &str = "main";
+
+/// The one repository of a user: a plain path, checked at each use.
+#[derive(Debug, Clone)]
+pub struct UserRepository {
+    project: PathBuf,
+    git: GitDir,
+}
+
+/// A thread's branch after [`UserRepository::ensure_thread`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ThreadState {
+    /// The thread's branch (in today's or in the older layout) existed before the call.
+    pub resumed: bool,
+    pub branch: String,
+    /// Full id of the branch's commit.
+    pub head: String,
+}
+
+impl UserRepository {
+    /// Makes the repository at `project` from `source`, with the branches of client and user,
+    /// the user's checked out. If there is one already it is opened and `source` is not looked
+    /// at.
+    ///
+    /// It is built at `scratch` (on the same file system; what is there is removed) and then
+    /// renamed, so `project` is never seen half made and a crash costs nothing but time.
+    /// `base_branch` is what the client's branch starts from where the remote has none of that
+    /// name; the remote's default branch otherwise.
+    ///
+    /// # Errors
+    /// [`RepositoryError::Remote`], `Empty`, `NoSuchBranch` and `NoDefaultBranch` are about the
+    /// source; nothing is left behind then.
+    pub fn create(
+        project: &Path,
+        scratch: &Path,
+        source: &Source,
+        remotes: &Remotes,
+        key: &UserKey,
+        base_branch: Option<&str>,
+        committer: &Signature,
+    ) -> Result<Self> {
+        match Self::open(project) {
+            Ok(repository) => {
+                let repo = repository.git.open(project)?;
+                repository.ensure_user_branch(&repo, key)?;
+                return Ok(repository);
+            }
+            Err(RepositoryError::Missing) => {}
+            Err(error) => return Err(error),
+        }
+        files::remove_all(scratch).during("remove the leftovers of an earlier attempt")?;
+        fs::create_dir_all(scratch).during("make the repository's folder")?;
+        let built = build(scratch, source, remotes, key, base_branch, committer);
+        // The rename replaces an empty folder, and fails on anything else.
+        let outcome =
+            built.and_then(|()| fs::rename(scratch, project).during("put the repository in place"));
+        if let Err(error) = outcome {
+            files::remove_all(scratch).ok();
+            return Err(error);
+        }
+        Self::open(project)
+    }
+
+    /// Opens what [`UserRepository::create`] made.
+    ///
+    /// # Errors
+    /// [`RepositoryError::Missing`] if there is none, [`RepositoryError::Tampered`] if it would
+    /// lead git elsewhere.
+    pub fn open(project: &Path) -> Result<Self> {
+        let repository =
+            Self { project: project.to_owned(), git: GitDir::of_project(project) };
+        repository.git.open(project)?;
+        Ok(repository)
+    }
+
+    /// The worktree of a thread at `path`; see [`UserRepository::ensure_thread`]. Does not touch
+    /// the disk.
+    pub fn worktree(&self, key: &ThreadKey, path: &Path) -> Worktree {
+        Worktree::new(self.git.clone(), key, path)
+    }
+
+    /// Makes sure that the thread has its branch and, at `worktree`, its files. Idempotent; whatever
+    /// of it is missing or damaged is made anew, and no file that is there is changed.
+    ///
+    /// The branch starts at `thread-{thread}` where an older layout left one here or at the
+    /// origin, else at the user's branch (which is made off the client's, if need be).
+    /// Uncommitted edits stay what they are, also after a move of the whole workspace.
+    pub fn ensure_thread(&self, key: &ThreadKey, worktree: &Path) -> Result<ThreadState> {
+        let repo = self.git.open(&self.project)?;
+        let branch = key.branch();
+        self.git.check_branch(&branch)?;
+        for lock in [format!("refs/heads/{branch}.lock"), "packed-refs.lock".to_owned()] {
+            gitdir::clear_dead_lock(&self.git.path().join(lock))?;
+        }
+        let (head, resumed) = match branch_tip(&repo, &branch)? {
+            Some(head) => (head, true),
+            None => {
+                let legacy = format!("thread-{}", key.thread);
+                let earlier = match branch_tip(&repo, &legacy)? {
+                    Some(tip) => Some(tip),
+                    None => remote_tip(&repo, &legacy)?,
+                };
+                let start = match earlier {
+                    Some(tip) => tip,
+                    None => self.ensure_user_branch(&repo, &key.user_key())?,
+                };
+                make_branch(&repo, &branch, start)?;
+                (start, earlier.is_some())
+            }
+        };
+        self.worktree(key, worktree).ensure()?;
+        Ok(ThreadState { resumed, branch, head: head.to_string() })
+    }
+
+    /// Keeps git from seeing what we put into worktrees ourselves: `patterns` are the whole of
+    /// the repository's `info/exclude`, for all threads. Written only where it differs.
+    pub fn exclude(&self, patterns: &[&str]) -> Result<()> {
+        let info = self.git.path().join("info");
+        fs::create_dir_all(&info).during("write the exclusions")?;
+        let mut text = "# Written by greenroom, which puts it back as it is.\n".to_owned();
+        for pattern in patterns {
+            writeln!(text, "{pattern}").expect("a String takes everything");
+        }
+        files::put(&info.join("exclude"), text.as_bytes()).during("write the exclusions")
+    }
+
+    /// The commit of the user's branch; the branch, and the client's, are made if missing.
+    fn ensure_user_branch(&self, repo: &Repository, key: &UserKey) -> Result<Oid> {
+        let (client, user) = (key.client_branch(), key.user_branch());
+        self.git.check_branch(&client)?;
+        self.git.check_branch(&user)?;
+        let user_tip = branch_tip(repo, &user)?;
+        let client_tip = match branch_tip(repo, &client)? {
+            Some(tip) => tip,
+            None => {
+                let start = match remote_tip(repo, &client)? {
+                    Some(tip) => Some(tip),
+                    None => default_tip(repo)?.or(user_tip),
+                };
+                let start = start.ok_or(RepositoryError::NoDefaultBranch)?;
+                make_branch(repo, &client, start)?;
+                start
+            }
+        };
+        match user_tip {
+            Some(tip) => Ok(tip),
+            None => make_branch(repo, &user, client_tip).map(|()| client_tip),
+        }
+    }
+}
+
+/// Makes a whole repository in the empty folder `project`.
+fn build(
+    project: &Path,
+    source: &Source,
+    remotes: &Remotes,
+    key: &UserKey,
+    base_branch: Option<&str>,
+    committer: &Signature,
+) -> Result<()> {
+    super::init();
+    let mut options = RepositoryInitOptions::new();
+    options.no_reinit(true).external_template(false).initial_head(&key.user_branch());
+    Repository::init_opts(project, &options).during("start the repository")?;
+    let git = GitDir::of_project(project);
+    let config = gitdir::render_config(source.url().as_deref());
+    files::put(&git.path().join("config"), config.as_bytes()).during("write the configuration")?;
+    let repo = git.open(project)?;
+
+    let start = match source {
+        Source::Template(site) => commit_template(&repo, site, committer)?,
+        Source::Remote(url) => {
+            remotes.session(url, |url, options| fetch(&repo, url, options))?;
+            first_commit(&repo, key, base_branch)?
+        }
+        Source::Local(path) => {
+            let path = path.to_string_lossy();
+            fetch(&repo, &path, &mut FetchOptions::new()).during("copy the local repository")?;
+            first_commit(&repo, key, base_branch)?
+        }
+    };
+    make_branch(&repo, &key.client_branch(), start)?;
+    make_branch(&repo, &key.user_branch(), start)?;
+    let tree = repo.find_commit(start).and_then(|c| c.tree()).during("read the first commit")?;
+    checkout::fill(&repo, &tree, checkout::Target::Worktree(project))
+        .during("check the site out")
+}
+
+/// Brings all branches of `url` here as `origin`'s, and notes which is the default one.
+fn fetch(
+    repo: &Repository,
+    url: &str,
+    options: &mut FetchOptions<'_>,
+) -> Result<(), git2::Error> {
+    let mut remote = repo.remote_anonymous(url)?;
+    options.download_tags(AutotagOption::None);
+    remote.fetch(&["+refs/heads/*:refs/remotes/origin/*"], Some(options), None)?;
+    // No default branch (HEAD is detached or names a branch without commits) is no error: the
+    // caller may have named one.
+    let default = remote.default_branch().ok();
+    let default = default.as_ref().and_then(|name| name.as_str().ok()?.strip_prefix("refs/heads/"));
+    if let Some(name) = default {
+        let target = format!("refs/remotes/origin/{name}");
+        repo.reference_symbolic("refs/remotes/origin/HEAD", &target, true, "clone")?;
+    }
+    Ok(())
+}
+
+/// Where the client's branch starts in a repository that was just fetched.
+fn first_commit(repo: &Repository, key: &UserKey, base_branch: Option<&str>) -> Result<Oid> {
+    let fetched = repo.references_glob("refs/remotes/origin/*").during("list the branches")?;
+    if fetched.count() == 0 {
+        return Err(RepositoryError::Empty);
+    }
+    if let Some(tip) = remote_tip(repo, &key.client_branch())? {
+        return Ok(tip);
+    }
+    match base_branch {
+        Some(name) => remote_tip(repo, name)?
+            .ok_or_else(|| RepositoryError::NoSuchBranch { branch: name.to_owned() }),
+        None => default_tip(repo)?.ok_or(RepositoryError::NoDefaultBranch),
+    }
+}
+
+/// The built-in site as the first commit of a branch of its own.
+fn commit_template(
+    repo: &Repository,
+    site: &[TemplateFile],
+    committer: &Signature,
+) -> Result<Oid> {
+    let commit = || -> Result<_, git2::Error> {
+        let mut edits = BTreeMap::new();
+        for file in site {
+            let mode = if file.executable { 0o100755 } else { 0o100644 };
+            edits.insert(file.path.clone().into_bytes(), Some((repo.blob(&file.content)?, mode)));
+        }
+        let tree = repo.find_tree(tree::edit(repo, None, &edits)?)?;
+        let who = message::signature(committer)?;
+        let text = message::compose("Start from the built-in template", &[]);
+        let branch = format!("refs/heads/{TEMPLATE_BRANCH}");
+        repo.commit(Some(&branch), &who, &who, &text, &tree, &[])
+    };
+    commit().during("commit the template")
+}
+
+/// The commit of a local branch.
+pub(super) fn branch_tip(repo: &Repository, branch: &str) -> Result<Option<Oid>> {
+    tip(repo, branch, BranchType::Local)
+}
+
+fn remote_tip(repo: &Repository, branch: &str) -> Result<Option<Oid>> {
+    tip(repo, &format!("origin/{branch}"), BranchType::Remote)
+}
+
+fn tip(repo: &Repository, name: &str, kind: BranchType) -> Result<Option<Oid>> {
+    let found = repo
+        .find_branch(name, kind)
+        .and_then(|branch| branch.into_reference().peel_to_commit())
+        .map(|commit| Some(commit.id()));
+    match found {
+        // A name that can be no branch is no branch.
+        Err(e) if matches!(e.code(), ErrorCode::NotFound | ErrorCode::InvalidSpec) => Ok(None),
+        found => found.during("read a branch"),
+    }
+}
+
+/// Where the origin's default branch stands: the one it named, the template's, or the only one.
+fn default_tip(repo: &Repository) -> Result<Option<Oid>> {
+    for name in ["HEAD", "main", "master"] {
+        if let Some(tip) = remote_tip(repo, name)? {
+            return Ok(Some(tip));
+        }
+    }
+    if let Some(tip) = branch_tip(repo, TEMPLATE_BRANCH)? {
+        return Ok(Some(tip));
+    }
+    let fetched = repo.branches(Some(BranchType::Remote)).during("list the branches")?;
+    let mut tips = fetched.filter_map(|branch| branch.ok()?.0.get().target());
+    Ok(tips.next().filter(|_| tips.next().is_none()))
+}
+
+fn make_branch(repo: &Repository, branch: &str, at: Oid) -> Result<()> {
+    repo.reference(&format!("refs/heads/{branch}"), at, false, "greenroom: branch")
+        .map(drop)
+        .during("make a branch")
+}

@@ -1,0 +1,690 @@
+//! One thread's worktree: what changed in it, and the commits made of that.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ffi::OsStr,
+    fs::{self, File},
+    io::{self, Read as _, Seek as _},
+    os::unix::ffi::OsStrExt as _,
+    path::{Path, PathBuf},
+};
+
+use git2::{
+    Delta, DiffFindOptions, DiffOptions, ErrorCode, Index, IndexEntry, IndexTime, ObjectType, Oid,
+    Patch, Repository, StatusOptions, Tree,
+};
+use nix::sys::stat::FileStat;
+
+use super::{
+    Operation as _, RepositoryError, Result, checkout,
+    files::{self, Found, Root},
+    gate::{self, Keeper},
+    gitdir::{self, GitDir},
+    message, tree, user,
+};
+use crate::{
+    domain::{CommitSummary, FileChange, FileStatus, HeldBack, Signature},
+    identity::ThreadKey,
+};
+
+/// The worktree of one thread, on its branch. Plain paths: each call opens what it needs and
+/// puts the links between worktree and repository right before.
+#[derive(Debug, Clone)]
+pub struct Worktree {
+    git: GitDir,
+    /// The worktree's entry in the git directory: HEAD, index, links.
+    admin: PathBuf,
+    path: PathBuf,
+    branch: String,
+}
+
+/// One path that differs from the branch's commit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Change {
+    /// Relative to the worktree, with `/`.
+    pub path: String,
+    /// Never `Renamed`: that is told of commits alone.
+    pub status: FileStatus,
+}
+
+/// What a commit is to say.
+#[derive(Debug)]
+pub struct CommitRequest<'a> {
+    /// Becomes the subject (its first line, cut) and, where it is longer, the body.
+    pub instruction: &'a str,
+    /// The last paragraph of the message: `Turn-Id`, `Thread`, `Status` and so on.
+    pub trailers: &'a [(&'a str, String)],
+    pub author: &'a Signature,
+    pub committer: &'a Signature,
+    /// Folder of this turn for copies of what is held back; made when needed.
+    pub held_dir: &'a Path,
+}
+
+/// What [`Worktree::commit`] did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Committed {
+    /// `None` if nothing (or nothing but held-back files) had changed.
+    pub commit: Option<CommitSummary>,
+    /// Files left out on purpose; they are still in the worktree.
+    pub held_back: Vec<HeldBack>,
+}
+
+/// One commit of a branch's history.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LogEntry {
+    pub id: String,
+    pub subject: String,
+    pub author: Signature,
+    pub time: jiff::Timestamp,
+    /// In the order of the message. Anyone who may push can write any trailer.
+    pub trailers: Vec<(String, String)>,
+}
+
+/// Most paths that a scan takes up. A turn that leaves more untracked files than this is
+/// installing something, not editing a site.
+const MAX_PATHS: usize = 500_000;
+/// Files larger than this have no line counts, in bytes.
+const MAX_COUNTED_BYTES: i64 = 2_000_000;
+/// Commits of more files than this have no line counts.
+const MAX_COUNTED_FILES: usize = 2_000;
+/// `git update-index --assume-unchanged` (the entry's flag, `GIT_INDEX_ENTRY_VALID`).
+const ASSUME_UNCHANGED: u16 = 0x8000;
+/// `git update-index --skip-worktree` (the entry's extended flag).
+const SKIP_WORKTREE: u16 = 1 << 14;
+
+const LINK_MODE: u32 = 0o120_000;
+
+impl Worktree {
+    pub(super) fn new(git: GitDir, key: &ThreadKey, path: &Path) -> Self {
+        let admin = git.path().join("worktrees").join(key.thread.as_str());
+        Self { git, admin, path: path.to_owned(), branch: key.branch() }
+    }
+
+    /// The folder itself.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Full id of the branch's commit.
+    pub fn head(&self) -> Result<String> {
+        let repo = self.open()?;
+        self.tip(&repo).map(|id| id.to_string())
+    }
+
+    /// What differs from the branch's commit: new files one by one, ignored ones left out. The
+    /// files of a repository inside the worktree are files like others.
+    pub fn changes(&self) -> Result<Vec<Change>> {
+        let repo = self.open()?;
+        let head = self.tree(&repo, self.tip(&repo)?)?;
+        let root = Root::open(&self.path).during("open the worktree")?;
+        let mut changes = Vec::new();
+        for path in self.differing(&repo)? {
+            let on_disk = root.look(&path).during("look at a changed file")?;
+            let is_there = matches!(on_disk, Found::File(..) | Found::Link(..))
+                || gate::packages_folder(&path).is_some_and(|folder| folder == path);
+            let status = match (in_tree(&head, &path)?.is_some(), is_there) {
+                (false, false) => continue,
+                (false, true) => FileStatus::Added,
+                (true, true) => FileStatus::Modified,
+                (true, false) => FileStatus::Deleted,
+            };
+            changes.push(Change { path: path.to_string_lossy().into_owned(), status });
+        }
+        Ok(changes)
+    }
+
+    /// Commits everything that changed, but for what the gate holds back, and brings the index
+    /// into agreement. Makes no commit where nothing changed.
+    ///
+    /// # Errors
+    /// [`RepositoryError::HeadMoved`] if the branch moved meanwhile: nothing was committed.
+    pub fn commit(&self, request: &CommitRequest<'_>) -> Result<Committed> {
+        let repo = self.open()?;
+        let head = self.tip(&repo)?;
+        self.commit_onto(&repo, head, request)
+    }
+
+    fn commit_onto(
+        &self,
+        repo: &Repository,
+        head: Oid,
+        request: &CommitRequest<'_>,
+    ) -> Result<Committed> {
+        let head_tree = self.tree(repo, head)?;
+        let paths = self.differing(repo)?;
+        if paths.is_empty() {
+            return Ok(Committed { commit: None, held_back: Vec::new() });
+        }
+        let mut stage = Stage {
+            repo,
+            head: &head_tree,
+            root: Root::open(&self.path).during("open the worktree")?,
+            index: repo.index().during("read the index")?,
+            keeper: Keeper::new(request.held_dir),
+            edits: BTreeMap::new(),
+            held_back: Vec::new(),
+        };
+        for path in &paths {
+            stage.take(path)?;
+        }
+        let Stage { mut index, edits, held_back, .. } = stage;
+
+        let tree = tree::edit(repo, Some(&head_tree), &edits).during("write the tree")?;
+        let commit = if tree == head_tree.id() {
+            None
+        } else {
+            let id = self.write_commit(repo, head, tree, request)?;
+            Some(summarise(repo, id)?)
+        };
+        // After the branch: an index that is behind is mended by the next commit, one that is
+        // ahead would show work that is in no commit.
+        if let Err(error) = index.write() {
+            tracing::warn!(%error, branch = self.branch, "the index could not be written");
+        }
+        Ok(Committed { commit, held_back })
+    }
+
+    fn write_commit(
+        &self,
+        repo: &Repository,
+        head: Oid,
+        tree: Oid,
+        request: &CommitRequest<'_>,
+    ) -> Result<Oid> {
+        self.git.check_branch(&self.branch)?;
+        let write = || -> Result<_, git2::Error> {
+            let parent = repo.find_commit(head)?;
+            let tree = repo.find_tree(tree)?;
+            let text = message::compose(request.instruction, request.trailers);
+            let author = message::signature(request.author)?;
+            let committer = message::signature(request.committer)?;
+            let id = repo.commit(None, &author, &committer, &text, &tree, &[&parent])?;
+            let branch = format!("refs/heads/{}", self.branch);
+            repo.reference_matching(&branch, id, true, head, "commit")?;
+            Ok(id)
+        };
+        write().map_err(|error: git2::Error| match error.code() {
+            ErrorCode::Modified | ErrorCode::NotFound => {
+                RepositoryError::HeadMoved { branch: self.branch.clone() }
+            }
+            _ => RepositoryError::Git { operation: "commit", source: error },
+        })
+    }
+
+    /// At most the first `max_bytes` bytes of a regular file as it is committed.
+    pub fn read_at_head(&self, path: &str, max_bytes: usize) -> Result<Option<Vec<u8>>> {
+        let repo = self.open()?;
+        let tree = self.tree(&repo, self.tip(&repo)?)?;
+        match in_tree(&tree, Path::new(path))? {
+            Some((id, mode)) if mode != LINK_MODE => {
+                let blob = repo.find_blob(id).during("read a committed file")?;
+                let content = blob.content();
+                Ok(Some(content[..content.len().min(max_bytes)].to_vec()))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// Writes the committed files into `to`, an empty or missing folder.
+    pub fn export(&self, to: &Path) -> Result<()> {
+        let repo = self.open()?;
+        let tree = self.tree(&repo, self.tip(&repo)?)?;
+        fs::create_dir_all(to).during("make the folder for a copy")?;
+        checkout::fill(&repo, &tree, checkout::Target::Copy(to)).during("copy the site's files")
+    }
+
+    /// The branch's commits, newest first, merges seen from their first parent.
+    pub fn log(&self, limit: usize) -> Result<Vec<LogEntry>> {
+        let repo = self.open()?;
+        let walk = || -> Result<Vec<_>, git2::Error> {
+            let mut walk = repo.revwalk()?;
+            walk.simplify_first_parent()?;
+            walk.push(self.tip_id(&repo)?)?;
+            walk.take(limit).map(|id| log_entry(&repo.find_commit(id?)?)).collect()
+        };
+        walk().during("read the history")
+    }
+
+    /// What one commit changed against its first parent.
+    pub fn summary(&self, commit: &str) -> Result<CommitSummary> {
+        let repo = self.open()?;
+        let id = Oid::from_str(commit).during("read a commit's id")?;
+        summarise(&repo, id)
+    }
+
+    /// Makes the worktree, or mends it; see `UserRepository::ensure_thread`.
+    pub(super) fn ensure(&self) -> Result<()> {
+        for lock in ["index.lock", "HEAD.lock"] {
+            gitdir::clear_dead_lock(&self.admin.join(lock))?;
+        }
+        let is_fresh = match files::kind_of(&self.path).during("look at the worktree")? {
+            None => true,
+            Some(kind) if kind.is_dir() => {
+                files::is_empty_dir(&self.path).during("look at the worktree")?
+            }
+            Some(_) => {
+                return Err(RepositoryError::Tampered { what: "the worktree is no folder".into() });
+            }
+        };
+        // Absolute, because the git program would prune a relative one; so it is written anew
+        // wherever the workspace is mounted.
+        let back = [self.path.join(".git").as_os_str().as_bytes(), b"\n"].concat();
+        self.put_right_entry()?;
+        files::put(&self.admin.join("gitdir"), &back).during("link the worktree")?;
+        files::put(&self.admin.join("locked"), b"kept by greenroom\n").during("link the worktree")?;
+        if is_fresh { self.check_out() } else { self.mend_index() }
+    }
+
+    /// First checkout, under another name until it is whole: a half made worktree would look
+    /// like one in which somebody deleted files.
+    fn check_out(&self) -> Result<()> {
+        let name = self.path.file_name().expect("a worktree's path ends in its thread's id");
+        let mut hidden = OsStr::new(".").to_owned();
+        hidden.push(name);
+        hidden.push(".partial");
+        let partial = self.path.with_file_name(hidden);
+        files::remove_all(&partial).during("remove the leftovers of an earlier attempt")?;
+        fs::create_dir_all(&partial).during("make the worktree's folder")?;
+        // Whatever index there is belongs to files that are gone.
+        files::remove_all(&self.admin.join("index")).during("remove the old index")?;
+        let in_progress = Self { path: partial.clone(), ..self.clone() };
+        let repo = in_progress.open()?;
+        let tree = in_progress.tree(&repo, in_progress.tip(&repo)?)?;
+        checkout::fill(&repo, &tree, checkout::Target::Worktree(&partial))
+            .during("check the site out")?;
+        fs::rename(&partial, &self.path).during("put the worktree in place")
+    }
+
+    /// Makes the index agree with the branch's commit: it is behind after a crash, and missing
+    /// after the loss of the worktree's entry.
+    fn mend_index(&self) -> Result<()> {
+        let repo = self.open()?;
+        let tree = self.tree(&repo, self.tip(&repo)?)?;
+        let mend = |repo: &Repository| {
+            let mut index = repo.index()?;
+            let is_behind = repo.diff_tree_to_index(Some(&tree), Some(&index), None)?.deltas().len();
+            if is_behind > 0 {
+                index.read_tree(&tree)?;
+                index.write()?;
+            }
+            Ok::<_, git2::Error>(())
+        };
+        if mend(&repo).is_err() {
+            // A broken index holds nothing that HEAD and the files don't.
+            files::remove_all(&self.admin.join("index")).during("remove a broken index")?;
+            mend(&self.open()?).during("rebuild the index")?;
+        }
+        Ok(())
+    }
+
+    /// Opens the worktree's repository after putting right what leads there.
+    fn open(&self) -> Result<Repository> {
+        if files::kind_of(&self.path).during("look at the worktree")?.is_none() {
+            return Err(RepositoryError::Missing);
+        }
+        self.put_right_entry()?;
+        self.put_right_link()?;
+        self.git.open_worktree(&self.admin, &self.path)
+    }
+
+    /// The entry's side: which git directory it belongs to and which branch it is on.
+    fn put_right_entry(&self) -> Result<()> {
+        fs::create_dir_all(&self.admin).during("make the worktree's entry")?;
+        let head = format!("ref: refs/heads/{}\n", self.branch);
+        for (file, content) in [("commondir", "../..\n"), ("HEAD", &head)] {
+            files::put(&self.admin.join(file), content.as_bytes()).during("link the worktree")?;
+        }
+        Ok(())
+    }
+
+    /// The worktree's side: its `.git` file. A git directory that somebody put there is moved
+    /// into the entry, so that nothing in it is lost.
+    fn put_right_link(&self) -> Result<()> {
+        let link = self.path.join(".git");
+        if files::kind_of(&link).during("look at the worktree's link")?.is_some_and(|k| k.is_dir()) {
+            tracing::warn!(branch = self.branch, "a worktree's .git was replaced; moved aside");
+            let aside = format!("replaced-{}", uuid::Uuid::now_v7().simple());
+            fs::rename(&link, self.admin.join(aside)).during("move a foreign .git aside")?;
+        }
+        // Relative, so that it survives a move of the workspace.
+        let mut content = b"gitdir: ".to_vec();
+        content.extend(files::relative(&self.path, &self.admin).as_os_str().as_bytes());
+        content.push(b'\n');
+        files::put(&link, &content).during("link the worktree")
+    }
+
+    fn tip(&self, repo: &Repository) -> Result<Oid> {
+        user::branch_tip(repo, &self.branch)?
+            .ok_or_else(|| RepositoryError::NoSuchBranch { branch: self.branch.clone() })
+    }
+
+    fn tip_id(&self, repo: &Repository) -> Result<Oid, git2::Error> {
+        repo.refname_to_id(&format!("refs/heads/{}", self.branch))
+    }
+
+    fn tree<'r>(&self, repo: &'r Repository, commit: Oid) -> Result<Tree<'r>> {
+        repo.find_commit(commit).and_then(|commit| commit.tree()).during("read the commit")
+    }
+
+    /// Every path at which commit, index and worktree are not all the same; a folder of installed
+    /// packages is one path.
+    fn differing(&self, repo: &Repository) -> Result<BTreeSet<PathBuf>> {
+        let mut index = repo.index().during("read the index")?;
+        clear_hiding_flags(&mut index).during("read the index")?;
+        let mut options = StatusOptions::new();
+        options.include_untracked(true).recurse_untracked_dirs(true).exclude_submodules(true);
+        let statuses = repo.statuses(Some(&mut options)).during("scan the worktree")?;
+        let mut paths = BTreeSet::new();
+        for entry in statuses.iter().take(MAX_PATHS) {
+            let bytes = entry.path_bytes();
+            let path = Path::new(OsStr::from_bytes(bytes));
+            match bytes.strip_suffix(b"/") {
+                // A folder that git does not look into: a repository inside the worktree.
+                Some(folder) => {
+                    let folder = Path::new(OsStr::from_bytes(folder));
+                    self.list_nested(repo, folder, &mut paths).during("scan a nested folder")?;
+                }
+                None => {
+                    let is_new = entry.status().is_wt_new();
+                    let packages = gate::packages_folder(path).filter(|_| is_new);
+                    paths.insert(packages.unwrap_or_else(|| path.to_owned()));
+                }
+            }
+        }
+        Ok(paths)
+    }
+
+    fn list_nested(
+        &self,
+        repo: &Repository,
+        folder: &Path,
+        paths: &mut BTreeSet<PathBuf>,
+    ) -> io::Result<()> {
+        let mut folders = vec![folder.to_owned()];
+        while let Some(folder) = folders.pop() {
+            for entry in fs::read_dir(self.path.join(&folder))? {
+                let entry = entry?;
+                let name = entry.file_name();
+                let path = folder.join(&name);
+                let is_folder = entry.file_type()?.is_dir();
+                // git takes a path for a folder's by its last character.
+                let asked = if is_folder { path.join("") } else { path.clone() };
+                if name == ".git" || repo.is_path_ignored(&asked).unwrap_or(false) {
+                    continue;
+                }
+                if is_folder && gate::packages_folder(&path).is_none() {
+                    folders.push(path);
+                } else if paths.len() < MAX_PATHS {
+                    paths.insert(path);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A commit in the making: the tree's edits and the index, path by path.
+struct Stage<'a> {
+    repo: &'a Repository,
+    head: &'a Tree<'a>,
+    root: Root,
+    index: Index,
+    keeper: Keeper<'a>,
+    edits: tree::Edits,
+    held_back: Vec<HeldBack>,
+}
+
+impl Stage<'_> {
+    /// Takes up one path as it is in the worktree now.
+    fn take(&mut self, path: &Path) -> Result<()> {
+        let committed = in_tree(self.head, path)?;
+        if committed.is_none() && gate::packages_folder(path).is_some() {
+            // Not copied: there may be a gigabyte of it, and installing brings it back.
+            self.leave_out(path, committed, "installed packages are not part of the site");
+            return Ok(());
+        }
+        let name_fault = if committed.is_none() { gate::judge_name(path) } else { None };
+        match self.root.look(path) {
+            Ok(Found::File(mut file, stat)) => {
+                let fault = match name_fault {
+                    Some(fault) => Some(fault),
+                    None => self.judge(&mut file, &stat, committed)?,
+                };
+                if let Some(reason) = fault {
+                    self.hold_back(path, committed, &mut file, reason);
+                    return Ok(());
+                }
+                match self.write_blob(path, &mut file) {
+                    Ok(id) => self.stage(path, committed, id, &stat),
+                    Err(error) => {
+                        tracing::warn!(%error, "a changed file could not be read");
+                        self.leave_out(path, committed, "it could not be read");
+                    }
+                }
+            }
+            Ok(Found::Link(target, stat)) => {
+                if let Some(reason) = name_fault {
+                    self.leave_out(path, committed, reason);
+                    return Ok(());
+                }
+                let id = self.repo.blob(&target).during("store a symlink")?;
+                self.stage(path, committed, id, &stat);
+            }
+            Ok(Found::Nothing | Found::Directory | Found::Other) => {
+                // Not there as a file: what is below a folder has paths of its own.
+                self.forget(path);
+                if committed.is_some() {
+                    self.edits.insert(path.as_os_str().as_bytes().to_vec(), None);
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a changed file could not be opened");
+                self.leave_out(path, committed, "it could not be read");
+            }
+        }
+        Ok(())
+    }
+
+    /// Why this content must not be committed, unless the history already holds the like.
+    fn judge(
+        &self,
+        file: &mut File,
+        stat: &FileStat,
+        committed: Option<(Oid, u32)>,
+    ) -> Result<Option<&'static str>> {
+        let earlier = committed.and_then(|(id, _)| self.repo.find_blob(id).ok());
+        if u64::try_from(stat.st_size).unwrap_or(0) > gate::MAX_FILE_BYTES {
+            let was_large = earlier.is_some_and(|blob| blob.size() as u64 > gate::MAX_FILE_BYTES);
+            return Ok((!was_large).then_some(gate::TOO_LARGE));
+        }
+        let mut content = Vec::new();
+        let read = file.take(gate::MAX_FILE_BYTES).read_to_end(&mut content);
+        read.and_then(|_| file.rewind()).during("read a changed file")?;
+        let fault = gate::judge_content(&content);
+        let is_known = || earlier.is_some_and(|blob| gate::judge_content(blob.content()).is_some());
+        Ok(fault.filter(|_| !is_known()))
+    }
+
+    /// Stores the file as git would for this path (line endings by its attributes).
+    fn write_blob(&self, path: &Path, file: &mut File) -> io::Result<Oid> {
+        let mut writer = self.repo.blob_writer(Some(path)).map_err(io::Error::other)?;
+        io::copy(file, &mut writer)?;
+        writer.commit().map_err(io::Error::other)
+    }
+
+    fn stage(&mut self, path: &Path, committed: Option<(Oid, u32)>, id: Oid, stat: &FileStat) {
+        let entry = index_entry(path, id, stat);
+        let mode = entry.mode;
+        // Also the judge of names: it refuses `.git` in every spelling.
+        if self.index.add(&entry).is_err() {
+            self.leave_out(path, committed, "git does not allow a file of this name");
+        } else if committed != Some((id, mode)) {
+            let mode = i32::try_from(mode).expect("git's modes have 16 bits");
+            self.edits.insert(path.as_os_str().as_bytes().to_vec(), Some((id, mode)));
+        }
+    }
+
+    fn hold_back(
+        &mut self,
+        path: &Path,
+        committed: Option<(Oid, u32)>,
+        file: &mut File,
+        reason: &str,
+    ) {
+        match self.keeper.keep(path, file) {
+            Ok(()) => self.leave_out(path, committed, reason),
+            Err(error) => {
+                tracing::warn!(%error, "a held-back file could not be copied aside");
+                self.leave_out(path, committed, &format!("{reason} (no copy of it could be kept)"));
+            }
+        }
+    }
+
+    /// Reports the path and gives the index what the commit has there.
+    fn leave_out(&mut self, path: &Path, committed: Option<(Oid, u32)>, reason: &str) {
+        self.forget(path);
+        if let Some((id, mode)) = committed {
+            let entry = IndexEntry { mode, ..blank_entry(path, id) };
+            if let Err(error) = self.index.add(&entry) {
+                tracing::warn!(%error, "the index could not be put back for a held-back file");
+            }
+        }
+        let path = path.to_string_lossy().into_owned();
+        self.held_back.push(HeldBack { path, reason: format!("Not committed: {reason}.") });
+    }
+
+    fn forget(&mut self, path: &Path) {
+        // All stages: a conflict that somebody left behind is settled by what is in the file.
+        for stage in 0..=3 {
+            self.index.remove(path, stage).ok();
+        }
+    }
+}
+
+/// The blob and mode at `path`; `None` also for folders and submodules.
+fn in_tree(tree: &Tree<'_>, path: &Path) -> Result<Option<(Oid, u32)>> {
+    match tree.get_path(path) {
+        Ok(entry) if entry.kind() == Some(ObjectType::Blob) => {
+            let mode = u32::try_from(entry.filemode()).expect("git's modes are positive");
+            Ok(Some((entry.id(), mode)))
+        }
+        Ok(_) => Ok(None),
+        Err(error) if error.code() == ErrorCode::NotFound => Ok(None),
+        Err(error) => Err(error).during("read the committed tree"),
+    }
+}
+
+/// An index entry that claims nothing about the file on disk.
+fn blank_entry(path: &Path, id: Oid) -> IndexEntry {
+    let never = IndexTime::new(0, 0);
+    IndexEntry {
+        ctime: never,
+        mtime: never,
+        dev: 0,
+        ino: 0,
+        mode: 0,
+        uid: 0,
+        gid: 0,
+        file_size: 0,
+        id,
+        flags: 0,
+        flags_extended: 0,
+        path: path.as_os_str().as_bytes().to_vec(),
+    }
+}
+
+/// An entry for the file that `stat` was taken of. The index format has 32 bits for each field
+/// and cuts what is longer.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the index format")]
+fn index_entry(path: &Path, id: Oid, stat: &FileStat) -> IndexEntry {
+    let mode = match stat.st_mode {
+        mode if mode & 0o170_000 == LINK_MODE => LINK_MODE,
+        mode if mode & 0o100 != 0 => 0o100_755,
+        _ => 0o100_644,
+    };
+    IndexEntry {
+        ctime: IndexTime::new(stat.st_ctime as i32, stat.st_ctime_nsec as u32),
+        mtime: IndexTime::new(stat.st_mtime as i32, stat.st_mtime_nsec as u32),
+        dev: stat.st_dev as u32,
+        ino: stat.st_ino as u32,
+        mode,
+        uid: stat.st_uid,
+        gid: stat.st_gid,
+        file_size: stat.st_size as u32,
+        ..blank_entry(path, id)
+    }
+}
+
+/// Takes away the marks that tell git not to look at a file.
+fn clear_hiding_flags(index: &mut Index) -> Result<(), git2::Error> {
+    let hiding: Vec<_> = index
+        .iter()
+        .filter(|e| e.flags & ASSUME_UNCHANGED != 0 || e.flags_extended & SKIP_WORKTREE != 0)
+        .collect();
+    for mut entry in hiding {
+        entry.flags &= !ASSUME_UNCHANGED;
+        entry.flags_extended &= !SKIP_WORKTREE;
+        index.remove_path(Path::new(OsStr::from_bytes(&entry.path)))?;
+        index.add(&entry)?;
+    }
+    Ok(())
+}
+
+fn log_entry(commit: &git2::Commit<'_>) -> Result<LogEntry, git2::Error> {
+    let message = String::from_utf8_lossy(commit.message_bytes());
+    let trailers = git2::message_trailers_strs(&message)?;
+    let trailers = trailers.iter().map(|(k, v)| (k.to_owned(), v.to_owned())).collect();
+    let author = commit.author();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    Ok(LogEntry {
+        id: commit.id().to_string(),
+        subject: subject_of(commit),
+        author: Signature { name: text(author.name_bytes()), email: text(author.email_bytes()) },
+        time: jiff::Timestamp::from_second(commit.time().seconds()).unwrap_or_default(),
+        trailers,
+    })
+}
+
+fn subject_of(commit: &git2::Commit<'_>) -> String {
+    let subject = commit.summary_bytes().unwrap_or_default();
+    String::from_utf8_lossy(subject).into_owned()
+}
+
+fn summarise(repo: &Repository, id: Oid) -> Result<CommitSummary> {
+    let read = || -> Result<_, git2::Error> {
+        let commit = repo.find_commit(id)?;
+        let before = match commit.parent(0) {
+            Ok(parent) => Some(parent.tree()?),
+            Err(error) if error.code() == ErrorCode::NotFound => None,
+            Err(error) => return Err(error),
+        };
+        let mut options = DiffOptions::new();
+        options.context_lines(0).max_size(MAX_COUNTED_BYTES);
+        let mut diff =
+            repo.diff_tree_to_tree(before.as_ref(), Some(&commit.tree()?), Some(&mut options))?;
+        diff.find_similar(Some(DiffFindOptions::new().renames(true).rename_limit(200)))?;
+        let is_counted = diff.deltas().len() <= MAX_COUNTED_FILES;
+        let mut files = Vec::new();
+        for (at, delta) in diff.deltas().enumerate() {
+            let status = match delta.status() {
+                Delta::Added | Delta::Copied => FileStatus::Added,
+                Delta::Deleted => FileStatus::Deleted,
+                Delta::Renamed => FileStatus::Renamed,
+                _ => FileStatus::Modified,
+            };
+            let patch = if is_counted { Patch::from_diff(&diff, at)? } else { None };
+            let (_, additions, deletions) =
+                patch.map(|patch| patch.line_stats()).transpose()?.unwrap_or_default();
+            let file = if status == FileStatus::Deleted { delta.old_file() } else { delta.new_file() };
+            let path = String::from_utf8_lossy(file.path_bytes().unwrap_or_default()).into_owned();
+            files.push(FileChange {
+                path,
+                status,
+                additions: additions as u64,
+                deletions: deletions as u64,
+            });
+        }
+        Ok(CommitSummary { id: id.to_string(), message: subject_of(&commit), files })
+    };
+    read().during("read what a commit changed")
+}
