@@ -1,1 +1,173 @@
-//! (room)
+//! The gateway: a loopback listener that speaks the Messages API and stands between the Claude
+//! Code CLI and the upstream.
+//!
+//! The CLI is given an [`AgentToken`]; the real [`Credential`] never leaves this room. A token
+//! admits requests only while a run is active ([`AgentToken::begin`]), and only on the paths that
+//! the CLI needs. Bodies stream both ways without being gathered; a client that goes away, or a
+//! run that ends, cancels the upstream request.
+//!
+//! One task accepts connections and one serves each of them, all in the [`Tasks`] that it was
+//! started with. State: the tokens and their runs (`run`), and the upstream client, which is made
+//! at the first request because loading the platform's certificates is slow.
+
+mod credential;
+mod relay;
+mod run;
+
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddr},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
+
+use hyper::{server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{net::TcpListener, sync::Semaphore};
+use url::Url;
+
+use crate::task::Tasks;
+
+pub use credential::{Credential, Secret, load_credentials_file};
+pub use run::{ActiveRun, AgentToken, UpstreamNote};
+
+use relay::Relay;
+use run::Tokens;
+
+/// Why the gateway could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum GatewayError {
+    #[error("failed to listen on loopback for the gateway")]
+    Listen {
+        #[source]
+        source: io::Error,
+    },
+    /// The address is not repeated: it may hold a password.
+    #[error("the model API's address must begin with http:// or https:// and name a host")]
+    UnusableUpstream,
+    #[error("the model API's credential holds characters that no HTTP header can carry")]
+    UnusableCredential,
+    #[error("failed to read the credentials file {}", path.display())]
+    ReadCredentials {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error(
+        "the credentials file {} holds neither an api_key nor an oauth entry with an accessToken",
+        path.display()
+    )]
+    ParseCredentials { path: PathBuf },
+}
+
+/// Where model requests go, and as whom.
+#[derive(Debug, Clone)]
+pub struct GatewayConfig {
+    /// Base address; `/v1/messages` is appended to its path.
+    pub upstream: Url,
+    pub credential: Credential,
+}
+
+/// Connections at once. A CLI keeps two or three; the rest is room for many CLIs, and a bound for
+/// an agent that opens sockets in a loop.
+const MAX_CONNECTIONS: usize = 256;
+/// Time for a request's head, and how long an idle connection is kept.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(60);
+/// After a failed `accept` (no descriptors left): long enough not to spin, short enough to go
+/// unnoticed.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// A running gateway. Cheap to clone; ends with the [`Tasks`] that it was started with.
+#[derive(Debug, Clone)]
+pub struct Gateway {
+    port: u16,
+    tokens: Arc<Tokens>,
+}
+
+impl Gateway {
+    /// Listens on a free loopback port. Does not touch the upstream yet.
+    ///
+    /// # Errors
+    /// [`GatewayError`] if the port, the upstream's address or the credential is unusable.
+    pub async fn start(config: GatewayConfig, tasks: &Tasks) -> Result<Self, GatewayError> {
+        let tokens = Arc::new(Tokens::default());
+        let relay = Arc::new(Relay::new(config, tokens.clone())?);
+        let listen = |source| GatewayError::Listen { source };
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+            .await
+            .map_err(listen)?;
+        let SocketAddr::V4(address) = listener.local_addr().map_err(listen)? else {
+            unreachable!("bound to an IPv4 address")
+        };
+        tasks.spawn("gateway", accept(listener, relay, tasks.clone()));
+        Ok(Self {
+            port: address.port(),
+            tokens,
+        })
+    }
+
+    /// What the CLI gets as `ANTHROPIC_BASE_URL`.
+    pub fn base_url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
+    }
+
+    /// The loopback port, for the rules that confine an agent.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// A fresh token for one CLI process, with no run active yet.
+    pub fn issue(&self) -> AgentToken {
+        self.tokens.issue()
+    }
+}
+
+async fn accept(listener: TcpListener, relay: Arc<Relay>, tasks: Tasks) {
+    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let stop = tasks.token().clone();
+    loop {
+        let slot = slots
+            .clone()
+            .acquire_owned()
+            .await
+            .expect("the semaphore is never closed");
+        let accepted = tokio::select! {
+            () = stop.cancelled() => return,
+            accepted = listener.accept() => accepted,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "the gateway failed to accept a connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        // Without it the kernel may hold back a small chunk until the last one is acknowledged.
+        stream.set_nodelay(true).ok();
+        let (relay, stop) = (relay.clone(), stop.clone());
+        tasks.spawn("gateway-connection", async move {
+            let serve = service_fn(move |request| {
+                let relay = relay.clone();
+                async move { Ok::<_, std::convert::Infallible>(relay.serve(request).await) }
+            });
+            let connection = http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(HEADER_TIMEOUT)
+                .serve_connection(TokioIo::new(stream), serve);
+            tokio::select! {
+                () = stop.cancelled() => {}
+                ended = connection => {
+                    if let Err(error) = ended {
+                        tracing::debug!(%error, "a gateway connection broke off");
+                    }
+                }
+            }
+            drop(slot);
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,457 @@
+//! One request from the CLI to the upstream and its answer back.
+
+use std::{
+    convert::Infallible,
+    error::Error,
+    io,
+    net::IpAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use futures_util::{Stream, StreamExt, stream};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, header};
+use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
+use hyper::body::{Body, Frame, Incoming};
+use serde_json::json;
+use tokio::sync::OnceCell;
+use url::{Host, Url};
+
+use super::{
+    GatewayConfig, GatewayError,
+    credential::Credential,
+    run::{Admission, Exchange, Tokens},
+};
+use crate::task;
+
+pub(super) type Answer = Response<UnsyncBoxBody<Bytes, io::Error>>;
+
+/// The largest request body; the API itself takes 32 MB.
+pub(super) const MAX_BODY: u64 = 64 << 20;
+/// A request body that stands still for so long is given up.
+const UPLOAD_IDLE: Duration = Duration::from_secs(60);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
+/// Reading the platform's certificates.
+const CLIENT_DEADLINE: Duration = Duration::from_secs(20);
+/// A stream with no byte for so long is probed, so that a dead connection is noticed.
+const KEEP_ALIVE: Duration = Duration::from_secs(30);
+
+/// Headers that are about one connection only (RFC 9110 section 7.6.1), and those of proxies.
+const HOP_BY_HOP: [&str; 9] = [
+    "connection",
+    "keep-alive",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+];
+/// What else of the CLI's headers stays here: its own credentials, and what is ours to decide.
+const NOT_UP: [&str; 6] = [
+    "authorization",
+    "x-api-key",
+    "cookie",
+    "host",
+    "accept-encoding",
+    "expect",
+];
+/// What else of the upstream's headers stays here: its cookies belong to our connection.
+const NOT_DOWN: [&str; 1] = ["set-cookie"];
+
+#[derive(Debug)]
+pub(super) struct Relay {
+    upstream: Url,
+    credential: Credential,
+    tokens: Arc<Tokens>,
+    client: OnceCell<reqwest::Client>,
+}
+
+impl Relay {
+    pub(super) fn new(config: GatewayConfig, tokens: Arc<Tokens>) -> Result<Self, GatewayError> {
+        let GatewayConfig {
+            upstream,
+            credential,
+        } = config;
+        if !matches!(upstream.scheme(), "http" | "https") || upstream.host().is_none() {
+            return Err(GatewayError::UnusableUpstream);
+        }
+        // Found out now, not at the first request.
+        credential.apply(&mut HeaderMap::new())?;
+        Ok(Self {
+            upstream,
+            credential,
+            tokens,
+            client: OnceCell::new(),
+        })
+    }
+
+    pub(super) async fn serve(&self, request: Request<Incoming>) -> Answer {
+        if request.uri().path() == "/" && matches!(*request.method(), Method::GET | Method::HEAD) {
+            // The CLI opens a connection ahead with it. Nothing is told and nothing forwarded.
+            return Response::new(empty());
+        }
+        let admission = match presented_token(request.headers()) {
+            Some(token) => self.tokens.admit(token),
+            None => Admission::UnknownToken,
+        };
+        if matches!(admission, Admission::UnknownToken) {
+            return refuse(
+                StatusCode::UNAUTHORIZED,
+                "this token is not known to the gateway",
+            );
+        }
+        if !is_needed(request.method(), request.uri().path()) {
+            return refuse(
+                StatusCode::NOT_FOUND,
+                "the gateway serves nothing at this path",
+            );
+        }
+        let Admission::Run(run) = admission else {
+            return refuse(StatusCode::FORBIDDEN, "no run is active for this token");
+        };
+        let over = run.over.clone();
+        tokio::select! {
+            biased;
+            () = over.cancelled() => refuse(StatusCode::FORBIDDEN, "the run is over"),
+            answer = self.forward(request, Exchange::start(run)) => answer,
+        }
+    }
+
+    async fn forward(&self, request: Request<Incoming>, mut exchange: Exchange) -> Answer {
+        if request.body().size_hint().lower() > MAX_BODY {
+            return too_large();
+        }
+        let client = match self
+            .client
+            .get_or_try_init(|| build_client(&self.upstream))
+            .await
+        {
+            Ok(client) => client,
+            Err(why) => {
+                tracing::error!(why, "the gateway has no HTTPS client");
+                exchange.unreachable();
+                return refuse(StatusCode::BAD_GATEWAY, &why);
+            }
+        };
+        let (head, body) = request.into_parts();
+        let mut headers = passing(&head.headers, &NOT_UP);
+        // Plain text, so that what passes can be counted.
+        headers.insert(
+            header::ACCEPT_ENCODING,
+            HeaderValue::from_static("identity"),
+        );
+        if let Err(error) = self.credential.apply(&mut headers) {
+            return refuse(StatusCode::BAD_GATEWAY, &error.to_string());
+        }
+        let exceeded = Arc::new(AtomicBool::new(false));
+        let mut upstream = client.request(head.method, target(&self.upstream, &head.uri));
+        if !body.is_end_stream() {
+            upstream = upstream.body(reqwest::Body::wrap_stream(upload(body, exceeded.clone())));
+        }
+        match upstream.headers(headers).send().await {
+            Ok(answer) if answer.status().is_redirection() => {
+                // Following it would carry the credential to an address that nobody configured.
+                exchange.head(answer.status(), answer.headers());
+                refuse(
+                    StatusCode::BAD_GATEWAY,
+                    "the model API answered with a redirect; configure its final address",
+                )
+            }
+            Ok(answer) => {
+                exchange.head(answer.status(), answer.headers());
+                relayed(answer, exchange)
+            }
+            Err(_) if exceeded.load(Ordering::Relaxed) => too_large(),
+            Err(error) => {
+                exchange.unreachable();
+                let why = reason(&error);
+                let host = self.upstream.host_str().unwrap_or_default();
+                tracing::warn!(host, error = chain(&error.without_url()), "{why}");
+                refuse(StatusCode::BAD_GATEWAY, why)
+            }
+        }
+    }
+}
+
+/// The CLI sends its token as a bearer; `x-api-key` is what other clients of the API use.
+fn presented_token(headers: &HeaderMap) -> Option<&str> {
+    let bearer = headers.get(header::AUTHORIZATION).and_then(|value| {
+        let (scheme, token) = value.to_str().ok()?.split_once(' ')?;
+        scheme
+            .eq_ignore_ascii_case("bearer")
+            .then_some(token.trim())
+    });
+    bearer.or_else(|| headers.get("x-api-key")?.to_str().ok())
+}
+
+/// Whether the CLI needs this call. Model ids are held to plain characters, because `..` in a path
+/// would be resolved on its way up.
+fn is_needed(method: &Method, path: &str) -> bool {
+    let is_model_id = |id: &str| {
+        !id.is_empty()
+            && !id.starts_with('.')
+            && id
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"._:@-".contains(&b))
+    };
+    match (method, path) {
+        (&Method::POST, "/v1/messages" | "/v1/messages/count_tokens") => true,
+        (&Method::GET, "/v1/models") => true,
+        (&Method::GET, path) => path.strip_prefix("/v1/models/").is_some_and(is_model_id),
+        _ => false,
+    }
+}
+
+fn target(base: &Url, request: &Uri) -> Url {
+    let mut url = base.clone();
+    url.set_path(&format!(
+        "{}{}",
+        base.path().trim_end_matches('/'),
+        request.path()
+    ));
+    url.set_query(request.query());
+    url.set_fragment(None);
+    url
+}
+
+/// The headers that may go on: neither those of one connection (named by `Connection` too) nor
+/// those in `kept`.
+fn passing(headers: &HeaderMap, kept: &[&str]) -> HeaderMap {
+    let named: Vec<String> = headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .map(|name| name.trim().to_ascii_lowercase())
+        .collect();
+    headers
+        .iter()
+        .filter(|(name, _)| {
+            let name = name.as_str();
+            !HOP_BY_HOP.contains(&name) && !kept.contains(&name) && !named.iter().any(|n| n == name)
+        })
+        .map(|(name, value)| (name.clone(), value.clone()))
+        .collect()
+}
+
+async fn build_client(upstream: &Url) -> Result<reqwest::Client, String> {
+    let is_local = is_loopback(upstream);
+    let is_plain = upstream.scheme() == "http";
+    let build = move || {
+        // An error means that it is installed already.
+        rustls::crypto::ring::default_provider()
+            .install_default()
+            .ok();
+        let mut builder = reqwest::Client::builder()
+            .redirect(reqwest::redirect::Policy::none())
+            .connect_timeout(CONNECT_TIMEOUT)
+            .tcp_nodelay(true)
+            .tcp_keepalive(KEEP_ALIVE)
+            .http2_keep_alive_interval(KEEP_ALIVE);
+        if is_local {
+            builder = builder.no_proxy();
+            if is_plain {
+                builder = builder.tls_certs_only([]);
+            }
+        }
+        builder.build()
+    };
+    match task::blocking("loading the certificates", CLIENT_DEADLINE, build).await {
+        Ok(Ok(client)) => Ok(client),
+        Ok(Err(error)) => Err(format!("failed to set up HTTPS: {}", error.without_url())),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+fn is_loopback(url: &Url) -> bool {
+    match url.host() {
+        Some(Host::Ipv4(address)) => IpAddr::from(address).is_loopback(),
+        Some(Host::Ipv6(address)) => IpAddr::from(address).is_loopback(),
+        Some(Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
+        None => false,
+    }
+}
+
+/// The CLI's body on its way up, piece by piece; ends with an error past [`MAX_BODY`] or after a
+/// standstill.
+fn upload(
+    body: Incoming,
+    exceeded: Arc<AtomicBool>,
+) -> impl Stream<Item = io::Result<Bytes>> + Send {
+    stream::try_unfold((body, 0_u64), move |(mut body, mut sent)| {
+        let exceeded = exceeded.clone();
+        async move {
+            loop {
+                let frame = tokio::time::timeout(UPLOAD_IDLE, body.frame())
+                    .await
+                    .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?;
+                let Some(frame) = frame.transpose().map_err(io::Error::other)? else {
+                    return Ok(None);
+                };
+                let Ok(data) = frame.into_data() else {
+                    continue;
+                };
+                sent += data.len() as u64;
+                if sent > MAX_BODY {
+                    exceeded.store(true, Ordering::Relaxed);
+                    return Err(io::Error::other("the request body is too large"));
+                }
+                return Ok(Some((data, (body, sent))));
+            }
+        }
+    })
+}
+
+/// The upstream's answer on its way down: status, headers, and each chunk as it comes.
+fn relayed(answer: reqwest::Response, exchange: Exchange) -> Answer {
+    let status = answer.status();
+    let headers = passing(answer.headers(), &NOT_DOWN);
+    let over = exchange.run().over.clone();
+    let chunks = answer.bytes_stream().boxed();
+    let body = stream::try_unfold(
+        (chunks, exchange, over),
+        |(mut chunks, mut exchange, over)| {
+            async move {
+                let chunk = tokio::select! {
+                    biased;
+                    () = over.cancelled() => return Err(io::Error::other("the run is over")),
+                    chunk = chunks.next() => chunk,
+                };
+                match chunk {
+                    Some(Ok(chunk)) => {
+                        exchange.chunk(&chunk);
+                        Ok(Some((Frame::data(chunk), (chunks, exchange, over))))
+                    }
+                    // The client must see a cut stream as one: end with an error, not in peace.
+                    Some(Err(error)) => Err(io::Error::other(error.without_url())),
+                    None => {
+                        exchange.complete();
+                        Ok(None)
+                    }
+                }
+            }
+        },
+    );
+    let mut response = Response::new(StreamBody::new(body).boxed_unsync());
+    *response.status_mut() = status;
+    *response.headers_mut() = headers;
+    response
+}
+
+fn reason(error: &reqwest::Error) -> &'static str {
+    if error.is_timeout() {
+        "the model API did not answer in time"
+    } else if error.is_connect() {
+        "the model API could not be reached"
+    } else {
+        "the connection to the model API broke off"
+    }
+}
+
+/// An error and its causes. reqwest's own text leaves the causes out.
+fn chain(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(&format!(": {error}"));
+        cause = error.source();
+    }
+    text
+}
+
+fn too_large() -> Answer {
+    refuse(
+        StatusCode::PAYLOAD_TOO_LARGE,
+        "the request is larger than 64 MiB",
+    )
+}
+
+fn empty() -> UnsyncBoxBody<Bytes, io::Error> {
+    Full::default().map_err(never).boxed_unsync()
+}
+
+fn never(error: Infallible) -> io::Error {
+    match error {}
+}
+
+/// An error of our own, in the API's shape: the CLI shows its message.
+fn refuse(status: StatusCode, message: &str) -> Answer {
+    let kind = match status {
+        StatusCode::UNAUTHORIZED => "authentication_error",
+        StatusCode::FORBIDDEN => "permission_error",
+        StatusCode::NOT_FOUND => "not_found_error",
+        StatusCode::PAYLOAD_TOO_LARGE => "request_too_large",
+        _ => "api_error",
+    };
+    let body = json!({"type": "error", "error": {"type": kind, "message": message}}).to_string();
+    let mut response = Response::new(Full::from(body).map_err(never).boxed_unsync());
+    *response.status_mut() = status;
+    let json = HeaderValue::from_static("application/json");
+    response.headers_mut().insert(header::CONTENT_TYPE, json);
+    response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_needed_paths_pass() {
+        for (method, path, passes) in [
+            (Method::POST, "/v1/messages", true),
+            (Method::POST, "/v1/messages/count_tokens", true),
+            (Method::GET, "/v1/models", true),
+            (Method::GET, "/v1/models/claude-opus-5-5", true),
+            (Method::GET, "/v1/messages", false),
+            (Method::POST, "/v1/models", false),
+            (Method::POST, "/v1/messages/", false),
+            (Method::POST, "/v1/messages/batches", false),
+            (Method::GET, "/v1/models/../files", false),
+            (Method::GET, "/v1/models/%2e%2e/files", false),
+            (Method::GET, "/v1/models/..", false),
+            (Method::GET, "/v1/organizations", false),
+            (Method::POST, "//v1/messages", false),
+        ] {
+            assert_eq!(is_needed(&method, path), passes, "{method} {path}");
+        }
+    }
+
+    #[test]
+    fn the_base_path_is_kept() {
+        for (base, expected) in [
+            (
+                "https://api.example.com",
+                "https://api.example.com/v1/messages?beta=true",
+            ),
+            (
+                "https://p.example.com/a/b/?x=1#y",
+                "https://p.example.com/a/b/v1/messages?beta=true",
+            ),
+        ] {
+            let url = target(
+                &base.parse().unwrap(),
+                &Uri::from_static("/v1/messages?beta=true"),
+            );
+            assert_eq!(url.as_str(), expected);
+        }
+    }
+
+    #[test]
+    fn loopback_is_told_from_elsewhere() {
+        for (url, local) in [
+            ("http://127.0.0.1:1", true),
+            ("http://[::1]:1", true),
+            ("http://localhost:1", true),
+            ("http://localhost.example.com", false),
+            ("http://10.0.0.1", false),
+        ] {
+            assert_eq!(is_loopback(&url.parse().unwrap()), local, "{url}");
+        }
+    }
+}

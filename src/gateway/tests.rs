@@ -1,0 +1,434 @@
+//! The gateway between a real client and a real (small) upstream, over sockets.
+
+use std::{
+    future::pending,
+    sync::{Arc, Mutex},
+};
+
+use axum::{
+    Router,
+    body::Body,
+    extract::Request,
+    response::{IntoResponse, Response},
+};
+use bytes::Bytes;
+use futures_util::{StreamExt, stream};
+use http::{HeaderMap, HeaderValue, StatusCode};
+use serde_json::Value;
+use tokio::sync::{mpsc, oneshot};
+
+use super::*;
+
+const CANARY: &str = "sk-canary-5678";
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Awaits with a generous limit, so that a broken gateway fails a test and never hangs it.
+async fn soon<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, future)
+        .await
+        .expect("it should have happened by now")
+}
+
+struct Room {
+    tasks: Tasks,
+    gateway: Gateway,
+    client: reqwest::Client,
+}
+
+impl Room {
+    /// A gateway in front of an upstream that answers as `handler` does.
+    async fn with<H, F>(credential: Credential, handler: H) -> Self
+    where
+        H: Fn(Request) -> F + Clone + Send + Sync + 'static,
+        F: Future<Output = Response> + Send + 'static,
+    {
+        let tasks = Tasks::new();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let upstream = format!("http://{}/base/", listener.local_addr().unwrap());
+        let app = Router::new().fallback(handler);
+        tasks.spawn("upstream", async move {
+            axum::serve(listener, app).await.unwrap()
+        });
+        Self::before(&upstream, credential, tasks).await
+    }
+
+    async fn before(upstream: &str, credential: Credential, tasks: Tasks) -> Self {
+        let config = GatewayConfig {
+            upstream: upstream.parse().unwrap(),
+            credential,
+        };
+        let gateway = Gateway::start(config, &tasks).await.unwrap();
+        rustls::crypto::ring::default_provider()
+            .install_default()
+            .ok();
+        let client = reqwest::Client::builder()
+            .no_proxy()
+            .tls_certs_only([])
+            .build()
+            .unwrap();
+        Self {
+            tasks,
+            gateway,
+            client,
+        }
+    }
+
+    fn post(&self, token: &str) -> reqwest::RequestBuilder {
+        let url = format!("{}/v1/messages?beta=true", self.gateway.base_url());
+        self.client.post(url).bearer_auth(token)
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.tasks.cancel();
+    }
+}
+
+fn key() -> Credential {
+    Credential::ApiKey(Secret::new(CANARY))
+}
+
+fn never_called(_: Request) -> std::future::Ready<Response> {
+    panic!("nothing may reach the upstream")
+}
+
+/// Tells by its closing channel that whoever held it was dropped.
+type Alive = mpsc::Sender<()>;
+
+/// A body that sends one chunk and then never ends; it holds `alive`.
+fn endless(alive: Alive) -> Body {
+    let first = stream::iter([Ok::<_, io::Error>(Bytes::from("event: ping\n\n"))]);
+    Body::from_stream(first.chain(stream::once(async move {
+        let _alive = alive;
+        pending().await
+    })))
+}
+
+#[tokio::test]
+async fn the_credential_goes_up_and_is_never_shown() {
+    let oauth = Credential::OAuth {
+        access: Secret::new(CANARY),
+        refresh: None,
+        expires: None,
+    };
+    for credential in [key(), oauth] {
+        let seen = Arc::new(Mutex::new(None));
+        let record = seen.clone();
+        let is_oauth = matches!(credential, Credential::OAuth { .. });
+        let room = Room::with(credential, move |request: Request| {
+            *record.lock().unwrap() = Some((request.uri().to_string(), request.headers().clone()));
+            async {
+                let headers = [
+                    ("request-id", "req_1"),
+                    ("retry-after", "7"),
+                    ("anthropic-ratelimit-x", "1"),
+                    ("set-cookie", "a=b"),
+                ];
+                (StatusCode::TOO_MANY_REQUESTS, headers, "slow down").into_response()
+            }
+        })
+        .await;
+        let token = room.gateway.issue();
+        let run = token.begin("turn");
+        let answer = soon(
+            room.post(token.as_str())
+                .header("anthropic-beta", "one-1")
+                .header("x-claude-code-session-id", "s")
+                .header("cookie", "c=d")
+                .header("accept-encoding", "gzip")
+                .header("connection", "x-private")
+                .header("x-private", "p")
+                .body("{}")
+                .send(),
+        )
+        .await
+        .unwrap();
+
+        assert_eq!(answer.status(), 429);
+        assert_eq!(answer.headers()["request-id"], "req_1");
+        assert_eq!(answer.headers()["retry-after"], "7");
+        assert_eq!(answer.headers()["anthropic-ratelimit-x"], "1");
+        let shown = format!(
+            "{:?} {}",
+            answer.headers().clone(),
+            answer.text().await.unwrap()
+        );
+        assert!(
+            !shown.contains("canary") && !shown.contains("a=b"),
+            "{shown}"
+        );
+        assert!(shown.ends_with("slow down"));
+        assert_eq!(run.requests(), 1);
+        assert_eq!(run.last_upstream_status(), Some(429));
+        let retry_after = Some(Duration::from_secs(7));
+        assert_eq!(
+            run.upstream_note(),
+            Some(UpstreamNote::Answered {
+                status: 429,
+                retry_after
+            })
+        );
+
+        let (uri, up): (String, HeaderMap) = seen.lock().unwrap().take().unwrap();
+        assert_eq!(uri, "/base/v1/messages?beta=true");
+        let all = format!("{up:?}");
+        assert!(!all.contains(token.as_str()), "{all}");
+        for gone in ["cookie", "x-private", "connection"] {
+            assert!(!up.contains_key(gone), "{gone}");
+        }
+        assert_eq!(up["accept-encoding"], "identity");
+        assert_eq!(up["x-claude-code-session-id"], "s");
+        assert_ne!(up["host"], format!("127.0.0.1:{}", room.gateway.port()));
+        if is_oauth {
+            assert_eq!(up["authorization"], format!("Bearer {CANARY}"));
+            assert_eq!(up["anthropic-beta"], "one-1,oauth-2025-04-20");
+            assert!(!up.contains_key("x-api-key"));
+        } else {
+            assert_eq!(up["x-api-key"], CANARY);
+            assert_eq!(up["anthropic-beta"], "one-1");
+            assert!(!up.contains_key("authorization"));
+        }
+    }
+}
+
+#[tokio::test]
+async fn nothing_passes_without_a_token_a_run_and_a_needed_path() {
+    let room = Room::with(key(), never_called).await;
+    let token = room.gateway.issue();
+    let other = format!("{}/v1/files", room.gateway.base_url());
+    let check = async |request: reqwest::RequestBuilder, status: u16, kind: &str| {
+        let answer = soon(request.body("{}").send()).await.unwrap();
+        assert_eq!(answer.status(), status);
+        let body: Value = serde_json::from_str(&answer.text().await.unwrap()).unwrap();
+        assert_eq!(body["type"], "error");
+        assert_eq!(body["error"]["type"], kind);
+        assert!(body["error"]["message"].is_string());
+    };
+    check(room.post("wrong"), 401, "authentication_error").await;
+    check(room.client.post(&other), 401, "authentication_error").await;
+    check(room.post(token.as_str()), 403, "permission_error").await;
+    drop(token.begin("turn"));
+    check(room.post(token.as_str()), 403, "permission_error").await;
+    let run = token.begin("turn");
+    check(
+        room.client.post(&other).bearer_auth(token.as_str()),
+        404,
+        "not_found_error",
+    )
+    .await;
+    assert_eq!(run.requests(), 0);
+    let text = token.as_str().to_owned();
+    drop(token);
+    check(room.post(&text), 401, "authentication_error").await;
+    let probe = soon(room.client.head(room.gateway.base_url()).send())
+        .await
+        .unwrap();
+    assert_eq!(probe.status(), 200);
+}
+
+#[tokio::test]
+async fn chunks_pass_as_they_come() {
+    let (release, released) = oneshot::channel::<()>();
+    let released = Arc::new(Mutex::new(Some(released)));
+    let room = Room::with(key(), move |_| {
+        let released = released.lock().unwrap().take().unwrap();
+        let first = stream::iter([Ok::<_, io::Error>(Bytes::from("one"))]);
+        let second = stream::once(async move {
+            released.await.ok();
+            Ok(Bytes::from("two"))
+        });
+        std::future::ready(Body::from_stream(first.chain(second)).into_response())
+    })
+    .await;
+    let token = room.gateway.issue();
+    let _run = token.begin("turn");
+    let mut answer = soon(room.post(token.as_str()).body("{}").send())
+        .await
+        .unwrap();
+    assert_eq!(soon(answer.chunk()).await.unwrap().unwrap(), "one");
+    release.send(()).unwrap();
+    assert_eq!(soon(answer.chunk()).await.unwrap().unwrap(), "two");
+    assert_eq!(soon(answer.chunk()).await.unwrap(), None);
+}
+
+#[tokio::test]
+async fn a_client_that_goes_away_and_a_run_that_ends_cancel_the_upstream() {
+    let (alive, mut dropped) = mpsc::channel::<()>(1);
+    let alive = Arc::new(Mutex::new(Some(alive)));
+    let holder = alive.clone();
+    let room = Room::with(key(), move |request: Request| {
+        let alive = holder.lock().unwrap().take().unwrap();
+        let wants_head = !request.headers().contains_key("x-no-head");
+        async move {
+            if wants_head {
+                endless(alive).into_response()
+            } else {
+                pending().await
+            }
+        }
+    })
+    .await;
+    let token = room.gateway.issue();
+    let mut next = || {
+        let (sender, receiver) = mpsc::channel(1);
+        *alive.lock().unwrap() = Some(sender);
+        std::mem::replace(&mut dropped, receiver)
+    };
+
+    // In the middle of the answer, by the client.
+    let run = token.begin("turn");
+    let mut answer = soon(room.post(token.as_str()).body("{}").send())
+        .await
+        .unwrap();
+    soon(answer.chunk()).await.unwrap();
+    drop(answer);
+    let mut first = next();
+    assert_eq!(soon(first.recv()).await, None);
+
+    // Before the answer began, by the client.
+    let waiting = room
+        .post(token.as_str())
+        .header("x-no-head", "1")
+        .body("{}")
+        .send();
+    let waiting = room
+        .tasks
+        .spawn("waiting", async move { drop(waiting.await) });
+    soon(async {
+        while run.requests() < 2 || alive.lock().unwrap().is_some() {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
+    waiting.abort();
+    let mut second = next();
+    assert_eq!(soon(second.recv()).await, None);
+
+    // In the middle of the answer, by the end of the run: the client sees a cut, not an end.
+    let mut answer = soon(room.post(token.as_str()).body("{}").send())
+        .await
+        .unwrap();
+    soon(answer.chunk()).await.unwrap();
+    drop(run);
+    assert!(soon(answer.chunk()).await.is_err());
+    let mut third = next();
+    assert_eq!(soon(third.recv()).await, None);
+}
+
+#[tokio::test]
+async fn a_stream_cut_upstream_is_cut_downstream() {
+    let room = Room::with(key(), |_| async {
+        let chunks = [Ok(Bytes::from("one")), Err(io::Error::other("cut"))];
+        // The error must not overtake the chunk before it.
+        let chunks = stream::iter(chunks).then(|chunk| async {
+            tokio::task::yield_now().await;
+            chunk
+        });
+        Body::from_stream(chunks).into_response()
+    })
+    .await;
+    let token = room.gateway.issue();
+    let _run = token.begin("turn");
+    let answer = soon(room.post(token.as_str()).body("{}").send())
+        .await
+        .unwrap();
+    assert!(soon(answer.bytes()).await.is_err());
+}
+
+#[tokio::test]
+async fn large_bodies_stream_up_to_the_bound() {
+    let room = Room::with(key(), |request: Request| async {
+        let length = request.headers().get("content-length").cloned();
+        let mut bytes = 0;
+        let mut body = request.into_body().into_data_stream();
+        while let Some(Ok(chunk)) = body.next().await {
+            bytes += chunk.len();
+        }
+        let length = length.unwrap_or(HeaderValue::from_static("none"));
+        format!("{bytes} {}", length.to_str().unwrap()).into_response()
+    })
+    .await;
+    let token = room.gateway.issue();
+    let _run = token.begin("turn");
+    let sent = vec![b' '; 3 << 20];
+    let answer = soon(room.post(token.as_str()).body(sent).send())
+        .await
+        .unwrap();
+    assert_eq!(answer.text().await.unwrap(), "3145728 3145728");
+
+    let mib = Bytes::from(vec![b' '; 1 << 20]);
+    let chunks = stream::repeat(mib).take(65).map(Ok::<_, io::Error>);
+    let endless = reqwest::Body::wrap_stream(chunks);
+    // The refusal may overtake the rest of the body; then the client sees its connection closed.
+    if let Ok(answer) = soon(room.post(token.as_str()).body(endless).send()).await {
+        assert_eq!(answer.status(), 413);
+    }
+    let declared = room
+        .post(token.as_str())
+        .header("content-length", (64 << 20) + 1);
+    let never = reqwest::Body::wrap_stream(stream::pending::<io::Result<Bytes>>());
+    let answer = soon(declared.body(never).send()).await.unwrap();
+    assert_eq!(answer.status(), 413);
+}
+
+#[tokio::test]
+async fn an_unreachable_upstream_is_502_without_its_address() {
+    let free = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let closed = free.local_addr().unwrap();
+    drop(free);
+    let upstream = format!("http://user:hunter2@{closed}");
+    let room = Room::before(&upstream, key(), Tasks::new()).await;
+    let token = room.gateway.issue();
+    let run = token.begin("turn");
+    let answer = soon(room.post(token.as_str()).body("{}").send())
+        .await
+        .unwrap();
+    assert_eq!(answer.status(), 502);
+    let body = answer.text().await.unwrap();
+    assert!(
+        body.contains("api_error") && body.contains("could not be reached"),
+        "{body}"
+    );
+    assert!(
+        !body.contains("hunter2") && !body.contains("canary"),
+        "{body}"
+    );
+    assert_eq!(run.upstream_note(), Some(UpstreamNote::Unreachable));
+    assert_eq!(run.last_upstream_status(), None);
+}
+
+#[tokio::test]
+async fn a_redirect_is_not_followed() {
+    let room = Room::with(key(), |request: Request| async move {
+        assert_eq!(request.uri().path(), "/base/v1/messages");
+        (StatusCode::TEMPORARY_REDIRECT, [("location", "/elsewhere")]).into_response()
+    })
+    .await;
+    let token = room.gateway.issue();
+    let _run = token.begin("turn");
+    let answer = soon(room.post(token.as_str()).body("{}").send())
+        .await
+        .unwrap();
+    assert_eq!(answer.status(), 502);
+    assert!(!answer.headers().contains_key("location"));
+}
+
+#[tokio::test]
+async fn unusable_settings_are_refused_at_the_start() {
+    let tasks = Tasks::new();
+    for (upstream, credential) in [
+        ("ftp://example.com", key()),
+        (
+            "https://example.com",
+            Credential::ApiKey(Secret::new("a\nb")),
+        ),
+    ] {
+        let config = GatewayConfig {
+            upstream: upstream.parse().unwrap(),
+            credential,
+        };
+        let error = Gateway::start(config, &tasks).await.unwrap_err();
+        assert!(!error.to_string().contains('\n'));
+    }
+}
