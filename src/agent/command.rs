@@ -108,12 +108,16 @@ pub(super) fn spec(settings: &AgentSettings, site: &AgentSite, session: &Session
         env.push(("CLAUDE_CODE_MAX_OUTPUT_TOKENS".into(), limit.to_string().into()));
     }
 
-    let mut read = settings.tool_folders.clone();
-    read.push(site.git_dir.clone());
-    read.push(site.dependencies.clone());
-    if let Some(folder) = settings.program.parent() {
-        read.push(folder.to_owned());
-    }
+    let mut profile = Profile::system();
+    profile.read.extend(settings.tool_folders.iter().cloned());
+    profile.read.extend([site.git_dir.clone(), site.dependencies.clone()]);
+    profile.read.extend(settings.program.parent().map(PathBuf::from));
+    profile.write.extend([
+        site.worktree.clone(),
+        site.config_dir.clone(),
+        site.temporary.clone(),
+    ]);
+    profile.connect = Ports::Only(vec![settings.gateway_port, site.preview_port]);
     Spec {
         name: "claude",
         program: settings.program.clone(),
@@ -121,13 +125,7 @@ pub(super) fn spec(settings: &AgentSettings, site: &AgentSite, session: &Session
         env,
         cwd: site.worktree.clone(),
         stdin: Stdin::Piped,
-        profile: Profile {
-            read,
-            write: vec![site.worktree.clone(), site.config_dir.clone(), site.temporary.clone()],
-            connect: Ports::Only(vec![settings.gateway_port, site.preview_port]),
-            bind: Ports::Only(Vec::new()),
-            scoped: true,
-        },
+        profile,
     }
 }
 

@@ -26,7 +26,7 @@ use super::{
 use crate::{
     domain::{TurnMode, Usage},
     gateway::{AgentToken, Gateway},
-    process::{ChildStdin, Launcher, ProcessError, ProcessHandle},
+    process::{Launcher, ProcessError, ProcessHandle},
     task::Tasks,
 };
 
@@ -52,6 +52,8 @@ const STALL: Duration = Duration::from_secs(150);
 /// The agent could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum AgentError {
+    #[error("the Claude Code CLI is not installed")]
+    NotInstalled,
     #[error(transparent)]
     Process(#[from] ProcessError),
 }
@@ -110,7 +112,7 @@ type Tail = Arc<Mutex<Vec<u8>>>;
 #[derive(Debug)]
 pub struct Agent {
     process: ProcessHandle,
-    stdin: ChildStdin,
+    stdin: Sender,
     lines: mpsc::Receiver<Line>,
     stderr: Tail,
     token: AgentToken,
@@ -145,7 +147,7 @@ impl Agent {
         tasks.spawn("agent output", read_lines(child.stdout, sender));
         tasks.spawn("agent errors", keep_tail(child.stderr, stderr.clone()));
         Ok(Self {
-            process: child.handle.clone(),
+            process: child.handle(),
             stdin: child.stdin.take().expect("the spec asks for a pipe"),
             lines,
             stderr,
@@ -193,7 +195,11 @@ impl Agent {
             self.log_errors();
         } else {
             // What a command left behind must not outlive the run.
-            self.process.sweep().await;
+            if let Err(error) = self.process.sweep().await {
+                tracing::warn!(%error, "ending the agent's process");
+                self.is_broken = true;
+                self.process.kill().await;
+            }
         }
         drop(active);
         run.outcome(ending)

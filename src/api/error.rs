@@ -143,11 +143,17 @@ impl From<SupervisorError> for ApiError {
 
 impl ApiError {
     fn repository(error: &RepositoryError) -> Self {
-        match error.for_person() {
-            Some(message) => {
-                Self::new(StatusCode::UNPROCESSABLE_ENTITY, "clone_failed", message)
+        use RepositoryError as E;
+        match error {
+            E::Remote(_) | E::Empty | E::NoSuchBranch { .. } | E::NoDefaultBranch => {
+                Self::new(StatusCode::UNPROCESSABLE_ENTITY, "clone_failed", error.to_string())
             }
-            None => Self::internal(error),
+            E::HeadMoved { .. } => {
+                Self::new(StatusCode::CONFLICT, "thread_busy_elsewhere", error.to_string())
+            }
+            E::Missing | E::Tampered { .. } | E::Git { .. } | E::Disk { .. } => {
+                Self::internal(error)
+            }
         }
     }
 

@@ -9,6 +9,7 @@ mod body;
 mod error;
 mod health;
 mod page;
+mod serve;
 mod sse;
 mod threads;
 mod turns;
@@ -27,6 +28,7 @@ use utoipa::OpenApi;
 pub use access::{Access, AccessSettings};
 pub use error::ApiError;
 pub use health::{Facts, Readiness};
+pub use serve::serve;
 
 use crate::{
     identity::{ClientId, ThreadId, UserId},

@@ -44,6 +44,9 @@ use warm::WarmAgents;
 /// Reading small files of the workspace.
 const DISK_DEADLINE: Duration = Duration::from_secs(30);
 
+/// A dev server ends within milliseconds of its SIGTERM; then it is killed.
+const PREVIEW_GRACE: Duration = Duration::from_secs(2);
+
 /// Why a request was not carried out.
 #[derive(Debug, thiserror::Error)]
 pub enum SupervisorError {
@@ -455,7 +458,9 @@ impl Supervisor {
         let preview = self.preview(key).await?;
         let (paths, at) = (self.0.paths(key), key.clone());
         let (head, last_activity) = task::blocking("reading a thread", DISK_DEADLINE, move || {
-            let head = crate::repository::branch_head(&paths.user.project(), &at.branch());
+            let head = crate::repository::UserRepository::open(&paths.user.project())
+                .and_then(|repository| repository.worktree(&at, &paths.worktree()).head())
+                .ok();
             let context = StoredContext::load(&paths.context(), &at).ok();
             (head, context.map(|context| context.updated))
         })
@@ -547,7 +552,7 @@ impl Supervisor {
         for handle in handles {
             handle.stop().await;
         }
-        self.0.previews.stop_all().await;
+        self.0.previews.stop_all(PREVIEW_GRACE).await;
     }
 }
 

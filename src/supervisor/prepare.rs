@@ -18,7 +18,7 @@ use tokio::{
 use super::{DISK_DEADLINE, Inner, InitAnswer, InitRequest, SupervisorError};
 use crate::{
     agent::{Agent, AgentSite},
-    domain::{Continuity, PreviewState},
+    domain::{Continuity, PreviewError, PreviewState},
     identity::{ThreadKey, TurnId},
     preview::{PreviewSite, pick_port},
     repository::{self, Source, ThreadState, UserRepository, Worktree},
@@ -32,6 +32,10 @@ use crate::{
 
 /// Cloning a large repository over a slow line, or checking it out on a slow disk.
 const CLONE_DEADLINE: Duration = Duration::from_secs(15 * 60);
+
+/// Where a worktree's `node_modules` is a link, `node_modules/` in a site's `.gitignore` does not
+/// match it (measured with git 2.47).
+const NODE_MODULES_LINK: &str = "/node_modules";
 
 /// A thread that is ready. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -163,7 +167,7 @@ fn check_out(
             metadata.repo_url.clone()
         }
         None => match asked.or(settings.repo_url.as_deref()) {
-            Some(url) => Some(parse(url)?.identity()),
+            Some(url) => parse(url)?.url(),
             None => None,
         },
     };
@@ -194,7 +198,8 @@ fn check_out(
         .save(&paths.user.metadata())?;
     let state = repository.ensure_thread(key, &paths.worktree())?;
     lap(&mut timings, "worktreeMs");
-    let worktree = repository.worktree(key, &paths.worktree())?;
+    repository.exclude(&[NODE_MODULES_LINK])?;
+    let worktree = repository.worktree(key, &paths.worktree());
     let notes = read_notes(&worktree);
     let context = StoredContext::load(&paths.context(), key)?;
     context.save(&paths.context())?;
@@ -210,7 +215,10 @@ fn check_repository(
     parse: &impl Fn(&str) -> Result<Source, SupervisorError>,
 ) -> Result<(), SupervisorError> {
     let Some(asked) = asked else { return Ok(()) };
-    if present == Some(parse(asked)?.identity().as_str()) {
+    let asked = parse(asked)?.identity();
+    if let Some(present) = present
+        && parse(present)?.identity() == asked
+    {
         return Ok(());
     }
     Err(SupervisorError::RepoMismatch {
@@ -223,7 +231,7 @@ fn check_repository(
 fn read_notes(worktree: &Worktree) -> Option<String> {
     const LIMIT: usize = 64 << 10;
     ["AGENTS.md", "CLAUDE.md"].iter().find_map(|name| {
-        let notes = worktree.read_at_head(name.as_ref(), LIMIT).ok().flatten()?;
+        let notes = worktree.read_at_head(name, LIMIT).ok().flatten()?;
         Some(String::from_utf8_lossy(&notes).into_owned())
     })
 }
@@ -240,8 +248,7 @@ fn place(
     let slug = key.slug();
     let taken: HashSet<u16> = inner.previews.ports();
     let wanted = stored.as_ref().map(|place| place.port);
-    let port = pick_port(wanted, &taken, &slug)
-        .ok_or_else(|| SupervisorError::Internal("no loopback port is free".into()))?;
+    let port = pick_port(wanted, &taken, &slug);
     let place = PreviewPlace { slug, port };
     if stored.as_ref() != Some(&place) {
         place.save(&path)?;
@@ -443,26 +450,13 @@ async fn attach(
         let status = preview.clone();
         let attached =
             ensure_dependencies(request, move |progress| status.set_progress(progress)).await;
-        let attached = match attached {
-            Ok(attached) => attached,
-            Err(error) => {
-                preview.fail(&error.to_string());
-                return Err(error);
-            }
-        };
-        if attached.is_symlink {
-            let worktree = site.worktree.clone();
-            let excluded = task::blocking("excluding node_modules", DISK_DEADLINE, move || {
-                worktree.exclude("/node_modules")
-            })
-            .await;
-            if !matches!(excluded, Ok(Ok(()))) {
-                tracing::warn!("failed to exclude node_modules from git");
-            }
+        if let Err(error) = attached {
+            preview.fail(PreviewError { message: error.to_string(), ..PreviewError::default() });
+            return Err(error);
         }
     }
     if inner.settings.runs_previews {
-        preview.restart();
+        preview.restart("the site was attached");
     }
     Ok(())
 }

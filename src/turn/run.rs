@@ -37,7 +37,8 @@ pub struct TurnSite {
     pub paths: ThreadPaths,
     pub worktree: Arc<Worktree>,
     pub agent_site: AgentSite,
-    pub agent_settings: Arc<AgentSettings>,
+    /// `None`: the CLI is missing.
+    pub agent_settings: Option<Arc<AgentSettings>>,
     pub launcher: Launcher,
     pub gateway: Gateway,
     pub committer: Signature,
@@ -103,10 +104,12 @@ impl TurnSite {
     }
 
     async fn spawn_agent(&self, session: &SessionStart) -> Result<Agent, crate::agent::AgentError> {
+        let settings =
+            self.agent_settings.as_ref().ok_or(crate::agent::AgentError::NotInstalled)?;
         Agent::start(
             &self.launcher,
             &self.gateway,
-            &self.agent_settings,
+            settings,
             self.agent_site.clone(),
             session,
             &self.tasks,
@@ -125,19 +128,21 @@ impl TurnSite {
 
     /// Commits what is in the worktree, as the work of nobody's turn.
     async fn commit_outside_edits(&self) -> Result<(), RunError> {
-        let request = CommitRequest {
-            subject: "Edits made outside of a turn".into(),
-            body: String::new(),
-            trailers: vec![
-                ("Thread".into(), self.key.to_string()),
-                ("Status".into(), "outside".into()),
-            ],
-            author: self.committer.clone(),
-            committer: self.committer.clone(),
-            held_dir: None,
-        };
-        let committed =
-            self.on_disk("committing outside edits", move |tree| tree.commit(&request)).await?;
+        let trailers =
+            vec![("Thread", self.key.to_string()), ("Status", "outside".to_owned())];
+        let committer = self.committer.clone();
+        let held_dir = self.paths.held_outside();
+        let committed = self
+            .on_disk("committing outside edits", move |tree| {
+                tree.commit(&CommitRequest {
+                    instruction: "Edits made outside of a turn",
+                    trailers: &trailers,
+                    author: &committer,
+                    committer: &committer,
+                    held_dir: &held_dir,
+                })
+            })
+            .await?;
         if let Some(commit) = committed.commit {
             tracing::info!(commit = commit.id, files = commit.files.len(), "committed edits made outside of a turn");
         }
@@ -150,23 +155,26 @@ impl TurnSite {
         status: TurnStatus,
         outcome: &RunOutcome,
     ) -> Result<Committed, RunError> {
-        let mut trailers = vec![
-            ("Turn-Id".to_owned(), accepted.turn_id.to_string()),
-            ("Thread".to_owned(), self.key.to_string()),
-        ];
-        trailers.extend(outcome.session_id.clone().map(|id| ("Session-Id".to_owned(), id)));
-        trailers.extend(outcome.model.clone().map(|model| ("Model".to_owned(), model)));
-        trailers.push(("Cost-USD".to_owned(), format!("{:.6}", outcome.usage.cost_usd)));
-        trailers.push(("Status".to_owned(), status.as_str().to_owned()));
-        let request = CommitRequest {
-            subject: accepted.instruction.clone(),
-            body: accepted.instruction.clone(),
-            trailers,
-            author: accepted.author.clone().unwrap_or_else(|| self.committer.clone()),
-            committer: self.committer.clone(),
-            held_dir: Some(self.paths.held(&accepted.turn_id)),
-        };
-        self.on_disk("committing a turn", move |tree| tree.commit(&request)).await
+        let mut trailers =
+            vec![("Turn-Id", accepted.turn_id.to_string()), ("Thread", self.key.to_string())];
+        trailers.extend(outcome.session_id.clone().map(|id| ("Session-Id", id)));
+        trailers.extend(outcome.model.clone().map(|model| ("Model", model)));
+        trailers.push(("Cost-USD", format!("{:.6}", outcome.usage.cost_usd)));
+        trailers.push(("Status", status.as_str().to_owned()));
+        let committer = self.committer.clone();
+        let author = accepted.author.clone().unwrap_or_else(|| committer.clone());
+        let instruction = accepted.instruction.clone();
+        let held_dir = self.paths.held(&accepted.turn_id);
+        self.on_disk("committing a turn", move |tree| {
+            tree.commit(&CommitRequest {
+                instruction: &instruction,
+                trailers: &trailers,
+                author: &author,
+                committer: &committer,
+                held_dir: &held_dir,
+            })
+        })
+        .await
     }
 
     /// Gives a turn without a live owner its outcome: what it wrote is committed.

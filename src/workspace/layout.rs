@@ -105,6 +105,11 @@ impl ThreadPaths {
         self.state().join("idempotency")
     }
 
+    /// The same of edits that no turn made.
+    pub fn held_outside(&self) -> PathBuf {
+        self.user.state().join("held").join(format!("outside~{}", self.thread))
+    }
+
     /// Copies of what a turn's commit left out.
     pub fn held(&self, turn: &TurnId) -> PathBuf {
         self.user.state().join("held").join(turn.to_string())

@@ -1,0 +1,68 @@
+//! Accepting connections, with the limits that `axum::serve` has not.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::Router;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use tokio::{net::TcpListener, sync::Semaphore};
+
+use crate::task::Tasks;
+
+/// Connections at once.
+const MAX_CONNECTIONS: usize = 1024;
+/// A request's head has to be here in this time; also how long an idle connection is kept.
+const HEAD_DEADLINE: Duration = Duration::from_secs(30);
+/// Largest head.
+const MAX_HEAD: usize = 64 << 10;
+/// After the stop, answers get out in this time.
+const LAST_ANSWERS: Duration = Duration::from_secs(2);
+
+/// Serves until the tasks are stopped.
+pub async fn serve(listener: TcpListener, router: Router, tasks: Tasks) {
+    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let token = tasks.token().clone();
+    loop {
+        let slot = tokio::select! {
+            () = token.cancelled() => return,
+            slot = slots.clone().acquire_owned() => slot.expect("never closed"),
+        };
+        let accepted = tokio::select! {
+            () = token.cancelled() => return,
+            accepted = listener.accept() => accepted,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                // Out of descriptors, mostly: it passes, and must not become a busy loop.
+                tracing::warn!(%error, "failed to accept a connection");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                continue;
+            }
+        };
+        stream.set_nodelay(true).ok();
+        let service = TowerToHyperService::new(router.clone());
+        let token = token.clone();
+        tasks.spawn("api connection", async move {
+            let connection = hyper::server::conn::http1::Builder::new()
+                .timer(TokioTimer::new())
+                .header_read_timeout(HEAD_DEADLINE)
+                .max_buf_size(MAX_HEAD)
+                .serve_connection(TokioIo::new(stream), service);
+            let mut connection = std::pin::pin!(connection);
+            let ended = tokio::select! {
+                ended = connection.as_mut() => ended,
+                () = token.cancelled() => {
+                    connection.as_mut().graceful_shutdown();
+                    tokio::time::timeout(LAST_ANSWERS, connection).await.unwrap_or(Ok(()))
+                }
+            };
+            if let Err(error) = ended {
+                tracing::debug!(%error, "a connection broke off");
+            }
+            drop(slot);
+        });
+    }
+}
