@@ -5,6 +5,7 @@ use std::{
     fs,
     net::{Ipv4Addr, SocketAddr, TcpListener},
     path::{Path, PathBuf},
+    sync::mpsc::{self, RecvTimeoutError},
     time::{Duration, Instant},
 };
 
@@ -390,22 +391,55 @@ async fn short_programs_are_bounded_in_time_and_output() {
     assert!(matches!(error, ProcessError::TimedOut { stderr, .. } if stderr == "why\n"));
 }
 
+/// Not a test: acts PID 1 in a process where nobody else has children.
 #[tokio::test]
-async fn orphans_are_reaped_and_no_childs_status_is_stolen() {
+#[ignore = "a helper process of another test"]
+async fn helper_reaper() {
+    if std::env::var_os(HELPER_FOLDER).is_none() {
+        return;
+    }
+    nix::sys::prctl::set_child_subreaper(true).unwrap();
     let launcher = launcher();
+    // A warden that is killed leaves its program to us.
+    let mut child = launcher
+        .spawn(shell("echo $PPID; exec sleep 1000"))
+        .await
+        .unwrap();
+    let warden = read_pids(&mut child, 1).await[0];
+    let orphan = format!("/proc/{}", child.pid());
+    signal("KILL", warden);
+    let mut reaped = 0;
+    wait_until("the orphan is reaped", || {
+        reaped += launcher.reap_orphans();
+        !Path::new(&orphan).exists()
+    })
+    .await;
+    assert_eq!(reaped, 1, "the warden itself is left to tokio");
+
     let reaper = launcher.clone();
-    let (stop, stopped) = std::sync::mpsc::channel::<()>();
+    let (stop, stopped) = mpsc::channel::<()>();
     let reaping = std::thread::spawn(move || {
-        while stopped.recv_timeout(Duration::from_millis(1)).is_err() {
-            reaper.reap_orphans();
+        while stopped.recv_timeout(Duration::from_millis(1)) == Err(RecvTimeoutError::Timeout) {
+            assert_eq!(reaper.reap_orphans(), 0, "a warden's status was stolen");
         }
     });
-    for code in 0..20 {
+    for code in 0..50 {
         let result = output(&launcher, shell(&format!("exit {code}"))).await;
         assert_eq!(result.exit.code, Some(code));
     }
-    stop.send(()).unwrap();
+    drop(stop);
     reaping.join().unwrap();
+}
+
+#[test]
+fn orphans_are_reaped_and_no_childs_status_is_stolen() {
+    let folder = TempDir::new().unwrap();
+    assert!(
+        helper("helper_reaper", folder.path())
+            .status()
+            .unwrap()
+            .success()
+    );
 }
 
 #[tokio::test]
@@ -479,16 +513,26 @@ impl Drop for Helper {
     }
 }
 
+/// A process of this binary that runs one of the ignored helpers.
+fn helper(name: &str, folder: &Path) -> std::process::Command {
+    #[expect(clippy::disallowed_methods, reason = "a supervisor of its own")]
+    let mut command = std::process::Command::new(std::env::current_exe().unwrap());
+    command
+        .args([
+            &format!("process::{name}"),
+            "--exact",
+            "--ignored",
+            "--nocapture",
+        ])
+        .env(HELPER_FOLDER, folder)
+        .stdout(std::process::Stdio::null());
+    command
+}
+
 /// A supervisor process and the pids of what runs below it.
 async fn supervisor() -> (Helper, Vec<u32>) {
     let folder = TempDir::new().unwrap();
-    #[expect(clippy::disallowed_methods, reason = "a supervisor to kill")]
-    let helper = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["process::helper_supervisor", "--exact", "--ignored"])
-        .env(HELPER_FOLDER, folder.path())
-        .stdout(std::process::Stdio::null())
-        .spawn()
-        .unwrap();
+    let helper = helper("helper_supervisor", folder.path()).spawn().unwrap();
     let files = ["pid1", "pid2"].map(|name| folder.path().join(name));
     let helper = Helper {
         process: helper,
