@@ -10,7 +10,7 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use nix::{
@@ -38,6 +38,7 @@ const STUCK_AFTER: Duration = Duration::from_secs(10);
 /// A sweep takes at most 3 s by the warden's own clock.
 const SWEEP_ANSWER: Duration = Duration::from_secs(6);
 const FORCE_LIMIT: Duration = Duration::from_secs(5);
+const FORCE_TICK: Duration = Duration::from_millis(5);
 
 /// How a program ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -215,9 +216,17 @@ impl Connection {
     /// Does the warden's work where it can't. Blocks.
     fn force(&self) {
         let kill = |pid| signal::kill(Pid::from_raw(pid), Signal::SIGKILL).ok();
+        let until = Instant::now() + FORCE_LIMIT / 2;
         self.wardens.while_owned(self.warden, || {
-            for pid in procfs::descendants(self.warden) {
-                kill(pid);
+            loop {
+                let doomed = procfs::descendants(self.warden);
+                if doomed.is_empty() || Instant::now() >= until {
+                    break;
+                }
+                for pid in doomed {
+                    kill(pid);
+                }
+                std::thread::sleep(FORCE_TICK);
             }
             kill(self.warden);
         });

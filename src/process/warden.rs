@@ -6,7 +6,7 @@
 
 use std::{
     ffi::OsString,
-    fs::OpenOptions,
+    fs::{self, OpenOptions},
     io,
     os::fd::AsFd,
     process::ExitCode,
@@ -44,6 +44,7 @@ const SWEEP_LIMIT: Duration = Duration::from_secs(3);
 
 /// Starts the program and tends it to its end.
 pub(super) fn tend(program: OsString, args: Vec<OsString>) -> ExitCode {
+    close_inherited();
     let Ok(control) = Wire::from_stdin() else {
         return ExitCode::from(2);
     };
@@ -56,6 +57,22 @@ pub(super) fn tend(program: OsString, args: Vec<OsString>) -> ExitCode {
         }
     }
     ExitCode::SUCCESS
+}
+
+/// Closes what whoever started the supervisor left open: nothing of it is the program's business.
+fn close_inherited() {
+    let Ok(folder) = fs::read_dir("/proc/self/fd") else {
+        return;
+    };
+    let inherited: Vec<i32> = folder
+        .flatten()
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter(|fd| *fd > 2)
+        .collect();
+    for fd in inherited {
+        // The folder's own is closed by now.
+        nix::unistd::close(fd).ok();
+    }
 }
 
 struct Warden {
