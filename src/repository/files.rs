@@ -43,7 +43,9 @@ impl Root {
     /// such path.
     pub(super) fn look(&self, path: &Path) -> io::Result<Found> {
         let steps: Vec<_> = path.iter().collect();
-        let Some((name, folders)) = steps.split_last() else { return Ok(Found::Directory) };
+        let Some((name, folders)) = steps.split_last() else {
+            return Ok(Found::Directory);
+        };
         let mut at: Option<OwnedFd> = None;
         for folder in folders {
             let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
@@ -88,7 +90,10 @@ pub(super) fn kind_of(path: &Path) -> io::Result<Option<fs::FileType>> {
     match fs::symlink_metadata(path) {
         Ok(metadata) => Ok(Some(metadata.file_type())),
         Err(error)
-            if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) =>
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+            ) =>
         {
             Ok(None)
         }
@@ -104,7 +109,10 @@ pub(super) fn put(path: &Path, content: &[u8]) -> io::Result<()> {
     if is_file && is_same_size() && fs::read(path)? == content {
         return Ok(());
     }
-    let mut name = path.file_name().expect("a path that is written has a name").to_owned();
+    let mut name = path
+        .file_name()
+        .expect("a path that is written has a name")
+        .to_owned();
     name.push(format!(".{}.new", uuid::Uuid::new_v4().simple()));
     let temporary = path.with_file_name(name);
     let written = File::options()
@@ -135,10 +143,18 @@ pub(super) fn is_empty_dir(path: &Path) -> io::Result<bool> {
 
 /// The way from folder `from` to `to`, both absolute.
 pub(super) fn relative(from: &Path, to: &Path) -> PathBuf {
-    let shared = from.components().zip(to.components()).take_while(|(a, b)| a == b).count();
+    let shared = from
+        .components()
+        .zip(to.components())
+        .take_while(|(a, b)| a == b)
+        .count();
     let up = from.components().skip(shared).map(|_| "..");
     up.map(Path::new)
-        .chain(to.components().skip(shared).map(|c| Path::new(c.as_os_str())))
+        .chain(
+            to.components()
+                .skip(shared)
+                .map(|c| Path::new(c.as_os_str())),
+        )
         .collect()
 }
 
@@ -154,7 +170,12 @@ mod tests {
         std::os::unix::fs::symlink(outside.path(), root.path().join("link")).unwrap();
         fs::create_dir(root.path().join("folder")).unwrap();
         fs::write(root.path().join("folder/file"), "y").unwrap();
-        let look = |path: &str| Root::open(root.path()).unwrap().look(Path::new(path)).unwrap();
+        let look = |path: &str| {
+            Root::open(root.path())
+                .unwrap()
+                .look(Path::new(path))
+                .unwrap()
+        };
         assert!(matches!(look("link/secret"), Found::Nothing));
         assert!(matches!(look("folder/file/x"), Found::Nothing));
         assert!(matches!(look("none"), Found::Nothing));
@@ -184,6 +205,10 @@ mod tests {
         put(&link, b"ours").unwrap();
         assert_eq!(fs::read(&victim).unwrap(), b"safe");
         assert_eq!(fs::read(&link).unwrap(), b"ours");
-        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 2, "nothing is left behind");
+        assert_eq!(
+            fs::read_dir(root.path()).unwrap().count(),
+            2,
+            "nothing is left behind"
+        );
     }
 }

@@ -32,10 +32,14 @@ pub(super) fn packages_folder(path: &Path) -> Option<PathBuf> {
 pub(super) fn judge_name(path: &Path) -> Option<&'static str> {
     let name = path.file_name()?.to_string_lossy().to_ascii_lowercase();
     if name == ".env" || name.starts_with(".env.") {
-        let is_sample = [".example", ".sample", ".template"].iter().any(|end| name.ends_with(end));
+        let is_sample = [".example", ".sample", ".template"]
+            .iter()
+            .any(|end| name.ends_with(end));
         return (!is_sample).then_some("it holds settings that are often secret");
     }
-    let is_key = [".pem", ".key", ".p12", ".pfx"].iter().any(|end| name.ends_with(end))
+    let is_key = [".pem", ".key", ".p12", ".pfx"]
+        .iter()
+        .any(|end| name.ends_with(end))
         || ["id_rsa", "id_dsa", "id_ecdsa", "id_ed25519"]
             .iter()
             .any(|key| name.starts_with(key) && !name.ends_with(".pub"));
@@ -45,9 +49,12 @@ pub(super) fn judge_name(path: &Path) -> Option<&'static str> {
 /// Why this content is held back.
 pub(super) fn judge_content(bytes: &[u8]) -> Option<&'static str> {
     let text = String::from_utf8_lossy(bytes);
-    let is_key = text
-        .match_indices("PRIVATE KEY-----")
-        .any(|(at, _)| text[..at].rsplit('\n').next().is_some_and(|line| line.contains("-----BEGIN ")));
+    let is_key = text.match_indices("PRIVATE KEY-----").any(|(at, _)| {
+        text[..at]
+            .rsplit('\n')
+            .next()
+            .is_some_and(|line| line.contains("-----BEGIN "))
+    });
     is_key.then_some("it holds a private key")
 }
 
@@ -75,7 +82,10 @@ impl<'a> Keeper<'a> {
         let target = self.folder.join(path);
         let parent = target.parent().unwrap_or(self.folder);
         let earlier = self.earlier(path, &metadata);
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(parent)?;
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(parent)?;
         if earlier.is_some_and(|earlier| fs::hard_link(earlier, &target).is_ok()) {
             return Ok(());
         }
@@ -84,7 +94,11 @@ impl<'a> Keeper<'a> {
         }
         self.copied += metadata.len();
         file.rewind()?;
-        let mut copy = File::options().write(true).create_new(true).mode(0o600).open(&target)?;
+        let mut copy = File::options()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&target)?;
         // `take`: the file may still grow.
         io::copy(&mut io::Read::take(&mut *file, metadata.len()), &mut copy)?;
         copy.set_modified(metadata.modified()?)
@@ -93,8 +107,10 @@ impl<'a> Keeper<'a> {
     fn earlier(&self, path: &Path, metadata: &fs::Metadata) -> Option<PathBuf> {
         let own_name = self.folder.file_name()?;
         let siblings = fs::read_dir(self.folder.parent()?).ok()?;
-        let newest =
-            siblings.filter_map(|e| Some(e.ok()?.file_name())).filter(|n| n != own_name).max()?;
+        let newest = siblings
+            .filter_map(|e| Some(e.ok()?.file_name()))
+            .filter(|n| n != own_name)
+            .max()?;
         let candidate = self.folder.parent()?.join(newest).join(path);
         let found = fs::symlink_metadata(&candidate).ok()?;
         let is_same = found.is_file()
@@ -110,10 +126,26 @@ mod tests {
 
     #[test]
     fn names() {
-        for held in [".env", "a/.env.local", ".ENV", "x.pem", "tls/server.KEY", "id_rsa", "id_ed25519"] {
+        for held in [
+            ".env",
+            "a/.env.local",
+            ".ENV",
+            "x.pem",
+            "tls/server.KEY",
+            "id_rsa",
+            "id_ed25519",
+        ] {
             assert!(judge_name(Path::new(held)).is_some(), "{held}");
         }
-        for fine in [".env.example", ".env.sample", "a/.env.template", "env.d.ts", "id_rsa.pub", ".envrc.md", "keys.ts"] {
+        for fine in [
+            ".env.example",
+            ".env.sample",
+            "a/.env.template",
+            "env.d.ts",
+            "id_rsa.pub",
+            ".envrc.md",
+            "keys.ts",
+        ] {
             assert!(judge_name(Path::new(fine)).is_none(), "{fine}");
         }
         assert_eq!(
@@ -141,7 +173,9 @@ mod tests {
         for turn in ["1", "2"] {
             let folder = root.path().join("held").join(turn);
             let mut file = File::open(&source).unwrap();
-            Keeper::new(&folder).keep(Path::new("a/film.mp4"), &mut file).unwrap();
+            Keeper::new(&folder)
+                .keep(Path::new("a/film.mp4"), &mut file)
+                .unwrap();
         }
         let inode = |turn: &str| {
             let copy = root.path().join("held").join(turn).join("a/film.mp4");

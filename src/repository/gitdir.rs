@@ -38,7 +38,19 @@ impl GitDir {
     /// Opens `admin`, one of its worktree entries, with `workdir` as the working directory.
     pub(super) fn open_worktree(&self, admin: &Path, workdir: &Path) -> Result<Repository> {
         self.check()?;
-        refuse_links(admin, &[".", "HEAD", "index", "commondir", "gitdir", "logs", "logs/HEAD", "refs"])?;
+        refuse_links(
+            admin,
+            &[
+                ".",
+                "HEAD",
+                "index",
+                "commondir",
+                "gitdir",
+                "logs",
+                "logs/HEAD",
+                "refs",
+            ],
+        )?;
         self.open_at(admin, workdir)
     }
 
@@ -68,17 +80,36 @@ impl GitDir {
         refuse_links(
             dir,
             &[
-                "HEAD", "config", "index", "packed-refs", "info", "info/exclude", "objects",
-                "objects/info", "objects/pack", "refs", "refs/heads", "refs/remotes", "logs",
-                "logs/refs", "logs/refs/heads", "worktrees",
+                "HEAD",
+                "config",
+                "index",
+                "packed-refs",
+                "info",
+                "info/exclude",
+                "objects",
+                "objects/info",
+                "objects/pack",
+                "refs",
+                "refs/heads",
+                "refs/remotes",
+                "logs",
+                "logs/refs",
+                "logs/refs/heads",
+                "worktrees",
             ],
         )?;
         for (file, what) in [
-            ("objects/info/alternates", "it borrows objects from another repository"),
+            (
+                "objects/info/alternates",
+                "it borrows objects from another repository",
+            ),
             ("commondir", "it points to another git directory"),
             ("info/grafts", "its history is rewritten by grafts"),
         ] {
-            if files::kind_of(&dir.join(file)).during("look at the repository")?.is_some() {
+            if files::kind_of(&dir.join(file))
+                .during("look at the repository")?
+                .is_some()
+            {
                 return Err(tampered(what));
             }
         }
@@ -153,8 +184,12 @@ pub(super) fn render_config(origin: Option<&str>) -> String {
 /// The origin that [`render_config`] wrote. Only kept for people who use git in the project:
 /// network operations take the address from the caller.
 fn origin_in(config: &str) -> Option<String> {
-    let origin = config.lines().find_map(|line| line.strip_prefix("\turl = \"")?.strip_suffix('"'));
-    origin.filter(|origin| is_plain_origin(origin)).map(str::to_owned)
+    let origin = config
+        .lines()
+        .find_map(|line| line.strip_prefix("\turl = \"")?.strip_suffix('"'));
+    origin
+        .filter(|origin| is_plain_origin(origin))
+        .map(str::to_owned)
 }
 
 fn is_plain_origin(origin: &str) -> bool {
@@ -174,8 +209,12 @@ const LOCK_OLD: Duration = Duration::from_secs(60);
 /// agreement of clocks).
 pub(super) fn clear_dead_lock(lock: &Path) -> Result<()> {
     let modified = || fs::symlink_metadata(lock).and_then(|m| m.modified()).ok();
-    let Some(first) = modified() else { return Ok(()) };
-    let is_old = SystemTime::now().duration_since(first).is_ok_and(|age| age > LOCK_OLD);
+    let Some(first) = modified() else {
+        return Ok(());
+    };
+    let is_old = SystemTime::now()
+        .duration_since(first)
+        .is_ok_and(|age| age > LOCK_OLD);
     let deadline = Instant::now() + LOCK_PATIENCE;
     while !is_old && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(50));

@@ -35,8 +35,13 @@ pub(super) fn compose(instruction: &str, trailers: &[(&str, String)]) -> String 
 }
 
 fn subject(instruction: &str) -> String {
-    let first = instruction.lines().map(|line| one_line(line, SUBJECT_CHARS));
-    first.into_iter().find(|line| !line.is_empty()).unwrap_or_else(|| "Edit the site".to_owned())
+    let first = instruction
+        .lines()
+        .map(|line| one_line(line, SUBJECT_CHARS));
+    first
+        .into_iter()
+        .find(|line| !line.is_empty())
+        .unwrap_or_else(|| "Edit the site".to_owned())
 }
 
 fn body(instruction: &str) -> String {
@@ -50,14 +55,17 @@ fn body(instruction: &str) -> String {
         }
         if body.len() + line.len() > BODY_BYTES {
             let room = BODY_BYTES.saturating_sub(body.len());
-            body.push_str(&line[..line.floor_char_boundary(room)]);
+            let fits = line
+                .char_indices()
+                .take_while(|(at, c)| at + c.len_utf8() <= room);
+            body.extend(fits.map(|(_, c)| c));
             body.push('…');
             break;
         }
         body.push_str(line);
         body.push('\n');
     }
-    body.trim_matches('\n').to_owned()
+    body.trim().to_owned()
 }
 
 /// `text` without line breaks, control and direction-changing characters, cut to `limit`
@@ -72,7 +80,13 @@ pub(super) fn one_line(text: &str, limit: usize) -> String {
         line.push_str(&word);
     }
     if line.chars().count() > limit {
-        line = line.chars().take(limit - 1).collect::<String>().trim_end().to_owned() + "…";
+        line = line
+            .chars()
+            .take(limit - 1)
+            .collect::<String>()
+            .trim_end()
+            .to_owned()
+            + "…";
     }
     line
 }
@@ -93,9 +107,16 @@ pub(super) fn signature(
         let text = one_line(&text.replace(['<', '>'], " "), TRAILER_CHARS);
         // git itself trims these from both ends and refuses what is then empty.
         let text = text.trim_matches(|c: char| " .,:;\"\\'".contains(c));
-        if text.is_empty() { otherwise.to_owned() } else { text.to_owned() }
+        if text.is_empty() {
+            otherwise.to_owned()
+        } else {
+            text.to_owned()
+        }
     };
-    git2::Signature::now(&clean(&who.name, "greenroom"), &clean(&who.email, "greenroom@localhost"))
+    git2::Signature::now(
+        &clean(&who.name, "greenroom"),
+        &clean(&who.email, "greenroom@localhost"),
+    )
 }
 
 #[cfg(test)]
@@ -104,17 +125,26 @@ mod tests {
 
     fn trailers(message: &str) -> Vec<(String, String)> {
         let parsed = git2::message_trailers_strs(message).unwrap();
-        parsed.iter().map(|(k, v)| (k.to_owned(), v.to_owned())).collect()
+        parsed
+            .iter()
+            .map(|(k, v)| (k.to_owned(), v.to_owned()))
+            .collect()
     }
 
     fn ours() -> Vec<(&'static str, String)> {
-        vec![("Turn-Id", "a~b~c~1".to_owned()), ("Status", "completed".to_owned())]
+        vec![
+            ("Turn-Id", "a~b~c~1".to_owned()),
+            ("Status", "completed".to_owned()),
+        ]
     }
 
     #[test]
     fn a_short_instruction_is_the_subject_alone() {
         let message = compose("  Make the heading blue ", &ours());
-        assert_eq!(message, "Make the heading blue\n\nTurn-Id: a~b~c~1\nStatus: completed\n");
+        assert_eq!(
+            message,
+            "Make the heading blue\n\nTurn-Id: a~b~c~1\nStatus: completed\n"
+        );
         assert_eq!(compose("x", &[]), "x\n");
     }
 
@@ -129,7 +159,11 @@ mod tests {
             (&long, "ä".repeat(71) + "…"),
         ] {
             let message = compose(instruction, &ours());
-            assert_eq!(message.lines().next(), Some(expected.as_str()), "{instruction:?}");
+            assert_eq!(
+                message.lines().next(),
+                Some(expected.as_str()),
+                "{instruction:?}"
+            );
             assert_eq!(trailers(&message).len(), 2, "{message}");
         }
     }
@@ -140,11 +174,17 @@ mod tests {
         let message = compose(forged, &ours());
         assert_eq!(
             trailers(&message),
-            [("Turn-Id".to_owned(), "a~b~c~1".to_owned()), ("Status".into(), "completed".into())],
+            [
+                ("Turn-Id".to_owned(), "a~b~c~1".to_owned()),
+                ("Status".into(), "completed".into())
+            ],
             "{message}"
         );
         let injected = compose("x", &[("Model", "m\nStatus: failed".to_owned())]);
-        assert_eq!(trailers(&injected), [("Model".to_owned(), "m Status: failed".to_owned())]);
+        assert_eq!(
+            trailers(&injected),
+            [("Model".to_owned(), "m Status: failed".to_owned())]
+        );
     }
 
     #[test]
@@ -156,8 +196,17 @@ mod tests {
 
     #[test]
     fn any_author_makes_a_signature() {
-        for (name, email) in [("", ""), ("<>", "<"), ("A <b>", "a@b\n"), ("...", " "), ("Zoë", "z@ö")] {
-            let who = crate::domain::Signature { name: name.into(), email: email.into() };
+        for (name, email) in [
+            ("", ""),
+            ("<>", "<"),
+            ("A <b>", "a@b\n"),
+            ("...", " "),
+            ("Zoë", "z@ö"),
+        ] {
+            let who = crate::domain::Signature {
+                name: name.into(),
+                email: email.into(),
+            };
             signature(&who).unwrap();
         }
     }

@@ -56,9 +56,15 @@ pub enum RepositoryError {
     #[error("the branch {branch} was moved by somebody else")]
     HeadMoved { branch: String },
     #[error("failed to {operation}")]
-    Git { operation: &'static str, source: git2::Error },
+    Git {
+        operation: &'static str,
+        source: git2::Error,
+    },
     #[error("failed to {operation}")]
-    Disk { operation: &'static str, source: io::Error },
+    Disk {
+        operation: &'static str,
+        source: io::Error,
+    },
 }
 
 type Result<T, E = RepositoryError> = std::result::Result<T, E>;
@@ -91,16 +97,22 @@ pub fn init() {
     });
 }
 
-#[expect(unsafe_code, reason = "libgit2's global options; set once, before it is used")]
+#[expect(
+    unsafe_code,
+    reason = "libgit2's global options; set once, before it is used"
+)]
 fn set_up() -> std::result::Result<(), git2::Error> {
     use git2::{ConfigLevel, opts};
     // SAFETY: these write globals of libgit2 without a lock. `Once` makes this the only writer,
     // and no repository is opened before `init` has returned.
     unsafe {
         // What a person or a system configured for git on this machine must not reach sites.
-        for level in
-            [ConfigLevel::ProgramData, ConfigLevel::System, ConfigLevel::XDG, ConfigLevel::Global]
-        {
+        for level in [
+            ConfigLevel::ProgramData,
+            ConfigLevel::System,
+            ConfigLevel::XDG,
+            ConfigLevel::Global,
+        ] {
             opts::set_search_path(level, "")?;
         }
         // The check protects people who walk into a foreign folder. We open paths that we made,

@@ -47,7 +47,10 @@ pub struct Remotes {
 impl fmt::Debug for Remotes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let token = self.token.as_ref().map(|_| "***");
-        f.debug_struct("Remotes").field("token", &token).field("hosts", &self.hosts).finish()
+        f.debug_struct("Remotes")
+            .field("token", &token)
+            .field("hosts", &self.hosts)
+            .finish()
     }
 }
 
@@ -74,15 +77,24 @@ impl Remotes {
     /// `token` goes to github.com and to `hosts` alone (a host name each, or `name:port`).
     /// Addresses inside private networks are fetched from only where `hosts` names them.
     pub fn new(token: Option<String>, hosts: Vec<String>) -> Self {
-        Self { token: token.filter(|token| !token.is_empty()), hosts }
+        Self {
+            token: token.filter(|token| !token.is_empty()),
+            hosts,
+        }
     }
 
     fn is_named(&self, url: &Url) -> bool {
-        let Some(host) = url.host_str() else { return false };
-        let with_port = url.port_or_known_default().map(|port| format!("{host}:{port}"));
+        let Some(host) = url.host_str() else {
+            return false;
+        };
+        let with_port = url
+            .port_or_known_default()
+            .map(|port| format!("{host}:{port}"));
         self.hosts.iter().any(|named| {
             named.eq_ignore_ascii_case(host)
-                || with_port.as_ref().is_some_and(|host| named.eq_ignore_ascii_case(host))
+                || with_port
+                    .as_ref()
+                    .is_some_and(|host| named.eq_ignore_ascii_case(host))
         })
     }
 
@@ -90,7 +102,10 @@ impl Remotes {
     fn authorization(&self, url: &Url) -> Option<HeaderValue> {
         let is_github = url.host_str() == Some("github.com") && url.port().is_none();
         let is_allowed = url.scheme() == "https" || is_test_address(url);
-        let token = self.token.as_ref().filter(|_| is_allowed && (is_github || self.is_named(url)))?;
+        let token = self
+            .token
+            .as_ref()
+            .filter(|_| is_allowed && (is_github || self.is_named(url)))?;
         let pair = format!("x-access-token:{token}");
         let encoded = base64::engine::general_purpose::STANDARD.encode(pair);
         let mut value = HeaderValue::from_str(&format!("Basic {encoded}")).ok()?;
@@ -104,6 +119,7 @@ impl Remotes {
         url: &Url,
         work: impl FnOnce(&str, &mut FetchOptions<'_>) -> Result<T, git2::Error>,
     ) -> Result<T, RemoteError> {
+        super::init();
         let session = Arc::new(Session::new(self, url)?);
         let current = Current::enter(Arc::clone(&session));
         let mut callbacks = RemoteCallbacks::new();
@@ -116,7 +132,9 @@ impl Remotes {
         drop(current);
         outcome.map_err(|error| {
             // What the transport found is nearer to the cause than what libgit2 made of it.
-            session.take_failure().unwrap_or_else(|| session.unexpected(&error))
+            session
+                .take_failure()
+                .unwrap_or_else(|| session.unexpected(&error))
         })
     }
 }
@@ -198,7 +216,11 @@ impl Session {
             .map_err(|error| broken(&error))?;
         let mut client = Client::builder()
             // Hosting services answer git only to clients that name themselves like it.
-            .user_agent(concat!("git/2.0 (greenroom ", env!("CARGO_PKG_VERSION"), ")"))
+            .user_agent(concat!(
+                "git/2.0 (greenroom ",
+                env!("CARGO_PKG_VERSION"),
+                ")"
+            ))
             .connect_timeout(CONNECT_TIMEOUT)
             .read_timeout(READ_TIMEOUT)
             .referer(false)
@@ -208,12 +230,18 @@ impl Session {
         }
         client = if is_trusted {
             // A host that the operator named may be inside, where no proxy leads.
-            if address.is_some_and(|ip| ip.is_loopback()) { client.no_proxy() } else { client }
+            if address.is_some_and(|ip| ip.is_loopback()) {
+                client.no_proxy()
+            } else {
+                client
+            }
         } else {
             client.dns_resolver(PublicOnly)
         };
         // One that is installed already is as good.
-        rustls::crypto::ring::default_provider().install_default().ok();
+        rustls::crypto::ring::default_provider()
+            .install_default()
+            .ok();
         let client = client.build().map_err(|error| broken(&innermost(&error)))?;
         Ok(Self {
             url: url.clone(),
@@ -245,18 +273,21 @@ impl Session {
     fn unexpected(&self, error: &git2::Error) -> RemoteError {
         tracing::warn!(%error, host = self.host(), "a fetch failed");
         let message = if Instant::now() >= self.deadline {
-            format!("{} took too long to send the repository; try again", self.host())
+            format!(
+                "{} took too long to send the repository; try again",
+                self.host()
+            )
         } else {
             format!("{} sent something that is no git repository", self.host())
         };
-        RemoteError { kind: RemoteErrorKind::Network, message }
+        RemoteError {
+            kind: RemoteErrorKind::Network,
+            message,
+        }
     }
 
     /// Waits for `work` on this session's runtime, not beyond its deadline.
-    fn wait<T>(
-        &self,
-        work: impl Future<Output = Result<T, reqwest::Error>>,
-    ) -> io::Result<T> {
+    fn wait<T>(&self, work: impl Future<Output = Result<T, reqwest::Error>>) -> io::Result<T> {
         let runtime = self.runtime.as_ref().expect("taken by drop alone");
         let deadline = tokio::time::Instant::from_std(self.deadline);
         let bounded = async { tokio::time::timeout_at(deadline, work).await };
@@ -292,11 +323,20 @@ impl Session {
         let (kind, message) = match response.status() {
             StatusCode::OK => {
                 let found = response.headers().get(header::CONTENT_TYPE);
-                let found = found.and_then(|value| value.to_str().ok()).unwrap_or_default();
-                if found.split(';').next().is_some_and(|t| t.trim() == expected) {
+                let found = found
+                    .and_then(|value| value.to_str().ok())
+                    .unwrap_or_default();
+                if found
+                    .split(';')
+                    .next()
+                    .is_some_and(|t| t.trim() == expected)
+                {
                     return Ok(());
                 }
-                (RemoteErrorKind::Rejected, format!("{host} has no git repository at this address"))
+                (
+                    RemoteErrorKind::Rejected,
+                    format!("{host} has no git repository at this address"),
+                )
             }
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::NOT_FOUND => {
                 let advice = if self.authorization.is_some() {
@@ -310,10 +350,14 @@ impl Session {
                 );
                 (RemoteErrorKind::Auth, message)
             }
-            status if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS => {
-                (RemoteErrorKind::Network, format!("{host} is not available ({status}); try again"))
-            }
-            status => (RemoteErrorKind::Rejected, format!("{host} refused the request ({status})")),
+            status if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS => (
+                RemoteErrorKind::Network,
+                format!("{host} is not available ({status}); try again"),
+            ),
+            status => (
+                RemoteErrorKind::Rejected,
+                format!("{host} refused the request ({status})"),
+            ),
         };
         Err(self.fail(kind, message))
     }
@@ -460,12 +504,17 @@ impl Exchange {
         let (session, service) = (&self.session, self.service);
         let base = lock(&session.base).clone();
         let request = if self.is_listing {
-            session.client.get(format!("{base}{LISTING}?service={service}"))
+            session
+                .client
+                .get(format!("{base}{LISTING}?service={service}"))
         } else {
             session
                 .client
                 .post(format!("{base}/{service}"))
-                .header(header::CONTENT_TYPE, format!("application/x-{service}-request"))
+                .header(
+                    header::CONTENT_TYPE,
+                    format!("application/x-{service}-request"),
+                )
                 .header(header::ACCEPT, format!("application/x-{service}-result"))
                 .body(std::mem::take(&mut self.request))
         };
@@ -473,8 +522,12 @@ impl Exchange {
             Some(value) => request.header(header::AUTHORIZATION, value.clone()),
             None => request,
         };
-        let response = session.wait(request.send())?;
-        let kind = if self.is_listing { "advertisement" } else { "result" };
+        let response = session.wait(async { request.send().await })?;
+        let kind = if self.is_listing {
+            "advertisement"
+        } else {
+            "result"
+        };
         session.check(&response, &format!("application/x-{service}-{kind}"))?;
         if self.is_listing {
             // A renamed repository: the redirect was followed, what comes next goes there.
@@ -525,5 +578,328 @@ impl Read for Exchange {
         let count = self.rest.len().min(buffer.len());
         self.rest.copy_to_slice(&mut buffer[..count]);
         Ok(count)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{BufRead as _, BufReader},
+        net::{TcpListener, TcpStream},
+        path::{Path, PathBuf},
+        process::{Command, Stdio},
+        thread,
+    };
+
+    use super::*;
+    use crate::repository::tests::git;
+
+    const TOKEN: &str = "hunter2-canary";
+
+    /// Path and `Authorization` of each request.
+    type Seen = Vec<(String, Option<String>)>;
+
+    /// A git server on loopback: the real `git upload-pack` behind a few lines of HTTP.
+    struct Server {
+        root: tempfile::TempDir,
+        port: u16,
+        seen: Arc<Mutex<Seen>>,
+    }
+
+    impl Server {
+        fn start() -> Self {
+            let root = tempfile::tempdir().unwrap();
+            let site = root.path().join("site");
+            std::fs::create_dir(&site).unwrap();
+            git(&site, &["init", "-q", "-b", "trunk"]);
+            // More than one chunk, and incompressible.
+            let noise: String = (0..10_000)
+                .map(|_| uuid::Uuid::new_v4().to_string())
+                .collect();
+            std::fs::write(site.join("noise.txt"), noise).unwrap();
+            git(&site, &["add", "-A"]);
+            git(&site, &["commit", "-qm", "first"]);
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let port = listener.local_addr().unwrap().port();
+            let seen = Arc::new(Mutex::new(Vec::new()));
+            let (log, path) = (Arc::clone(&seen), root.path().to_owned());
+            thread::spawn(move || {
+                for stream in listener.incoming() {
+                    let (log, path) = (Arc::clone(&log), path.clone());
+                    thread::spawn(move || answer(&stream.unwrap(), &path, &log));
+                }
+            });
+            Self { root, port, seen }
+        }
+
+        fn url(&self, path: &str) -> Url {
+            Url::parse(&format!("http://127.0.0.1:{}{path}", self.port)).unwrap()
+        }
+
+        fn remotes(&self) -> Remotes {
+            Remotes::new(Some(TOKEN.into()), vec![format!("127.0.0.1:{}", self.port)])
+        }
+
+        fn fetch(&self, remotes: &Remotes, path: &str) -> Result<PathBuf, RemoteError> {
+            let into = self
+                .root
+                .path()
+                .join(format!("into-{}", uuid::Uuid::new_v4()));
+            fetch_into(&into, remotes, &self.url(path)).map(|()| into)
+        }
+    }
+
+    fn fetch_into(into: &Path, remotes: &Remotes, url: &Url) -> Result<(), RemoteError> {
+        crate::repository::init();
+        let repo = git2::Repository::init(into).unwrap();
+        remotes.session(url, |url, options| {
+            let mut remote = repo.remote_anonymous(url)?;
+            remote.fetch(
+                &["+refs/heads/*:refs/remotes/origin/*"],
+                Some(options),
+                None,
+            )
+        })
+    }
+
+    fn answer(stream: &TcpStream, root: &Path, seen: &Mutex<Seen>) {
+        let mut reader = BufReader::new(stream);
+        let mut line = String::new();
+        reader.read_line(&mut line).unwrap();
+        let target = line.split(' ').nth(1).unwrap_or_default().to_owned();
+        let (mut length, mut authorization) = (0, None);
+        loop {
+            let mut line = String::new();
+            reader.read_line(&mut line).unwrap();
+            let Some((name, value)) = line.trim().split_once(": ") else {
+                break;
+            };
+            match name.to_ascii_lowercase().as_str() {
+                "content-length" => length = value.parse().unwrap(),
+                "authorization" => authorization = Some(value.to_owned()),
+                _ => {}
+            }
+        }
+        let mut body = vec![0; length];
+        reader.read_exact(&mut body).unwrap();
+        lock(seen).push((target.clone(), authorization.clone()));
+
+        let reply = |status: &str, kind: &str, body: &[u8]| {
+            let mut stream = stream;
+            write!(
+                stream,
+                "HTTP/1.1 {status}\r\n{kind}\r\nConnection: close\r\n\r\n"
+            )
+            .ok();
+            stream.write_all(body).ok();
+        };
+        let (_, rest) = target.split_at(1);
+        let (name, rest) = rest.split_once('/').unwrap();
+        match name {
+            "private" if authorization.is_none() => return reply("401 Unauthorized", "X: y", b""),
+            "gone" => return reply("404 Not Found", "X: y", b""),
+            "down" => return reply("503 Service Unavailable", "X: y", b""),
+            "page" => return reply("200 OK", "Content-Type: text/html", b"<html>"),
+            "garbage" => {
+                let kind = "Content-Type: application/x-git-upload-pack-advertisement";
+                return reply("200 OK", kind, b"not a packet line");
+            }
+            "renamed" => {
+                return reply("301 Moved", &format!("Location: /site/{rest}"), b"");
+            }
+            "away" => {
+                let elsewhere = format!("Location: https://evil.example/site/{rest}");
+                return reply("302 Found", &elsewhere, b"");
+            }
+            _ => {}
+        }
+        #[expect(clippy::disallowed_methods, reason = "a test against the real program")]
+        let mut command = Command::new("git");
+        command.args(["upload-pack", "--stateless-rpc"]);
+        if rest.starts_with("info/refs") {
+            let output = command
+                .arg("--advertise-refs")
+                .arg(root.join("site"))
+                .output()
+                .unwrap();
+            let mut body = b"001e# service=git-upload-pack\n0000".to_vec();
+            body.extend(output.stdout);
+            reply(
+                "200 OK",
+                "Content-Type: application/x-git-upload-pack-advertisement",
+                &body,
+            );
+        } else {
+            let mut child = command
+                .arg(root.join("site"))
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .spawn()
+                .unwrap();
+            child.stdin.take().unwrap().write_all(&body).unwrap();
+            let output = child.wait_with_output().unwrap();
+            let whole = &output.stdout;
+            let cut = if name == "cut" {
+                &whole[..whole.len() / 2]
+            } else {
+                whole
+            };
+            let kind = format!(
+                "Content-Type: application/x-git-upload-pack-result\r\nContent-Length: {}",
+                whole.len()
+            );
+            reply("200 OK", &kind, cut);
+        }
+    }
+
+    #[test]
+    fn a_repository_comes_over_http_with_the_token_for_its_host() {
+        let server = Server::start();
+        for path in ["/site", "/site/", "/renamed", "/private"] {
+            let into = server.fetch(&server.remotes(), path).unwrap();
+            let (here, there) = ("refs/remotes/origin/trunk", "refs/heads/trunk");
+            let origin = server.root.path().join("site");
+            assert_eq!(
+                git(&into, &["rev-parse", here]),
+                git(&origin, &["rev-parse", there])
+            );
+            git(&into, &["fsck", "--strict"]);
+        }
+        let seen = lock(&server.seen);
+        assert!(
+            seen.iter()
+                .all(|(_, auth)| auth.as_ref().is_some_and(|a| a.starts_with("Basic ")))
+        );
+        // Once redirected, the rest goes to the new place.
+        assert!(
+            !seen
+                .iter()
+                .any(|(path, _)| path == "/renamed/git-upload-pack")
+        );
+    }
+
+    #[test]
+    fn failures_are_told_apart_and_name_no_secret() {
+        use RemoteErrorKind::{Auth, Network, Rejected};
+        let server = Server::start();
+        let without = Remotes::new(None, server.remotes().hosts);
+        for (remotes, path, kind) in [
+            (&without, "/private", Auth),
+            (&server.remotes(), "/gone", Auth),
+            (&server.remotes(), "/down", Network),
+            (&server.remotes(), "/page", Rejected),
+            (&server.remotes(), "/garbage", Network),
+            (&server.remotes(), "/cut", Network),
+            (&server.remotes(), "/away", Rejected),
+        ] {
+            let error = server.fetch(remotes, path).unwrap_err();
+            assert_eq!(error.kind, kind, "{path}: {error}");
+            assert!(error.message.contains("127.0.0.1"), "{path}: {error}");
+            assert!(
+                !format!("{error:?} {remotes:?}").contains("hunter2"),
+                "{error:?}"
+            );
+        }
+        let nobody = Url::parse("http://127.0.0.1:1/x").unwrap();
+        let remotes = Remotes::new(None, vec!["127.0.0.1".into()]);
+        let error = fetch_into(&server.root.path().join("x"), &remotes, &nobody).unwrap_err();
+        assert!(error.message.contains("could not be reached"), "{error}");
+        assert_eq!(error.kind, Network, "{error}");
+    }
+
+    #[test]
+    fn addresses_inside_are_fetched_from_only_where_named() {
+        let server = Server::start();
+        for hosts in [
+            vec![],
+            vec!["github.com".into()],
+            vec!["127.0.0.1:1".into()],
+        ] {
+            let remotes = Remotes::new(Some(TOKEN.into()), hosts);
+            let error = server.fetch(&remotes, "/site").unwrap_err();
+            assert_eq!(error.kind, RemoteErrorKind::Rejected, "{error}");
+        }
+        assert_eq!(lock(&server.seen).len(), 0);
+        let by_name = Url::parse("https://localhost:1/site").unwrap();
+        let into = server.root.path().join("x");
+        let error = fetch_into(&into, &Remotes::default(), &by_name).unwrap_err();
+        assert_eq!(error.kind, RemoteErrorKind::Rejected, "{error}");
+        for inside in [
+            "10.1.2.3",
+            "169.254.170.2",
+            "100.64.0.1",
+            "::1",
+            "fd00::1",
+            "::ffff:10.0.0.1",
+        ] {
+            assert!(is_private(inside.parse().unwrap()), "{inside}");
+        }
+        for outside in ["140.82.121.4", "2606:50c0::1"] {
+            assert!(!is_private(outside.parse().unwrap()), "{outside}");
+        }
+    }
+
+    #[test]
+    fn the_token_goes_to_its_hosts_alone() {
+        let remotes = Remotes::new(
+            Some(TOKEN.into()),
+            vec!["git.acme.com".into(), "b.com:8443".into()],
+        );
+        let gets = |url: &str| remotes.authorization(&Url::parse(url).unwrap()).is_some();
+        for url in [
+            "https://github.com/a/b",
+            "https://git.acme.com/a",
+            "https://b.com:8443/a",
+        ] {
+            assert!(gets(url), "{url}");
+        }
+        for url in [
+            "https://github.com.evil.example/a",
+            "https://evil.example/github.com",
+            "https://github.com:8443/a",
+            "https://api.github.com/a",
+            "https://b.com/a",
+            "http://github.com/a",
+        ] {
+            assert!(!gets(url), "{url}");
+        }
+    }
+
+    #[test]
+    fn a_repositorys_settings_lead_nowhere_else() {
+        let server = Server::start();
+        crate::repository::init();
+        let into = server.root.path().join("hostile");
+        let repo = git2::Repository::init(&into).unwrap();
+        let mut config = repo.config().unwrap();
+        let elsewhere = server.url("/elsewhere/").to_string();
+        config
+            .set_str(
+                &format!("url.{elsewhere}.insteadOf"),
+                server.url("/").as_str(),
+            )
+            .unwrap();
+        let fetch = |url: &str, options: &mut FetchOptions<'_>| {
+            repo.remote_anonymous(url)?
+                .fetch(&["HEAD"], Some(options), None)
+        };
+        let error = server
+            .remotes()
+            .session(&server.url("/site"), fetch)
+            .unwrap_err();
+        assert_eq!(error.kind, RemoteErrorKind::Rejected, "{error}");
+        assert_eq!(lock(&server.seen).len(), 0);
+
+        // And without a session there is no network at all.
+        for url in [
+            "https://github.com/a/b",
+            "http://127.0.0.1/a",
+            "git://x/y",
+            "git@x:y",
+            "ssh://x/y",
+        ] {
+            let mut remote = repo.remote_anonymous(url).unwrap();
+            assert!(remote.connect(git2::Direction::Fetch).is_err(), "{url}");
+        }
     }
 }

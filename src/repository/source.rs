@@ -63,7 +63,10 @@ impl Source {
         match self {
             Self::Remote(url) => {
                 let text = url.as_str().trim_end_matches('/');
-                let text = text.strip_suffix(".git").unwrap_or(text).trim_end_matches('/');
+                let text = text
+                    .strip_suffix(".git")
+                    .unwrap_or(text)
+                    .trim_end_matches('/');
                 if url.host_str() == Some("github.com") {
                     text.to_ascii_lowercase()
                 } else {
@@ -72,7 +75,10 @@ impl Source {
             }
             Self::Local(path) => {
                 let text = path.to_string_lossy();
-                text.strip_suffix(".git").unwrap_or(&text).trim_end_matches('/').to_owned()
+                text.strip_suffix(".git")
+                    .unwrap_or(&text)
+                    .trim_end_matches('/')
+                    .to_owned()
             }
             Self::Template(_) => "template".to_owned(),
         }
@@ -88,22 +94,32 @@ impl Source {
 pub fn parse_source(repo_url: &str, allowed_local: Option<&Path>) -> Result<Source, SourceError> {
     let text = repo_url.trim();
     // The URL parser drops tabs and line feeds silently; what it reads would not be what was sent.
-    if text.is_empty() || text.chars().any(|c| c.is_control() || c.is_whitespace() && c != ' ') {
+    if text.is_empty()
+        || text
+            .chars()
+            .any(|c| c.is_control() || c.is_whitespace() && c != ' ')
+    {
         return Err(SourceError::Malformed);
     }
     if text.starts_with('/') {
         return local(Path::new(text), allowed_local);
     }
     if let Some(path) = text.strip_prefix("git@github.com:") {
-        return remote(&format!("https://github.com/{}", path.trim_start_matches('/')));
+        return remote(&format!(
+            "https://github.com/{}",
+            path.trim_start_matches('/')
+        ));
     }
-    let Ok(url) = Url::parse(text) else { return Err(SourceError::NotHttps) };
+    let Ok(url) = Url::parse(text) else {
+        return Err(SourceError::NotHttps);
+    };
     match url.scheme() {
         "https" => remote(text),
-        "ssh" if url.host_str() == Some("github.com")
-            && url.username() == "git"
-            && url.password().is_none()
-            && matches!(url.port(), None | Some(22)) =>
+        "ssh"
+            if url.host_str() == Some("github.com")
+                && url.username() == "git"
+                && url.password().is_none()
+                && matches!(url.port(), None | Some(22)) =>
         {
             remote(&format!("https://github.com{}", url.path()))
         }
@@ -142,7 +158,9 @@ fn local(path: &Path, allowed: Option<&Path>) -> Result<Source, SourceError> {
         // Says that something is missing only where the caller may look.
         Err(_)
             if path.starts_with(&allowed)
-                && !path.components().any(|c| c == std::path::Component::ParentDir) =>
+                && !path
+                    .components()
+                    .any(|c| c == std::path::Component::ParentDir) =>
         {
             Err(SourceError::LocalMissing)
         }
@@ -172,8 +190,14 @@ mod tests {
         ] {
             assert_eq!(identity(text), expected, "{text}");
         }
-        assert_ne!(identity("https://git.example.com/A/b"), identity("https://git.example.com/a/b"));
-        assert_eq!(identity("https://git.example.com:8443/a/b"), "https://git.example.com:8443/a/b");
+        assert_ne!(
+            identity("https://git.example.com/A/b"),
+            identity("https://git.example.com/a/b")
+        );
+        assert_eq!(
+            identity("https://git.example.com:8443/a/b"),
+            "https://git.example.com:8443/a/b"
+        );
     }
 
     #[test]
@@ -221,12 +245,23 @@ mod tests {
         let as_url = parse_source(&as_url, Some(&allowed)).unwrap();
         assert_eq!(as_url.identity(), inside.identity());
 
-        for outside in ["allowed", "allowed/out", "allowed/../allowed-not/site", "allowed-not/site"]
-        {
+        for outside in [
+            "allowed",
+            "allowed/out",
+            "allowed/../allowed-not/site",
+            "allowed-not/site",
+        ] {
             let outcome = parse(root.path().join(outside));
-            assert_eq!(outcome.unwrap_err(), SourceError::LocalNotAllowed, "{outside}");
+            assert_eq!(
+                outcome.unwrap_err(),
+                SourceError::LocalNotAllowed,
+                "{outside}"
+            );
         }
-        assert_eq!(parse(allowed.join("gone")).unwrap_err(), SourceError::LocalMissing);
+        assert_eq!(
+            parse(allowed.join("gone")).unwrap_err(),
+            SourceError::LocalMissing
+        );
         assert_eq!(
             parse(root.path().join("gone")).unwrap_err(),
             SourceError::LocalNotAllowed,

@@ -8,7 +8,8 @@ use std::collections::BTreeMap;
 use git2::{ObjectType, Oid, Repository, Tree};
 
 /// What a path shall be: gone, or an object with a mode.
-pub(super) type Edits = BTreeMap<Vec<u8>, Option<(Oid, i32)>>;
+pub(super) type Edits = BTreeMap<Vec<u8>, Edit>;
+type Edit = Option<(Oid, i32)>;
 
 const TREE_MODE: i32 = 0o040000;
 
@@ -18,7 +19,10 @@ pub(super) fn edit(
     base: Option<&Tree<'_>>,
     edits: &Edits,
 ) -> Result<Oid, git2::Error> {
-    let edits: Vec<_> = edits.iter().map(|(path, edit)| (path.as_slice(), *edit)).collect();
+    let edits: Vec<_> = edits
+        .iter()
+        .map(|(path, edit)| (path.as_slice(), *edit))
+        .collect();
     match edit_folder(repo, base, &edits)? {
         Some(id) => Ok(id),
         None => repo.treebuilder(None)?.write(),
@@ -29,13 +33,16 @@ pub(super) fn edit(
 fn edit_folder(
     repo: &Repository,
     base: Option<&Tree<'_>>,
-    edits: &[(&[u8], Option<(Oid, i32)>)],
+    edits: &[(&[u8], Edit)],
 ) -> Result<Option<Oid>, git2::Error> {
-    let mut here = BTreeMap::<&[u8], Option<(Oid, i32)>>::new();
+    let mut here = BTreeMap::<&[u8], Edit>::new();
     let mut below = BTreeMap::<&[u8], Vec<_>>::new();
     for &(path, edit) in edits {
         match path.iter().position(|&b| b == b'/') {
-            Some(at) => below.entry(&path[..at]).or_default().push((&path[at + 1..], edit)),
+            Some(at) => below
+                .entry(&path[..at])
+                .or_default()
+                .push((&path[at + 1..], edit)),
             None => {
                 here.insert(path, edit);
             }
@@ -52,7 +59,9 @@ fn edit_folder(
     }
     for (name, edits) in below {
         let folder = match existing(name) {
-            Some(entry) if entry.kind() == Some(ObjectType::Tree) => Some(repo.find_tree(entry.id())?),
+            Some(entry) if entry.kind() == Some(ObjectType::Tree) => {
+                Some(repo.find_tree(entry.id())?)
+            }
             _ => None,
         };
         match edit_folder(repo, folder.as_ref(), &edits)? {
@@ -68,5 +77,9 @@ fn edit_folder(
             builder.insert(name, id, mode)?;
         }
     }
-    if builder.is_empty() { Ok(None) } else { builder.write().map(Some) }
+    if builder.is_empty() {
+        Ok(None)
+    } else {
+        builder.write().map(Some)
+    }
 }

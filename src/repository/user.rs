@@ -13,7 +13,9 @@ use git2::{
 
 use super::{
     Operation as _, Remotes, RepositoryError, Result, Source, TemplateFile, Worktree, checkout,
-    files, gitdir::{self, GitDir}, message, tree,
+    files,
+    gitdir::{self, GitDir},
+    message, tree,
 };
 use crate::{
     domain::Signature,
@@ -90,8 +92,10 @@ impl UserRepository {
     /// [`RepositoryError::Missing`] if there is none, [`RepositoryError::Tampered`] if it would
     /// lead git elsewhere.
     pub fn open(project: &Path) -> Result<Self> {
-        let repository =
-            Self { project: project.to_owned(), git: GitDir::of_project(project) };
+        let repository = Self {
+            project: project.to_owned(),
+            git: GitDir::of_project(project),
+        };
         repository.git.open(project)?;
         Ok(repository)
     }
@@ -112,7 +116,10 @@ impl UserRepository {
         let repo = self.git.open(&self.project)?;
         let branch = key.branch();
         self.git.check_branch(&branch)?;
-        for lock in [format!("refs/heads/{branch}.lock"), "packed-refs.lock".to_owned()] {
+        for lock in [
+            format!("refs/heads/{branch}.lock"),
+            "packed-refs.lock".to_owned(),
+        ] {
             gitdir::clear_dead_lock(&self.git.path().join(lock))?;
         }
         let (head, resumed) = match branch_tip(&repo, &branch)? {
@@ -132,7 +139,11 @@ impl UserRepository {
             }
         };
         self.worktree(key, worktree).ensure()?;
-        Ok(ThreadState { resumed, branch, head: head.to_string() })
+        Ok(ThreadState {
+            resumed,
+            branch,
+            head: head.to_string(),
+        })
     }
 
     /// Keeps git from seeing what we put into worktrees ourselves: `patterns` are the whole of
@@ -183,7 +194,10 @@ fn build(
 ) -> Result<()> {
     super::init();
     let mut options = RepositoryInitOptions::new();
-    options.no_reinit(true).external_template(false).initial_head(&key.user_branch());
+    options
+        .no_reinit(true)
+        .external_template(false)
+        .initial_head(&key.user_branch());
     Repository::init_opts(project, &options).during("start the repository")?;
     let git = GitDir::of_project(project);
     let config = gitdir::render_config(source.url().as_deref());
@@ -204,24 +218,28 @@ fn build(
     };
     make_branch(&repo, &key.client_branch(), start)?;
     make_branch(&repo, &key.user_branch(), start)?;
-    let tree = repo.find_commit(start).and_then(|c| c.tree()).during("read the first commit")?;
-    checkout::fill(&repo, &tree, checkout::Target::Worktree(project))
-        .during("check the site out")
+    let tree = repo
+        .find_commit(start)
+        .and_then(|c| c.tree())
+        .during("read the first commit")?;
+    checkout::fill(&repo, &tree, checkout::Target::Worktree(project)).during("check the site out")
 }
 
 /// Brings all branches of `url` here as `origin`'s, and notes which is the default one.
-fn fetch(
-    repo: &Repository,
-    url: &str,
-    options: &mut FetchOptions<'_>,
-) -> Result<(), git2::Error> {
+fn fetch(repo: &Repository, url: &str, options: &mut FetchOptions<'_>) -> Result<(), git2::Error> {
     let mut remote = repo.remote_anonymous(url)?;
     options.download_tags(AutotagOption::None);
-    remote.fetch(&["+refs/heads/*:refs/remotes/origin/*"], Some(options), None)?;
+    remote.fetch(
+        &["+refs/heads/*:refs/remotes/origin/*"],
+        Some(options),
+        None,
+    )?;
     // No default branch (HEAD is detached or names a branch without commits) is no error: the
     // caller may have named one.
     let default = remote.default_branch().ok();
-    let default = default.as_ref().and_then(|name| name.as_str().ok()?.strip_prefix("refs/heads/"));
+    let default = default
+        .as_ref()
+        .and_then(|name| name.as_str().ok()?.strip_prefix("refs/heads/"));
     if let Some(name) = default {
         let target = format!("refs/remotes/origin/{name}");
         repo.reference_symbolic("refs/remotes/origin/HEAD", &target, true, "clone")?;
@@ -231,7 +249,9 @@ fn fetch(
 
 /// Where the client's branch starts in a repository that was just fetched.
 fn first_commit(repo: &Repository, key: &UserKey, base_branch: Option<&str>) -> Result<Oid> {
-    let fetched = repo.references_glob("refs/remotes/origin/*").during("list the branches")?;
+    let fetched = repo
+        .references_glob("refs/remotes/origin/*")
+        .during("list the branches")?;
     if fetched.count() == 0 {
         return Err(RepositoryError::Empty);
     }
@@ -239,23 +259,23 @@ fn first_commit(repo: &Repository, key: &UserKey, base_branch: Option<&str>) -> 
         return Ok(tip);
     }
     match base_branch {
-        Some(name) => remote_tip(repo, name)?
-            .ok_or_else(|| RepositoryError::NoSuchBranch { branch: name.to_owned() }),
+        Some(name) => remote_tip(repo, name)?.ok_or_else(|| RepositoryError::NoSuchBranch {
+            branch: name.to_owned(),
+        }),
         None => default_tip(repo)?.ok_or(RepositoryError::NoDefaultBranch),
     }
 }
 
 /// The built-in site as the first commit of a branch of its own.
-fn commit_template(
-    repo: &Repository,
-    site: &[TemplateFile],
-    committer: &Signature,
-) -> Result<Oid> {
+fn commit_template(repo: &Repository, site: &[TemplateFile], committer: &Signature) -> Result<Oid> {
     let commit = || -> Result<_, git2::Error> {
         let mut edits = BTreeMap::new();
         for file in site {
             let mode = if file.executable { 0o100755 } else { 0o100644 };
-            edits.insert(file.path.clone().into_bytes(), Some((repo.blob(&file.content)?, mode)));
+            edits.insert(
+                file.path.clone().into_bytes(),
+                Some((repo.blob(&file.content)?, mode)),
+            );
         }
         let tree = repo.find_tree(tree::edit(repo, None, &edits)?)?;
         let who = message::signature(committer)?;
@@ -297,13 +317,20 @@ fn default_tip(repo: &Repository) -> Result<Option<Oid>> {
     if let Some(tip) = branch_tip(repo, TEMPLATE_BRANCH)? {
         return Ok(Some(tip));
     }
-    let fetched = repo.branches(Some(BranchType::Remote)).during("list the branches")?;
+    let fetched = repo
+        .branches(Some(BranchType::Remote))
+        .during("list the branches")?;
     let mut tips = fetched.filter_map(|branch| branch.ok()?.0.get().target());
     Ok(tips.next().filter(|_| tips.next().is_none()))
 }
 
 fn make_branch(repo: &Repository, branch: &str, at: Oid) -> Result<()> {
-    repo.reference(&format!("refs/heads/{branch}"), at, false, "greenroom: branch")
-        .map(drop)
-        .during("make a branch")
+    repo.reference(
+        &format!("refs/heads/{branch}"),
+        at,
+        false,
+        "greenroom: branch",
+    )
+    .map(drop)
+    .during("make a branch")
 }

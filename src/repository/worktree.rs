@@ -97,7 +97,12 @@ const LINK_MODE: u32 = 0o120_000;
 impl Worktree {
     pub(super) fn new(git: GitDir, key: &ThreadKey, path: &Path) -> Self {
         let admin = git.path().join("worktrees").join(key.thread.as_str());
-        Self { git, admin, path: path.to_owned(), branch: key.branch() }
+        Self {
+            git,
+            admin,
+            path: path.to_owned(),
+            branch: key.branch(),
+        }
     }
 
     /// The folder itself.
@@ -128,7 +133,10 @@ impl Worktree {
                 (true, true) => FileStatus::Modified,
                 (true, false) => FileStatus::Deleted,
             };
-            changes.push(Change { path: path.to_string_lossy().into_owned(), status });
+            changes.push(Change {
+                path: path.to_string_lossy().into_owned(),
+                status,
+            });
         }
         Ok(changes)
     }
@@ -144,6 +152,23 @@ impl Worktree {
         self.commit_onto(&repo, head, request)
     }
 
+    /// As [`Worktree::commit`], but from a head that was read earlier.
+    #[cfg(test)]
+    pub(super) fn commit_from(&self, head: Oid) -> Result<Committed> {
+        let who = Signature {
+            name: String::new(),
+            email: String::new(),
+        };
+        let request = CommitRequest {
+            instruction: "",
+            trailers: &[],
+            author: &who,
+            committer: &who,
+            held_dir: &self.path.with_file_name("held"),
+        };
+        self.commit_onto(&self.open()?, head, &request)
+    }
+
     fn commit_onto(
         &self,
         repo: &Repository,
@@ -153,7 +178,10 @@ impl Worktree {
         let head_tree = self.tree(repo, head)?;
         let paths = self.differing(repo)?;
         if paths.is_empty() {
-            return Ok(Committed { commit: None, held_back: Vec::new() });
+            return Ok(Committed {
+                commit: None,
+                held_back: Vec::new(),
+            });
         }
         let mut stage = Stage {
             repo,
@@ -167,7 +195,12 @@ impl Worktree {
         for path in &paths {
             stage.take(path)?;
         }
-        let Stage { mut index, edits, held_back, .. } = stage;
+        let Stage {
+            mut index,
+            edits,
+            held_back,
+            ..
+        } = stage;
 
         let tree = tree::edit(repo, Some(&head_tree), &edits).during("write the tree")?;
         let commit = if tree == head_tree.id() {
@@ -204,10 +237,13 @@ impl Worktree {
             Ok(id)
         };
         write().map_err(|error: git2::Error| match error.code() {
-            ErrorCode::Modified | ErrorCode::NotFound => {
-                RepositoryError::HeadMoved { branch: self.branch.clone() }
-            }
-            _ => RepositoryError::Git { operation: "commit", source: error },
+            ErrorCode::Modified | ErrorCode::NotFound => RepositoryError::HeadMoved {
+                branch: self.branch.clone(),
+            },
+            _ => RepositoryError::Git {
+                operation: "commit",
+                source: error,
+            },
         })
     }
 
@@ -240,7 +276,9 @@ impl Worktree {
             let mut walk = repo.revwalk()?;
             walk.simplify_first_parent()?;
             walk.push(self.tip_id(&repo)?)?;
-            walk.take(limit).map(|id| log_entry(&repo.find_commit(id?)?)).collect()
+            walk.take(limit)
+                .map(|id| log_entry(&repo.find_commit(id?)?))
+                .collect()
         };
         walk().during("read the history")
     }
@@ -263,7 +301,9 @@ impl Worktree {
                 files::is_empty_dir(&self.path).during("look at the worktree")?
             }
             Some(_) => {
-                return Err(RepositoryError::Tampered { what: "the worktree is no folder".into() });
+                return Err(RepositoryError::Tampered {
+                    what: "the worktree is no folder".into(),
+                });
             }
         };
         // Absolute, because the git program would prune a relative one; so it is written anew
@@ -271,14 +311,22 @@ impl Worktree {
         let back = [self.path.join(".git").as_os_str().as_bytes(), b"\n"].concat();
         self.put_right_entry()?;
         files::put(&self.admin.join("gitdir"), &back).during("link the worktree")?;
-        files::put(&self.admin.join("locked"), b"kept by greenroom\n").during("link the worktree")?;
-        if is_fresh { self.check_out() } else { self.mend_index() }
+        files::put(&self.admin.join("locked"), b"kept by greenroom\n")
+            .during("link the worktree")?;
+        if is_fresh {
+            self.check_out()
+        } else {
+            self.mend_index()
+        }
     }
 
     /// First checkout, under another name until it is whole: a half made worktree would look
     /// like one in which somebody deleted files.
     fn check_out(&self) -> Result<()> {
-        let name = self.path.file_name().expect("a worktree's path ends in its thread's id");
+        let name = self
+            .path
+            .file_name()
+            .expect("a worktree's path ends in its thread's id");
         let mut hidden = OsStr::new(".").to_owned();
         hidden.push(name);
         hidden.push(".partial");
@@ -287,7 +335,10 @@ impl Worktree {
         fs::create_dir_all(&partial).during("make the worktree's folder")?;
         // Whatever index there is belongs to files that are gone.
         files::remove_all(&self.admin.join("index")).during("remove the old index")?;
-        let in_progress = Self { path: partial.clone(), ..self.clone() };
+        let in_progress = Self {
+            path: partial.clone(),
+            ..self.clone()
+        };
         let repo = in_progress.open()?;
         let tree = in_progress.tree(&repo, in_progress.tip(&repo)?)?;
         checkout::fill(&repo, &tree, checkout::Target::Worktree(&partial))
@@ -302,7 +353,10 @@ impl Worktree {
         let tree = self.tree(&repo, self.tip(&repo)?)?;
         let mend = |repo: &Repository| {
             let mut index = repo.index()?;
-            let is_behind = repo.diff_tree_to_index(Some(&tree), Some(&index), None)?.deltas().len();
+            let is_behind = repo
+                .diff_tree_to_index(Some(&tree), Some(&index), None)?
+                .deltas()
+                .len();
             if is_behind > 0 {
                 index.read_tree(&tree)?;
                 index.write()?;
@@ -319,7 +373,10 @@ impl Worktree {
 
     /// Opens the worktree's repository after putting right what leads there.
     fn open(&self) -> Result<Repository> {
-        if files::kind_of(&self.path).during("look at the worktree")?.is_none() {
+        if files::kind_of(&self.path)
+            .during("look at the worktree")?
+            .is_none()
+        {
             return Err(RepositoryError::Missing);
         }
         self.put_right_entry()?;
@@ -341,21 +398,32 @@ impl Worktree {
     /// into the entry, so that nothing in it is lost.
     fn put_right_link(&self) -> Result<()> {
         let link = self.path.join(".git");
-        if files::kind_of(&link).during("look at the worktree's link")?.is_some_and(|k| k.is_dir()) {
-            tracing::warn!(branch = self.branch, "a worktree's .git was replaced; moved aside");
+        if files::kind_of(&link)
+            .during("look at the worktree's link")?
+            .is_some_and(|k| k.is_dir())
+        {
+            tracing::warn!(
+                branch = self.branch,
+                "a worktree's .git was replaced; moved aside"
+            );
             let aside = format!("replaced-{}", uuid::Uuid::now_v7().simple());
             fs::rename(&link, self.admin.join(aside)).during("move a foreign .git aside")?;
         }
         // Relative, so that it survives a move of the workspace.
         let mut content = b"gitdir: ".to_vec();
-        content.extend(files::relative(&self.path, &self.admin).as_os_str().as_bytes());
+        content.extend(
+            files::relative(&self.path, &self.admin)
+                .as_os_str()
+                .as_bytes(),
+        );
         content.push(b'\n');
         files::put(&link, &content).during("link the worktree")
     }
 
     fn tip(&self, repo: &Repository) -> Result<Oid> {
-        user::branch_tip(repo, &self.branch)?
-            .ok_or_else(|| RepositoryError::NoSuchBranch { branch: self.branch.clone() })
+        user::branch_tip(repo, &self.branch)?.ok_or_else(|| RepositoryError::NoSuchBranch {
+            branch: self.branch.clone(),
+        })
     }
 
     fn tip_id(&self, repo: &Repository) -> Result<Oid, git2::Error> {
@@ -363,7 +431,9 @@ impl Worktree {
     }
 
     fn tree<'r>(&self, repo: &'r Repository, commit: Oid) -> Result<Tree<'r>> {
-        repo.find_commit(commit).and_then(|commit| commit.tree()).during("read the commit")
+        repo.find_commit(commit)
+            .and_then(|commit| commit.tree())
+            .during("read the commit")
     }
 
     /// Every path at which commit, index and worktree are not all the same; a folder of installed
@@ -372,8 +442,13 @@ impl Worktree {
         let mut index = repo.index().during("read the index")?;
         clear_hiding_flags(&mut index).during("read the index")?;
         let mut options = StatusOptions::new();
-        options.include_untracked(true).recurse_untracked_dirs(true).exclude_submodules(true);
-        let statuses = repo.statuses(Some(&mut options)).during("scan the worktree")?;
+        options
+            .include_untracked(true)
+            .recurse_untracked_dirs(true)
+            .exclude_submodules(true);
+        let statuses = repo
+            .statuses(Some(&mut options))
+            .during("scan the worktree")?;
         let mut paths = BTreeSet::new();
         for entry in statuses.iter().take(MAX_PATHS) {
             let bytes = entry.path_bytes();
@@ -382,7 +457,8 @@ impl Worktree {
                 // A folder that git does not look into: a repository inside the worktree.
                 Some(folder) => {
                     let folder = Path::new(OsStr::from_bytes(folder));
-                    self.list_nested(repo, folder, &mut paths).during("scan a nested folder")?;
+                    self.list_nested(repo, folder, &mut paths)
+                        .during("scan a nested folder")?;
                 }
                 None => {
                     let is_new = entry.status().is_wt_new();
@@ -408,7 +484,11 @@ impl Worktree {
                 let path = folder.join(&name);
                 let is_folder = entry.file_type()?.is_dir();
                 // git takes a path for a folder's by its last character.
-                let asked = if is_folder { path.join("") } else { path.clone() };
+                let asked = if is_folder {
+                    path.join("")
+                } else {
+                    path.clone()
+                };
                 if name == ".git" || repo.is_path_ignored(&asked).unwrap_or(false) {
                     continue;
                 }
@@ -440,10 +520,18 @@ impl Stage<'_> {
         let committed = in_tree(self.head, path)?;
         if committed.is_none() && gate::packages_folder(path).is_some() {
             // Not copied: there may be a gigabyte of it, and installing brings it back.
-            self.leave_out(path, committed, "installed packages are not part of the site");
+            self.leave_out(
+                path,
+                committed,
+                "installed packages are not part of the site",
+            );
             return Ok(());
         }
-        let name_fault = if committed.is_none() { gate::judge_name(path) } else { None };
+        let name_fault = if committed.is_none() {
+            gate::judge_name(path)
+        } else {
+            None
+        };
         match self.root.look(path) {
             Ok(Found::File(mut file, stat)) => {
                 let fault = match name_fault {
@@ -474,7 +562,8 @@ impl Stage<'_> {
                 // Not there as a file: what is below a folder has paths of its own.
                 self.forget(path);
                 if committed.is_some() {
-                    self.edits.insert(path.as_os_str().as_bytes().to_vec(), None);
+                    self.edits
+                        .insert(path.as_os_str().as_bytes().to_vec(), None);
                 }
             }
             Err(error) => {
@@ -499,7 +588,8 @@ impl Stage<'_> {
         }
         let mut content = Vec::new();
         let read = file.take(gate::MAX_FILE_BYTES).read_to_end(&mut content);
-        read.and_then(|_| file.rewind()).during("read a changed file")?;
+        read.and_then(|_| file.rewind())
+            .during("read a changed file")?;
         let fault = gate::judge_content(&content);
         let is_known = || earlier.is_some_and(|blob| gate::judge_content(blob.content()).is_some());
         Ok(fault.filter(|_| !is_known()))
@@ -507,7 +597,10 @@ impl Stage<'_> {
 
     /// Stores the file as git would for this path (line endings by its attributes).
     fn write_blob(&self, path: &Path, file: &mut File) -> io::Result<Oid> {
-        let mut writer = self.repo.blob_writer(Some(path)).map_err(io::Error::other)?;
+        let mut writer = self
+            .repo
+            .blob_writer(Some(path))
+            .map_err(io::Error::other)?;
         io::copy(file, &mut writer)?;
         writer.commit().map_err(io::Error::other)
     }
@@ -520,7 +613,8 @@ impl Stage<'_> {
             self.leave_out(path, committed, "git does not allow a file of this name");
         } else if committed != Some((id, mode)) {
             let mode = i32::try_from(mode).expect("git's modes have 16 bits");
-            self.edits.insert(path.as_os_str().as_bytes().to_vec(), Some((id, mode)));
+            self.edits
+                .insert(path.as_os_str().as_bytes().to_vec(), Some((id, mode)));
         }
     }
 
@@ -535,7 +629,11 @@ impl Stage<'_> {
             Ok(()) => self.leave_out(path, committed, reason),
             Err(error) => {
                 tracing::warn!(%error, "a held-back file could not be copied aside");
-                self.leave_out(path, committed, &format!("{reason} (no copy of it could be kept)"));
+                self.leave_out(
+                    path,
+                    committed,
+                    &format!("{reason} (no copy of it could be kept)"),
+                );
             }
         }
     }
@@ -544,13 +642,19 @@ impl Stage<'_> {
     fn leave_out(&mut self, path: &Path, committed: Option<(Oid, u32)>, reason: &str) {
         self.forget(path);
         if let Some((id, mode)) = committed {
-            let entry = IndexEntry { mode, ..blank_entry(path, id) };
+            let entry = IndexEntry {
+                mode,
+                ..blank_entry(path, id)
+            };
             if let Err(error) = self.index.add(&entry) {
                 tracing::warn!(%error, "the index could not be put back for a held-back file");
             }
         }
         let path = path.to_string_lossy().into_owned();
-        self.held_back.push(HeldBack { path, reason: format!("Not committed: {reason}.") });
+        self.held_back.push(HeldBack {
+            path,
+            reason: format!("Not committed: {reason}."),
+        });
     }
 
     fn forget(&mut self, path: &Path) {
@@ -595,7 +699,6 @@ fn blank_entry(path: &Path, id: Oid) -> IndexEntry {
 
 /// An entry for the file that `stat` was taken of. The index format has 32 bits for each field
 /// and cuts what is longer.
-#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "the index format")]
 fn index_entry(path: &Path, id: Oid, stat: &FileStat) -> IndexEntry {
     let mode = match stat.st_mode {
         mode if mode & 0o170_000 == LINK_MODE => LINK_MODE,
@@ -633,13 +736,19 @@ fn clear_hiding_flags(index: &mut Index) -> Result<(), git2::Error> {
 fn log_entry(commit: &git2::Commit<'_>) -> Result<LogEntry, git2::Error> {
     let message = String::from_utf8_lossy(commit.message_bytes());
     let trailers = git2::message_trailers_strs(&message)?;
-    let trailers = trailers.iter().map(|(k, v)| (k.to_owned(), v.to_owned())).collect();
+    let trailers = trailers
+        .iter()
+        .map(|(k, v)| (k.to_owned(), v.to_owned()))
+        .collect();
     let author = commit.author();
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     Ok(LogEntry {
         id: commit.id().to_string(),
         subject: subject_of(commit),
-        author: Signature { name: text(author.name_bytes()), email: text(author.email_bytes()) },
+        author: Signature {
+            name: text(author.name_bytes()),
+            email: text(author.email_bytes()),
+        },
         time: jiff::Timestamp::from_second(commit.time().seconds()).unwrap_or_default(),
         trailers,
     })
@@ -672,10 +781,20 @@ fn summarise(repo: &Repository, id: Oid) -> Result<CommitSummary> {
                 Delta::Renamed => FileStatus::Renamed,
                 _ => FileStatus::Modified,
             };
-            let patch = if is_counted { Patch::from_diff(&diff, at)? } else { None };
-            let (_, additions, deletions) =
-                patch.map(|patch| patch.line_stats()).transpose()?.unwrap_or_default();
-            let file = if status == FileStatus::Deleted { delta.old_file() } else { delta.new_file() };
+            let patch = if is_counted {
+                Patch::from_diff(&diff, at)?
+            } else {
+                None
+            };
+            let (_, additions, deletions) = patch
+                .map(|patch| patch.line_stats())
+                .transpose()?
+                .unwrap_or_default();
+            let file = if status == FileStatus::Deleted {
+                delta.old_file()
+            } else {
+                delta.new_file()
+            };
             let path = String::from_utf8_lossy(file.path_bytes().unwrap_or_default()).into_owned();
             files.push(FileChange {
                 path,
@@ -684,7 +803,11 @@ fn summarise(repo: &Repository, id: Oid) -> Result<CommitSummary> {
                 deletions: deletions as u64,
             });
         }
-        Ok(CommitSummary { id: id.to_string(), message: subject_of(&commit), files })
+        Ok(CommitSummary {
+            id: id.to_string(),
+            message: subject_of(&commit),
+            files,
+        })
     };
     read().during("read what a commit changed")
 }
