@@ -129,6 +129,20 @@ impl Previews {
         handle
     }
 
+    /// A preview whose dev server somebody else runs and reports on: the proxy serves it, asking
+    /// it to start or stop does nothing.
+    pub fn adopt(&self, site: PreviewSite, status: watch::Receiver<PreviewStatus>) -> PreviewHandle {
+        let handle = PreviewHandle {
+            site: Arc::new(site),
+            intents: mpsc::channel(1).0,
+            progress: Arc::new(watch::Sender::new(String::new())),
+            retry: Arc::new(Notify::new()),
+            status,
+        };
+        self.registry().by_slug.insert(handle.slug().to_owned(), handle.clone());
+        handle
+    }
+
     /// A known preview.
     pub fn get(&self, slug: &str) -> Option<PreviewHandle> {
         self.registry().by_slug.get(slug).cloned()
