@@ -20,5 +20,6 @@ pub mod repository;
 pub mod supervisor;
 pub mod task;
 pub mod telemetry;
+pub mod text;
 pub mod turn;
 pub mod workspace;

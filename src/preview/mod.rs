@@ -1,1 +1,288 @@
-//! (room)
+//! A thread's site in the browser: its dev server, and the way there.
+//!
+//! [`Previews`] knows every preview of this container by its host label. Each has one driver task
+//! (`dev_server`) that owns the child process and publishes a [`PreviewStatus`] through a `watch`;
+//! a [`PreviewHandle`] asks it to start, restart or stop. The proxy (`proxy`) listens on the
+//! preview port and the HMR port, finds the preview for a request (`routing`), and streams to the
+//! loopback port that the status names; while there is none it serves a holding page (`pages`).
+//! Who looks at a preview is told to an [`ActivitySink`]: the idle decision is not made here.
+
+mod command;
+mod dev_server;
+mod header_deadline;
+mod headers;
+mod output;
+mod pages;
+mod port;
+mod probe;
+mod proxy;
+mod restart;
+mod routing;
+
+use std::{
+    any::Any,
+    collections::HashMap,
+    fmt,
+    path::PathBuf,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use futures_util::future::join_all;
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+
+pub use self::{
+    command::{DevCommand, PlanError, plan},
+    port::pick_port,
+    proxy::{Proxy, ProxyKind},
+};
+use crate::{
+    domain::{PreviewError, PreviewStatus},
+    preview::{
+        dev_server::{DevServer, Intent},
+        routing::Choice,
+    },
+    process::Launcher,
+    task::Tasks,
+};
+
+/// Held while somebody needs the container awake; dropping it ends that.
+pub type ActivityGuard = Box<dyn Any + Send + Sync>;
+
+/// Told who uses the previews. Called for every request: must not block.
+pub trait ActivitySink: Send + Sync + 'static {
+    /// A request (no WebSocket, no event stream) is in flight until the guard is dropped.
+    fn request(&self) -> ActivityGuard;
+    /// A person has this thread's page visible before them: counts for 45 s, said every 30 s.
+    fn person(&self, slug: &str);
+}
+
+/// What all dev servers of this container share.
+#[derive(Debug, Clone)]
+pub struct PreviewSettings {
+    /// The Node program; its folder comes on PATH.
+    pub node: PathBuf,
+    /// Below it each preview gets a private HOME and TMPDIR. Not readable by other threads.
+    pub private_root: PathBuf,
+}
+
+/// One thread's site. Fixed for the life of its handle.
+#[derive(Debug, Clone)]
+pub struct PreviewSite {
+    /// The host label, as `ThreadKey::slug` gives it.
+    pub slug: String,
+    pub worktree: PathBuf,
+    /// Loopback port of the dev server, the same one for the life of the worktree: see
+    /// [`pick_port`].
+    pub port: u16,
+    /// Host names besides `*.localhost` under which browsers open this preview.
+    pub hosts: Vec<String>,
+    /// Folders outside the worktree that the dev server may read (dependency masters).
+    pub readable: Vec<PathBuf>,
+    /// Folders outside the worktree that it may write (a `node_modules` that is a link).
+    pub writable: Vec<PathBuf>,
+}
+
+/// All previews of this container. Cheap to clone.
+#[derive(Clone)]
+pub struct Previews {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    launcher: Launcher,
+    settings: Arc<PreviewSettings>,
+    tasks: Tasks,
+    registry: Mutex<Registry>,
+}
+
+#[derive(Default)]
+struct Registry {
+    by_slug: HashMap<String, PreviewHandle>,
+    default: Option<String>,
+}
+
+impl fmt::Debug for Previews {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Previews").field("settings", &self.shared.settings).finish_non_exhaustive()
+    }
+}
+
+impl Previews {
+    /// No previews yet. The drivers run in `tasks`; when those are stopped each ends its child.
+    pub fn new(launcher: Launcher, settings: PreviewSettings, tasks: Tasks) -> Self {
+        let settings = Arc::new(settings);
+        let shared = Shared { launcher, settings, tasks, registry: Mutex::default() };
+        Self { shared: Arc::new(shared) }
+    }
+
+    /// The preview of a site: the one that is there, else a new one in the state `Off`.
+    pub fn ensure(&self, site: PreviewSite) -> PreviewHandle {
+        let mut registry = self.registry();
+        if let Some(handle) = registry.by_slug.get(&site.slug) {
+            return handle.clone();
+        }
+        let Shared { launcher, settings, tasks, .. } = &*self.shared;
+        let slug = site.slug.clone();
+        let handle = PreviewHandle::spawn(site, settings.clone(), launcher.clone(), tasks);
+        registry.by_slug.insert(slug, handle.clone());
+        handle
+    }
+
+    /// A preview whose dev server somebody else runs and reports on: the proxy serves it, asking
+    /// it to start or stop does nothing.
+    pub fn adopt(&self, site: PreviewSite, status: watch::Receiver<PreviewStatus>) -> PreviewHandle {
+        let handle = PreviewHandle {
+            site: Arc::new(site),
+            intents: mpsc::channel(1).0,
+            progress: Arc::new(watch::Sender::new(String::new())),
+            retry: Arc::new(Notify::new()),
+            status,
+        };
+        self.registry().by_slug.insert(handle.slug().to_owned(), handle.clone());
+        handle
+    }
+
+    /// A known preview.
+    pub fn get(&self, slug: &str) -> Option<PreviewHandle> {
+        self.registry().by_slug.get(slug).cloned()
+    }
+
+    /// Makes this the preview of requests that name none: the thread last initialised.
+    pub fn set_default(&self, slug: &str) {
+        self.registry().default = Some(slug.to_owned());
+    }
+
+    /// The preview that a request is for: by the first label of its Host, else by its cookie's
+    /// thread, else the default one. A label that is the slug of a thread nobody knows here is
+    /// for none: its address must not show another thread's site.
+    pub fn route(&self, host: Option<&str>, cookie: Option<&str>) -> Option<PreviewHandle> {
+        let registry = self.registry();
+        let known = |slug: &str| registry.by_slug.contains_key(slug);
+        let slug = match routing::choose(host, cookie, registry.default.as_deref(), known) {
+            Choice::Slug(slug) => slug,
+            Choice::Nobody => return None,
+        };
+        registry.by_slug.get(&slug).cloned()
+    }
+
+    /// Ends a preview's dev server and forgets the preview.
+    pub async fn remove(&self, slug: &str, grace: Duration) {
+        let removed = {
+            let mut registry = self.registry();
+            if registry.default.as_deref() == Some(slug) {
+                registry.default = None;
+            }
+            registry.by_slug.remove(slug)
+        };
+        if let Some(handle) = removed {
+            handle.stop(grace).await;
+        }
+    }
+
+    /// Ends all dev servers side by side: SIGTERM to each group, SIGKILL after `grace`.
+    pub async fn stop_all(&self, grace: Duration) {
+        let handles: Vec<_> = self.registry().by_slug.values().cloned().collect();
+        join_all(handles.iter().map(|handle| handle.stop(grace))).await;
+    }
+
+    fn registry(&self) -> std::sync::MutexGuard<'_, Registry> {
+        self.shared.registry.lock().expect("no panic while the registry is held")
+    }
+}
+
+/// One preview. Cheap to clone; its driver ends when the last handle is dropped.
+#[derive(Debug, Clone)]
+pub struct PreviewHandle {
+    site: Arc<PreviewSite>,
+    intents: mpsc::Sender<Intent>,
+    progress: Arc<watch::Sender<String>>,
+    retry: Arc<Notify>,
+    status: watch::Receiver<PreviewStatus>,
+}
+
+/// The supervisor's thread driver asks a few things per init and turn; the preview's driver is
+/// away from its inbox only while it starts or ends a child, some seconds at most.
+const INTENTS: usize = 64;
+
+impl PreviewHandle {
+    fn spawn(
+        site: PreviewSite,
+        settings: Arc<PreviewSettings>,
+        launcher: Launcher,
+        tasks: &Tasks,
+    ) -> Self {
+        let site = Arc::new(site);
+        let (intents, inbox) = mpsc::channel(INTENTS);
+        let (progress, progress_seen) = watch::channel(String::new());
+        let (publish, status) = watch::channel(PreviewStatus::off());
+        let retry = Arc::new(Notify::new());
+        let driver = DevServer::new(
+            site.clone(),
+            settings,
+            launcher,
+            tasks.clone(),
+            dev_server::Inbox { intents: inbox, progress: progress_seen, retry: retry.clone() },
+            publish,
+        );
+        tasks.spawn("preview", driver.drive());
+        Self { site, intents, progress: Arc::new(progress), retry, status }
+    }
+
+    /// The host label.
+    pub fn slug(&self) -> &str {
+        &self.site.slug
+    }
+
+    /// The site as it was given.
+    pub fn site(&self) -> &PreviewSite {
+        &self.site
+    }
+
+    /// What is true of the preview now, and news of it.
+    pub fn status(&self) -> watch::Receiver<PreviewStatus> {
+        self.status.clone()
+    }
+
+    /// Starts the dev server unless it runs; asking for it also ends a wait between restarts.
+    pub fn start(&self) {
+        self.send(Intent::Start);
+    }
+
+    /// Ends the dev server, if there is one, and starts it again with a fresh count of failures.
+    /// `reason` is for the log and the holding page ("astro.config.mjs changed").
+    pub fn restart(&self, reason: &str) {
+        self.send(Intent::Restart { reason: reason.to_owned() });
+    }
+
+    /// Tries once more if the dev server is down after a failure; else does nothing.
+    pub fn retry(&self) {
+        self.retry.notify_one();
+    }
+
+    /// Says what is being prepared before the dev server can start: `Starting` with this text.
+    /// Does nothing while a dev server runs.
+    pub fn set_progress(&self, text: &str) {
+        self.progress.send_replace(text.to_owned());
+    }
+
+    /// Says that the dev server can't be started and why (the dependencies did not install).
+    pub fn fail(&self, error: PreviewError) {
+        self.send(Intent::Fail(error));
+    }
+
+    /// Ends the dev server, SIGTERM first and SIGKILL after `grace`; the state is `Off` then.
+    pub async fn stop(&self, grace: Duration) {
+        let (done, ended) = oneshot::channel();
+        // A driver that is gone has ended its child.
+        if self.intents.send(Intent::Stop { grace, done }).await.is_ok() {
+            ended.await.ok();
+        }
+    }
+
+    fn send(&self, intent: Intent) {
+        if let Err(error) = self.intents.try_send(intent) {
+            tracing::warn!(slug = self.slug(), %error, "the preview's driver doesn't listen");
+        }
+    }
+}

@@ -1,4 +1,6 @@
 //! End-to-end tests, one binary.
 
 mod gateway;
+mod preview_dev_server;
+mod preview_proxy;
 mod process;

@@ -1,0 +1,1 @@
+//! The dev server's driver with real children.
