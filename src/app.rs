@@ -310,6 +310,7 @@ fn supervisor_settings(
         folders: programs.folders(),
         env: programs.npm_env.clone(),
     });
+    let preview_base_url = settings.preview_url("{slug}", listeners.preview_port());
     SupervisorSettings {
         workspace: settings.workspace_path.clone(),
         cache: settings.cache_path.clone(),
@@ -326,13 +327,26 @@ fn supervisor_settings(
         },
         runs_previews: settings.astro_dev_mode,
         preview_ready: settings.preview_ready,
-        preview_base_url: settings.preview_url("{slug}", listeners.preview_port()),
+        preview_hosts: preview_hosts(&preview_base_url),
+        preview_base_url,
         max_concurrent_turns: settings.max_concurrent_turns,
         max_queued_turns: settings.max_queued_turns,
         max_warm_agents: settings.max_warm_agents,
         turn_timeout: settings.turn_timeout,
         agent,
         node,
+    }
+}
+
+/// The host names under which browsers open previews, as Vite takes them: a leading dot means
+/// every name below.
+fn preview_hosts(base_url: &str) -> Vec<String> {
+    let host = base_url.split("://").nth(1).unwrap_or_default();
+    let host = host.split(['/', ':']).next().unwrap_or_default();
+    match host.split_once("{slug}") {
+        Some((_, "" | ".localhost")) => Vec::new(),
+        Some((_, parent)) => vec![parent.to_owned()],
+        None => vec![host.to_owned()],
     }
 }
 

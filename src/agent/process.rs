@@ -13,6 +13,7 @@ use jiff::Timestamp;
 use serde_json::Value;
 use tokio::{
     io::{AsyncBufReadExt, AsyncRead, AsyncWriteExt, BufReader},
+    net::unix::pipe::Sender,
     sync::mpsc,
     time::{Instant, sleep_until, timeout},
 };
@@ -141,14 +142,15 @@ impl Agent {
         tasks: &Tasks,
     ) -> Result<Self, AgentError> {
         let token = gateway.issue();
-        let mut child = launcher.spawn(spec(settings, &site, session, token.as_str())).await?;
+        let child = launcher.spawn(spec(settings, &site, session, token.as_str())).await?;
+        let process = child.handle();
         let (sender, lines) = mpsc::channel(LINES);
         let stderr = Tail::default();
         tasks.spawn("agent output", read_lines(child.stdout, sender));
         tasks.spawn("agent errors", keep_tail(child.stderr, stderr.clone()));
         Ok(Self {
-            process: child.handle(),
-            stdin: child.stdin.take().expect("the spec asks for a pipe"),
+            process,
+            stdin: child.stdin.expect("the spec asks for a pipe"),
             lines,
             stderr,
             token,

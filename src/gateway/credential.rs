@@ -1,39 +1,13 @@
 //! The credential of the model API: where it is read from, and the one place that shows it.
 
-use std::{fmt, fs, io, os::unix::fs::PermissionsExt, path::Path};
+use std::{fs, io, os::unix::fs::PermissionsExt, path::Path};
 
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 use jiff::Timestamp;
 use serde::Deserialize;
 
 use super::GatewayError;
-
-/// Text that must not be seen: its `Debug` is redacted and it has no `Display`.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Secret(String);
-
-impl Secret {
-    /// Takes the text, without white space around it (a trailing newline of a file or a shell).
-    pub fn new(text: impl AsRef<str>) -> Self {
-        Self(text.as_ref().trim().to_owned())
-    }
-
-    /// The text itself, for the one header that carries it.
-    pub fn expose(&self) -> &str {
-        &self.0
-    }
-
-    /// Whether there is nothing in it.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-}
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Secret(…)")
-    }
-}
+use crate::config::Secret;
 
 /// What the gateway shows the upstream.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -151,7 +125,7 @@ pub fn load_credentials_file(path: &Path) -> Result<Credential, GatewayError> {
 
 fn parse(text: &str) -> Option<Credential> {
     let file: CredentialsFile = serde_json::from_str(text).ok()?;
-    let secret = |text: String| Some(Secret::new(text)).filter(|secret| !secret.is_empty());
+    let secret = |text: String| Some(text.trim()).filter(|text| !text.is_empty()).map(Secret::new);
     if let Some(entry) = file.oauth {
         return Some(Credential::OAuth {
             access: secret(entry.access_token)?,

@@ -29,7 +29,7 @@ use url::Url;
 
 use crate::task::Tasks;
 
-pub use credential::{Credential, Secret, load_credentials_file};
+pub use credential::{Credential, load_credentials_file};
 pub use run::{ActiveRun, AgentToken, UpstreamNote};
 
 use relay::Relay;

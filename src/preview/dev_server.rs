@@ -518,7 +518,7 @@ async fn prove(
         if TcpStream::connect((std::net::Ipv4Addr::LOCALHOST, port)).await.is_ok() {
             let child = process.clone();
             let ours = blocking("looking for the listener's owner", DISK_DEADLINE, move || {
-                child.owns_listener(port)
+                child.owns_listener((std::net::Ipv4Addr::LOCALHOST, port).into())
             });
             if ours.await.unwrap_or(false) && probe::answers(port, proof).await {
                 return Ok(());

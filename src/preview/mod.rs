@@ -21,7 +21,7 @@ mod routing;
 
 use std::{
     any::Any,
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fmt,
     path::PathBuf,
     sync::{Arc, Mutex},
@@ -114,6 +114,16 @@ impl Previews {
         let settings = Arc::new(settings);
         let shared = Shared { launcher, settings, tasks, registry: Mutex::default() };
         Self { shared: Arc::new(shared) }
+    }
+
+    /// The ports of all dev servers, running or not.
+    pub fn ports(&self) -> HashSet<u16> {
+        self.registry().by_slug.values().map(|handle| handle.site().port).collect()
+    }
+
+    /// A preview's address with what opens it.
+    pub fn with_token(&self, url: &str, _slug: &str) -> String {
+        url.to_owned()
     }
 
     /// The preview of a site: the one that is there, else a new one in the state `Off`.

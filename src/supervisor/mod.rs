@@ -122,6 +122,8 @@ pub struct SupervisorSettings {
     pub preview_ready: Duration,
     /// `{slug}` stands for the thread's label.
     pub preview_base_url: String,
+    /// Host names of that address which are not `*.localhost`; `.example.com` means all below it.
+    pub preview_hosts: Vec<String>,
     pub max_concurrent_turns: usize,
     pub max_queued_turns: usize,
     pub max_warm_agents: usize,

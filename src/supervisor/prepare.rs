@@ -432,8 +432,9 @@ async fn attach(
         slug: place.slug.clone(),
         port: place.port,
         worktree: site.paths.worktree(),
-        dependencies: site.agent_site.dependencies.clone(),
-        runtime: inner.settings.runtime.join(&place.slug),
+        hosts: inner.settings.preview_hosts.clone(),
+        readable: vec![site.agent_site.dependencies.clone()],
+        writable: Vec::new(),
     });
     if let Some(node) = &inner.settings.node {
         preview.set_progress("Installing dependencies");

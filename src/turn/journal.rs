@@ -246,10 +246,10 @@ async fn write_events(
         }
         committed.bytes += text.len() as u64;
         if !text.is_empty() {
-            let (file, turn, is_done) = (file.clone(), turn.clone(), committed.is_done);
+            let (file, marked, is_done) = (file.clone(), turn.clone(), committed.is_done);
             let written = task::blocking("writing a turn's journal", DISK_DEADLINE, move || {
                 crate::workspace::append_line(&file, &text, is_done)?;
-                if is_done { turn.mark_done() } else { Ok(()) }
+                if is_done { marked.mark_done() } else { Ok(()) }
             })
             .await;
             match written {

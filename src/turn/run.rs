@@ -3,7 +3,6 @@
 
 use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
 
-use jiff::Timestamp;
 use tokio::{sync::mpsc, time::Instant};
 use tokio_util::sync::CancellationToken;
 
@@ -16,7 +15,7 @@ use crate::{
         Agent, AgentSettings, AgentSite, Ending, RunEvent, RunOutcome, RunRequest, SessionStart,
     },
     domain::{
-        CommitSummary, Continuity, ErrorCode, FileStatus, HeldBack, PreviewState, Signature,
+        CommitSummary, Continuity, ErrorCode, FileStatus, PreviewState, Signature,
         TurnEvent, TurnFailure, TurnMode, TurnPreview, TurnResult, TurnStatus, Usage,
     },
     gateway::Gateway,
@@ -501,6 +500,7 @@ async fn commit(
 pub(super) mod tests {
     use super::*;
     use crate::identity::TurnId;
+    use jiff::Timestamp;
 
     /// A completed turn without any content.
     pub(crate) fn result(id: &TurnId) -> TurnResult {

@@ -5,16 +5,18 @@
 //! **Invariant:** greenroom's own names at a workspace's root begin with a dot, and every path is
 //! made of validated ids.
 
+mod dependencies;
 mod files;
 mod layout;
 mod metadata;
 mod template;
 
+pub use dependencies::{DependencyRequest, InstallError, NodeTools, ensure_dependencies};
 pub use files::{append_line, make_private_dir, read_bounded, write_atomic};
 pub use layout::{Cache, ThreadPaths, UserPaths};
 pub use metadata::{Metadata, PreviewPlace};
 pub(crate) use metadata::{read_json, write_json};
-pub use template::{TemplateFile, template_files};
+pub use template::template_files;
 
 use std::path::PathBuf;
 

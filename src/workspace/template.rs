@@ -1,8 +1,8 @@
 //! The built-in site: `workspace-template/`, embedded.
 
-use std::path::PathBuf;
-
 use rust_embed::RustEmbed;
+
+use crate::repository::TemplateFile;
 
 #[derive(RustEmbed)]
 #[folder = "workspace-template/"]
@@ -11,21 +11,15 @@ use rust_embed::RustEmbed;
 #[exclude = "dist/*"]
 struct Embedded;
 
-/// One file that a new site begins with.
-#[derive(Debug, Clone)]
-pub struct TemplateFile {
-    pub path: PathBuf,
-    pub content: Vec<u8>,
-}
-
 /// The files of the built-in site.
 pub fn template_files() -> Vec<TemplateFile> {
     Embedded::iter()
         .filter_map(|name| {
             let file = Embedded::get(&name)?;
             Some(TemplateFile {
-                path: PathBuf::from(name.as_ref()),
-                content: file.data.into_owned(),
+                path: name.into_owned(),
+                content: file.data,
+                executable: false,
             })
         })
         .collect()
@@ -38,10 +32,10 @@ mod tests {
     #[test]
     fn the_site_is_whole_and_clean() {
         let files = template_files();
-        let has = |name: &str| files.iter().any(|file| file.path.as_os_str() == name);
+        let has = |name: &str| files.iter().any(|file| file.path == name);
         for name in ["package.json", "package-lock.json", ".gitignore", "src/pages/index.astro"] {
             assert!(has(name), "{name} is missing");
         }
-        assert!(!files.iter().any(|f| f.path.components().any(|c| c.as_os_str() == "node_modules")));
+        assert!(!files.iter().any(|file| file.path.contains("node_modules")));
     }
 }
