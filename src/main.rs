@@ -1,3 +1,10 @@
-//! The thin end of the program: see `greenroom::cli`.
+//! The thin end of the program: see [`greenroom::cli`].
 
-fn main() {}
+use std::process::ExitCode;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    greenroom::cli::main()
+}
