@@ -1,4 +1,8 @@
 //! The program as a shell meets it: exit statuses, streams, one-line errors.
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot be set up has failed"
+)]
 
 use std::{
     fs,
