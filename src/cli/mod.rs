@@ -83,8 +83,8 @@ fn serve(args: &ArgMatches, mode: Mode) -> anyhow::Result<()> {
     let loaded = load(args, mode)?;
     telemetry::start(loaded.settings.log_level, loaded.settings.log_format);
     // Two workers: the container has two cores, and what blocks runs on threads of its own, whose
-    // number also bounds what a stalled disk can pin. 2 MiB is what libgit2's deepest merges were
-    // written for; untouched stack costs nothing.
+    // number also bounds what a stalled disk can pin. 2 MiB of stack, tokio's default, since
+    // libgit2 recurses over trees on those threads; untouched stack costs nothing.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(32)
