@@ -34,7 +34,7 @@ use crate::config::{LogFormat, Secret};
 
 /// The longest value of a field or message in bytes; what is beyond is cut. A log is for people.
 const MAX_VALUE_BYTES: usize = 8 * 1024;
-/// Formatted beyond that and thrown away; no secret is longer.
+/// Formatted beyond that and thrown away; API keys and tokens are far shorter.
 const MARGIN_BYTES: usize = 4 * 1024;
 /// The longest line, before masking: spans may hold many fields.
 const MAX_LINE_BYTES: usize = 64 * 1024;
@@ -42,7 +42,8 @@ const MAX_LINE_BYTES: usize = 64 * 1024;
 static HIDDEN: RwLock<Vec<String>> = RwLock::new(Vec::new());
 
 /// From now on this secret is `***` in every line that is logged or [`masked`]. Secrets that turn
-/// up while running (refreshed OAuth tokens) are given here as well. Kept for good.
+/// up while running (refreshed OAuth tokens) are given here as well. Kept for good:
+/// a token is refreshed a few times a day, and an old one is still a secret.
 pub fn hide(secret: &Secret) {
     /// Shorter ones would blot out ordinary words and are no secrets anyway.
     const SHORTEST: usize = 4;

@@ -82,12 +82,9 @@ fn run(args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
 fn serve(args: &ArgMatches, mode: Mode) -> anyhow::Result<()> {
     let loaded = load(args, mode)?;
     telemetry::start(loaded.settings.log_level, loaded.settings.log_format);
-    for warning in &loaded.warnings {
-        tracing::warn!("{warning}");
-    }
     // Two workers: the container has two cores, and what blocks runs on threads of its own, whose
-    // number also bounds what a stalled disk can pin. 2 MiB is what libgit2's deepest merges were
-    // written for; untouched stack costs nothing.
+    // number also bounds what a stalled disk can pin. 2 MiB of stack, tokio's default, since
+    // libgit2 recurses over trees on those threads; untouched stack costs nothing.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(32)
@@ -96,6 +93,7 @@ fn serve(args: &ArgMatches, mode: Mode) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("failed to start the runtime")?;
+    // The log's first line says where it listens, so the warnings are the app's to log after it.
     let outcome = runtime.block_on(app::serve(loaded, mode));
     // A call stuck on the disk must not keep the process alive.
     runtime.shutdown_timeout(Duration::from_millis(500));

@@ -91,7 +91,8 @@ pub struct Loaded {
     pub mode: Mode,
     /// Every setting with its source, in the table's order.
     pub entries: Vec<Entry>,
-    /// What an operator should know, one sentence each; log them at the start.
+    /// What an operator should know, one sentence each; to be logged after the
+    /// log's first line.
     pub warnings: Vec<String>,
     /// What else was read of the process's surroundings.
     pub surroundings: Surroundings,

@@ -350,7 +350,7 @@ fn yaml_files(cwd: &Path) -> Result<Vec<String>, ConfigError> {
 fn yaml_problem(error: &serde_yaml_ng::Error) -> String {
     let text = one_line(&error.to_string());
     match error.location() {
-        Some(at) if text.contains(['"', '`']) => {
+        Some(at) if text.contains(['"', '`']) && !text.starts_with("duplicate entry with key") => {
             format!("mistake at line {} column {}", at.line(), at.column())
         }
         _ => text,

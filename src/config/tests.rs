@@ -449,7 +449,10 @@ fn bad_yaml_is_refused_in_one_line() {
             "api_port: 1\napiPort: 2",
             "API_PORT (greenroom.yaml) stands there twice",
         ),
-        ("api_port: 1\napi_port: 2", "greenroom.yaml"),
+        (
+            "api_port: 1\napi_port: 2",
+            "duplicate entry with key \"api_port\"",
+        ),
         ("api_port: [1]", "API_PORT (greenroom.yaml): a list"),
         ("api_port: {a: 1}", "API_PORT (greenroom.yaml): a map"),
         ("api_port: true", "\"true\" is not a whole number"),

@@ -1,6 +1,3 @@
 //! End-to-end tests, one binary.
 
-mod gateway;
-mod preview_dev_server;
-mod preview_proxy;
-mod process;
+mod cli;
