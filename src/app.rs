@@ -1,13 +1,543 @@
-//! (room)
+//! The composition root: makes every room, connects them, and ends them in order. It knows all of
+//! them; none knows it.
 
-use crate::config::{Loaded, Mode};
+use std::{
+    ffi::OsString,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
+    time::{Duration, Instant},
+};
 
-/// Placeholder: the composition root is written elsewhere.
+use anyhow::{Context as _, bail};
+use tokio::net::TcpListener;
+
+use crate::{
+    agent::AgentSettings,
+    api::{self, Access, AccessSettings, ApiState, Facts, Pins, Readiness},
+    config::{self, CredentialSource, Loaded, Mode, Settings},
+    domain::Signature,
+    gateway::{Credential, Gateway, GatewayConfig, load_credentials_file},
+    lifecycle::{Activity, Guard, HolderKind, StopReason, wait_for_reason},
+    preview::{ActivityGuard, ActivitySink, PreviewSettings, Previews, Proxy, ProxyKind},
+    process::{self, Bash, ConfinementMode, Launcher, Profile, Spec, Stdin},
+    rehearsal::{Rehearsal, Script},
+    repository::{self, Remotes},
+    supervisor::{Supervisor, SupervisorSettings},
+    task::{self, Tasks},
+    workspace::{NodeTools, make_private_dir},
+};
+
+/// What the last steps of a shutdown (stopping children, closing tasks) may take.
+const LAST_STEPS: Duration = Duration::from_secs(3);
+/// Oldest Node that Astro 7 runs on.
+const MIN_NODE: (u32, u32) = (22, 12);
+
+/// Runs the service until it is idle, told to stop, or broken.
 ///
 /// # Errors
-/// No credential of the model API.
-#[expect(clippy::unused_async, reason = "placeholder")]
-pub async fn serve(loaded: Loaded, _mode: Mode) -> anyhow::Result<()> {
-    loaded.credential()?;
-    Ok(())
+/// What keeps it from starting, or from ending well, as one line that says what to do.
+pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
+    let started = Instant::now();
+    process::harden_self().context("failed to protect the process")?;
+    repository::init();
+    let settings = &loaded.settings;
+    prepare_folder(&settings.workspace_path, "WORKSPACE_PATH").await?;
+    prepare_folder(&settings.cache_path, "CACHE_PATH").await?;
+    let runtime = runtime_folder(&loaded)?;
+
+    let listeners = Listeners::bind(settings).await?;
+    let tasks = Tasks::new();
+    let credential = loaded.credential()?;
+    let is_rehearsal = credential == CredentialSource::Rehearsal;
+    let gateway = start_gateway(settings, credential, &tasks).await?;
+    let launcher = Launcher::start(settings.lease / 2, ConfinementMode::Auto)
+        .context("failed to start the launcher")?;
+    let programs = Programs::find(&loaded);
+    let activity = Activity::new(settings.auto_shutdown);
+
+    let previews = Previews::new(
+        launcher.clone(),
+        PreviewSettings {
+            node: programs.node.clone().unwrap_or_else(|| "node".into()),
+            private_root: runtime.join("previews"),
+        },
+        tasks.clone(),
+    );
+    let supervisor = Supervisor::new(
+        supervisor_settings(&loaded, &programs, &runtime, &launcher, &gateway, &listeners),
+        launcher.clone(),
+        gateway,
+        previews.clone(),
+        activity.clone(),
+        tasks.clone(),
+    );
+    let readiness = Readiness::default();
+    let state = Arc::new(ApiState {
+        supervisor: supervisor.clone(),
+        activity: activity.clone(),
+        access: Access::new(access_settings(settings, listeners.api_port())),
+        pins: Pins {
+            client: settings.client_id.clone(),
+            user: settings.user_id.clone(),
+            thread: settings.thread_id.clone(),
+        },
+        facts: Facts {
+            workspace: settings.workspace_path.clone(),
+            is_rehearsal,
+            confinement: launcher.confinement(),
+        },
+        readiness: readiness.clone(),
+        started,
+    });
+    announce(&loaded, mode, &listeners, is_rehearsal, &launcher);
+    listeners.serve(state, previews, &activity, &tasks);
+    tasks.spawn("readiness", look_at_programs(programs, launcher.clone(), readiness));
+    if std::process::id() == 1 {
+        tasks.spawn("reaper", reap(launcher.clone(), tasks.clone()));
+    }
+
+    let reason = tokio::select! {
+        reason = wait_for_reason(&activity) => reason.context("failed to wait for signals")?,
+        () = tasks.token().cancelled() => StopReason::Broken,
+    };
+    stop(reason, settings, &supervisor, &launcher, &tasks, &activity).await;
+    std::fs::remove_dir_all(&runtime).ok();
+    match reason {
+        StopReason::Broken => bail!("a part of greenroom broke; the log says which"),
+        StopReason::IdleTimeout | StopReason::Signal => Ok(()),
+    }
+}
+
+/// Ends everything in order: admit nothing, let turns end, stop children, close tasks.
+async fn stop(
+    reason: StopReason,
+    settings: &Settings,
+    supervisor: &Supervisor,
+    launcher: &Launcher,
+    tasks: &Tasks,
+    activity: &Activity,
+) {
+    tracing::info!(reason = reason.as_str(), "stopping");
+    let drain = async {
+        supervisor.drain(tokio::time::Instant::now() + settings.drain).await;
+        if !launcher.stop(LAST_STEPS).await {
+            tracing::error!("children were left that did not end");
+        }
+        // Answers that are on their way get out.
+        let answered = async {
+            while activity.count(HolderKind::Request) > 0 {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(1), answered).await.ok();
+        if !tasks.stop(LAST_STEPS).await {
+            tracing::warn!("tasks were left that did not end");
+        }
+    };
+    tokio::select! {
+        () = drain => {}
+        // Whoever asks twice means now. Children end by themselves when we are gone.
+        _ = wait_for_reason_again(reason) => tracing::warn!("stopping at once"),
+    }
+    tracing::info!(reason = reason.as_str(), "stopped");
+}
+
+/// A second signal, while the first one is being obeyed.
+async fn wait_for_reason_again(first: StopReason) -> std::io::Result<StopReason> {
+    let never = Activity::new(None);
+    if first == StopReason::Broken {
+        return std::future::pending().await;
+    }
+    wait_for_reason(&never).await
+}
+
+async fn prepare_folder(path: &Path, setting: &'static str) -> anyhow::Result<()> {
+    let folder = path.to_owned();
+    let made = task::blocking("looking at a folder", Duration::from_secs(20), move || {
+        make_private_dir(&folder)?;
+        let probe = folder.join(format!(".greenroom-probe-{}", uuid::Uuid::new_v4().simple()));
+        std::fs::write(&probe, b"")
+            .and_then(|()| std::fs::remove_file(&probe))
+            .map_err(crate::workspace::WorkspaceError::io("write to", &folder))
+    })
+    .await;
+    match made {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => {
+            let cause = std::error::Error::source(&error).map(ToString::to_string);
+            bail!(
+                "{setting}: {} cannot be written ({}); make it writable or set {setting} to \
+                 another folder",
+                path.display(),
+                cause.unwrap_or_default()
+            )
+        }
+        Err(_) => bail!("{setting}: the disk of {} does not answer", path.display()),
+    }
+}
+
+/// A folder of this process alone, below the user's.
+fn runtime_folder(loaded: &Loaded) -> anyhow::Result<PathBuf> {
+    let shared = config::runtime_folder(&loaded.surroundings)
+        .context("failed to make the runtime folder; set TMPDIR to a folder that is writable")?;
+    let own = shared.join(std::process::id().to_string());
+    // Of an earlier process with this id.
+    std::fs::remove_dir_all(&own).ok();
+    make_private_dir(&own)?;
+    Ok(own)
+}
+
+async fn start_gateway(
+    settings: &Settings,
+    source: CredentialSource,
+    tasks: &Tasks,
+) -> anyhow::Result<Gateway> {
+    let (upstream, credential) = match source {
+        CredentialSource::ApiKey(key) => {
+            (settings.anthropic_base_url.clone(), Credential::ApiKey(key))
+        }
+        CredentialSource::File(path) => {
+            (settings.anthropic_base_url.clone(), load_credentials_file(&path)?)
+        }
+        CredentialSource::Rehearsal => {
+            let rehearsal = Rehearsal::start(Script::default(), tasks).await?;
+            (rehearsal.url(), Credential::Rehearsal)
+        }
+    };
+    let upstream = upstream.parse().context("ANTHROPIC_BASE_URL is no address")?;
+    Gateway::start(GatewayConfig { upstream, credential }, tasks)
+        .await
+        .context("failed to start the gateway")
+}
+
+/// The programs that children are made of.
+#[derive(Debug, Clone)]
+struct Programs {
+    claude: Option<PathBuf>,
+    node: Option<PathBuf>,
+    path: OsString,
+    /// npm's settings, for the installer alone.
+    npm_env: Vec<(OsString, OsString)>,
+}
+
+impl Programs {
+    fn find(loaded: &Loaded) -> Self {
+        let path = loaded.surroundings.path.clone().unwrap_or_else(|| "/usr/bin:/bin".into());
+        Self {
+            claude: config::find_claude(
+                loaded.settings.claude_bin.as_deref(),
+                Some(&path),
+                &loaded.surroundings.cwd,
+            ),
+            node: config::find_node(Some(&path)),
+            npm_env: npm_environment(),
+            path,
+        }
+    }
+
+    /// What children may read outside of the system's folders to run what is on `PATH`.
+    fn folders(&self) -> Vec<PathBuf> {
+        let folders = std::env::split_paths(&self.path).filter(|folder| folder.is_absolute());
+        let mut roots: Vec<PathBuf> = folders
+            .filter(|folder| !["/usr", "/bin", "/sbin"].iter().any(|root| folder.starts_with(root)))
+            .filter_map(|folder| std::fs::canonicalize(folder).ok())
+            .collect();
+        // npm and its like are links from `bin` into `lib/node_modules` beside it.
+        for program in ["npm", "npx", "node"] {
+            for folder in roots.clone() {
+                let target = std::fs::canonicalize(folder.join(program));
+                let package = target.ok().and_then(|target| {
+                    let package = target.ancestors().find(|folder| folder.ends_with("node_modules"));
+                    package.map(Path::to_owned)
+                });
+                roots.extend(package);
+            }
+        }
+        roots.sort();
+        roots.dedup();
+        roots
+    }
+}
+
+/// What tells npm where and how to fetch: registries, proxies, certificates.
+fn npm_environment() -> Vec<(OsString, OsString)> {
+    const NAMES: [&str; 10] = [
+        "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
+        "NODE_EXTRA_CA_CERTS", "SSL_CERT_FILE", "SSL_CERT_DIR", "NPM_TOKEN",
+    ];
+    let mut env: Vec<(OsString, OsString)> = std::env::vars_os()
+        .filter(|(name, _)| {
+            let name = name.to_string_lossy();
+            NAMES.contains(&name.as_ref()) || name.to_ascii_lowercase().starts_with("npm_config_")
+        })
+        .collect();
+    let has_config = env.iter().any(|(name, _)| name.eq_ignore_ascii_case("npm_config_userconfig"));
+    if let Some(home) = std::env::home_dir().filter(|_| !has_config) {
+        let config = home.join(".npmrc");
+        if config.is_file() {
+            env.push(("npm_config_userconfig".into(), config.into()));
+        }
+    }
+    env
+}
+
+fn supervisor_settings(
+    loaded: &Loaded,
+    programs: &Programs,
+    runtime: &Path,
+    launcher: &Launcher,
+    gateway: &Gateway,
+    listeners: &Listeners,
+) -> SupervisorSettings {
+    let settings = &loaded.settings;
+    let agent = programs.claude.clone().map(|program| {
+        Arc::new(AgentSettings {
+            program,
+            gateway_url: gateway.base_url(),
+            gateway_port: gateway.port(),
+            model: settings.claude_model.clone(),
+            max_output_tokens: settings.claude_max_output_tokens.map(u64::from),
+            tools: settings.claude_tools.clone(),
+            path: programs.path.clone(),
+            tool_folders: programs.folders(),
+            is_confined: launcher.confinement().bash == Bash::All,
+        })
+    });
+    let node = programs.node.clone().map(|node| NodeTools {
+        node,
+        path: programs.path.clone(),
+        folders: programs.folders(),
+        env: programs.npm_env.clone(),
+    });
+    let preview_base_url = settings.preview_url("{slug}", listeners.preview_port());
+    SupervisorSettings {
+        workspace: settings.workspace_path.clone(),
+        cache: settings.cache_path.clone(),
+        runtime: runtime.to_owned(),
+        repo_url: settings.repo_url.clone(),
+        allowed_local_repos: settings.allowed_local_repos.clone(),
+        remotes: Remotes::new(
+            settings.github_token.as_ref().map(|token| token.expose().to_owned()),
+            settings.git_token_hosts.clone(),
+        ),
+        committer: Signature {
+            name: settings.git_user_name.clone(),
+            email: settings.git_user_email.clone(),
+        },
+        runs_previews: settings.astro_dev_mode,
+        preview_ready: settings.preview_ready,
+        preview_hosts: preview_hosts(&preview_base_url),
+        preview_base_url,
+        max_concurrent_turns: settings.max_concurrent_turns,
+        max_queued_turns: settings.max_queued_turns,
+        max_warm_agents: settings.max_warm_agents,
+        turn_timeout: settings.turn_timeout,
+        agent,
+        node,
+    }
+}
+
+/// The host names under which browsers open previews, as Vite takes them: a leading dot means
+/// every name below.
+fn preview_hosts(base_url: &str) -> Vec<String> {
+    let host = base_url.split("://").nth(1).unwrap_or_default();
+    let host = host.split(['/', ':']).next().unwrap_or_default();
+    match host.split_once("{slug}") {
+        Some((_, "" | ".localhost")) => Vec::new(),
+        Some((_, parent)) => vec![parent.to_owned()],
+        None => vec![host.to_owned()],
+    }
+}
+
+fn access_settings(settings: &Settings, api_port: u16) -> AccessSettings {
+    let mut allowed_hosts: Vec<String> =
+        ["localhost", "127.0.0.1", "[::1]"].map(str::to_owned).to_vec();
+    allowed_hosts.extend(settings.api_allowed_hosts.iter().cloned());
+    let public_origin = url::Url::parse(&settings.api_url(api_port))
+        .ok()
+        .map(|url| url.origin().ascii_serialization());
+    AccessSettings {
+        api_token: settings.api_token.clone(),
+        service_secret: settings.claude_service_secret.clone(),
+        allowed_hosts,
+        public_origin,
+    }
+}
+
+/// The ports that the program serves.
+struct Listeners {
+    api: TcpListener,
+    preview: TcpListener,
+    hmr: TcpListener,
+}
+
+impl Listeners {
+    async fn bind(settings: &Settings) -> anyhow::Result<Self> {
+        let listen = async |port: u16, name: &str| {
+            let address = SocketAddr::new(settings.bind, port);
+            TcpListener::bind(address).await.with_context(|| {
+                format!("{name}: port {port} of {} cannot be listened on; free it or choose another one by {name}", settings.bind)
+            })
+        };
+        Ok(Self {
+            api: listen(settings.api_port, "API_PORT").await?,
+            preview: listen(settings.preview_port, "PREVIEW_PORT").await?,
+            hmr: listen(settings.hmr_port, "HMR_PORT").await?,
+        })
+    }
+
+    fn api_port(&self) -> u16 {
+        port(&self.api)
+    }
+
+    fn preview_port(&self) -> u16 {
+        port(&self.preview)
+    }
+
+    fn serve(self, state: api::Shared, previews: Previews, activity: &Activity, tasks: &Tasks) {
+        let sink: Arc<dyn ActivitySink> = Arc::new(PreviewActivity(activity.clone()));
+        Proxy::serve(self.preview, ProxyKind::Preview, previews.clone(), sink.clone(), tasks);
+        Proxy::serve(self.hmr, ProxyKind::HmrOnly, previews, sink, tasks);
+        tasks.spawn("api", api::serve(self.api, api::router(state), tasks.clone()));
+    }
+}
+
+fn port(listener: &TcpListener) -> u16 {
+    listener.local_addr().map_or(0, |address| address.port())
+}
+
+struct PreviewActivity(Activity);
+
+impl ActivitySink for PreviewActivity {
+    fn request(&self) -> ActivityGuard {
+        let guard: Guard = self.0.hold(HolderKind::Preview, "a request for a page");
+        Box::new(guard)
+    }
+
+    fn person(&self, slug: &str) {
+        self.0.person(slug);
+    }
+}
+
+/// The first lines of the log: where it listens, for whom, and what is behind it.
+fn announce(
+    loaded: &Loaded,
+    mode: Mode,
+    listeners: &Listeners,
+    is_rehearsal: bool,
+    launcher: &Launcher,
+) {
+    let settings = &loaded.settings;
+    let for_whom = match (settings.has_api_secret(), settings.bind.is_loopback()) {
+        (true, _) => "callers with the token or a signature",
+        (false, true) => "this machine alone",
+        (false, false) => "ANYBODY who can reach it (insecure)",
+    };
+    tracing::info!(
+        bind = %settings.bind,
+        api_port = listeners.api_port(),
+        preview_port = listeners.preview_port(),
+        hmr_port = port(&listeners.hmr),
+        workspace = %settings.workspace_path.display(),
+        "greenroom {} listens, for {for_whom}",
+        env!("CARGO_PKG_VERSION"),
+    );
+    if is_rehearsal {
+        tracing::warn!("rehearsal: no model is behind this, a script answers");
+    }
+    let confinement = launcher.confinement();
+    tracing::info!(
+        files = ?confinement.files, network = ?confinement.network,
+        processes = ?confinement.processes, bash = ?confinement.bash,
+        "how agents and dev servers are held"
+    );
+    if mode == Mode::Dev {
+        let page = settings.api_url(listeners.api_port());
+        println!("\n  greenroom is ready: open  {page}\n");
+        if is_rehearsal {
+            println!("  Rehearsal: no model is behind it, a script answers. With ANTHROPIC_API_KEY set, Claude does.\n");
+        }
+    }
+}
+
+/// Asks the programs for their versions, after the start.
+async fn look_at_programs(programs: Programs, launcher: Launcher, readiness: Readiness) {
+    let version = async |program: &Path, name: &'static str| {
+        let mut profile = Profile::system();
+        profile.read.extend(programs.folders());
+        profile.read.extend(program.parent().map(PathBuf::from));
+        let spec = Spec {
+            name,
+            program: program.to_owned(),
+            args: vec!["--version".into()],
+            env: vec![("PATH".into(), programs.path.clone()), ("HOME".into(), "/nonexistent".into())],
+            cwd: "/".into(),
+            stdin: Stdin::Null,
+            profile,
+        };
+        launcher.run(spec, Duration::from_secs(30), 4096).await
+    };
+    let set = |cell: &OnceLock<Result<String, String>>, found: Result<String, String>| {
+        if let Err(what_to_do) = &found {
+            tracing::warn!("{what_to_do}");
+        }
+        // Set once, here.
+        cell.set(found).ok();
+    };
+    let node = match &programs.node {
+        None => Err("Node is missing: install Node 22.12 or newer and put it on PATH".to_owned()),
+        Some(program) => match version(program, "node").await {
+            Ok(output) if output.exit.is_success() => check_node(output.stdout.trim()),
+            _ => Err(format!("{} does not run; install Node 22.12 or newer", program.display())),
+        },
+    };
+    set(&readiness.node, node);
+    let claude = match &programs.claude {
+        None => Err("the Claude Code CLI is missing: npm install -g @anthropic-ai/claude-code, or \
+                     set CLAUDE_BIN to its program"
+            .to_owned()),
+        Some(program) => match version(program, "claude").await {
+            Ok(output) if output.exit.is_success() => Ok(output.stdout.trim().to_owned()),
+            _ => Err(format!("{} does not run; set CLAUDE_BIN to a working CLI", program.display())),
+        },
+    };
+    if let Ok(version) = &claude
+        && !version.starts_with(config::TESTED_CLAUDE_VERSION)
+    {
+        tracing::warn!(
+            version,
+            tested = config::TESTED_CLAUDE_VERSION,
+            "this version of the CLI is not the one that greenroom was tested with"
+        );
+    }
+    set(&readiness.claude, claude);
+}
+
+fn check_node(version: &str) -> Result<String, String> {
+    let mut numbers = version.trim_start_matches('v').split('.').map(|n| n.parse::<u32>().ok());
+    let found = (numbers.next().flatten(), numbers.next().flatten());
+    match found {
+        (Some(major), Some(minor)) if (major, minor) >= MIN_NODE => Ok(version.to_owned()),
+        _ => Err(format!("Node {version} is too old: install Node 22.12 or newer and put it on PATH")),
+    }
+}
+
+/// As PID 1 every orphan falls to us.
+async fn reap(launcher: Launcher, tasks: Tasks) {
+    let Ok(mut died) = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::child()) else {
+        return;
+    };
+    loop {
+        tokio::select! {
+            () = tasks.token().cancelled() => return,
+            _ = died.recv() => {}
+            () = tokio::time::sleep(Duration::from_secs(1)) => {}
+        }
+        let launcher = launcher.clone();
+        let reaped = task::blocking("reaping orphans", Duration::from_secs(10), move || {
+            launcher.reap_orphans()
+        });
+        reaped.await.ok();
+    }
 }

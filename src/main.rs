@@ -6,5 +6,9 @@ use std::process::ExitCode;
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
+    // Before anything else: a child's stages run while there is one thread.
+    if let Some(code) = greenroom::process::run_child_if_asked() {
+        return code;
+    }
     greenroom::cli::main()
 }
