@@ -77,15 +77,23 @@ impl<'a> Keeper<'a> {
     ///
     /// A file that stays held back for many turns is stored once: if the newest folder beside
     /// this one has it with the same size and time, it is linked from there.
+    ///
+    /// # Errors
+    /// The disk's; also if the folder would grow beyond [`MAX_COPIED_BYTES`].
     pub(super) fn keep(&mut self, path: &Path, file: &mut File) -> io::Result<()> {
         let metadata = file.metadata()?;
         let target = self.folder.join(path);
         let parent = target.parent().unwrap_or(self.folder);
+        if is_copy(&target, &metadata) {
+            return Ok(());
+        }
         let earlier = self.earlier(path, &metadata);
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
             .create(parent)?;
+        // An earlier commit of the same turn may have kept an older state.
+        super::files::remove_all(&target)?;
         if earlier.is_some_and(|earlier| fs::hard_link(earlier, &target).is_ok()) {
             return Ok(());
         }
@@ -112,12 +120,17 @@ impl<'a> Keeper<'a> {
             .filter(|n| n != own_name)
             .max()?;
         let candidate = self.folder.parent()?.join(newest).join(path);
-        let found = fs::symlink_metadata(&candidate).ok()?;
-        let is_same = found.is_file()
-            && found.len() == metadata.len()
-            && found.modified().ok()? == metadata.modified().ok()?;
-        is_same.then_some(candidate)
+        is_copy(&candidate, metadata).then_some(candidate)
     }
+}
+
+/// Is `path` a copy that was made of this file as it is?
+fn is_copy(path: &Path, metadata: &fs::Metadata) -> bool {
+    fs::symlink_metadata(path).is_ok_and(|found| {
+        found.is_file()
+            && found.len() == metadata.len()
+            && found.modified().ok() == metadata.modified().ok()
+    })
 }
 
 #[cfg(test)]
@@ -184,5 +197,25 @@ mod tests {
             metadata.ino()
         };
         assert_eq!(inode("1"), inode("2"));
+
+        // A second commit of one turn keeps the file as it is by then.
+        fs::write(&source, "a longer film").unwrap();
+        let folder = root.path().join("held/2");
+        for _ in 0..2 {
+            let mut file = File::open(&source).unwrap();
+            Keeper::new(&folder)
+                .keep(Path::new("a/film.mp4"), &mut file)
+                .unwrap();
+        }
+        assert_eq!(
+            fs::read(folder.join("a/film.mp4")).unwrap(),
+            b"a longer film"
+        );
+        let before = root.path().join("held/1/a/film.mp4");
+        assert_eq!(
+            fs::read(before).unwrap(),
+            b"film",
+            "the earlier copy stays what it was"
+        );
     }
 }

@@ -313,7 +313,7 @@ impl Session {
         if cause.contains(PRIVATE) {
             return self.fail(RemoteErrorKind::Rejected, private_text(self.host()));
         }
-        let message = format!("{} could not be reached ({cause}); try again", self.host());
+        let message = format!("{} could not be reached ({cause})", self.host());
         self.fail(RemoteErrorKind::Network, message)
     }
 

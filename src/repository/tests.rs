@@ -264,6 +264,30 @@ fn the_clients_branch_of_the_origin_comes_first_then_the_base_branch() {
 }
 
 #[test]
+fn a_bare_repository_without_a_default_branch_is_cloned() {
+    let place = Place::new();
+    let bare = place.root.path().join("site.git");
+    let from = place.origin();
+    git(
+        &from,
+        &["clone", "-q", "--bare", ".", bare.to_str().unwrap()],
+    );
+    git(&bare, &["symbolic-ref", "HEAD", "refs/heads/unborn"]);
+    let source = parse_source(bare.to_str().unwrap(), Some(place.root.path())).unwrap();
+    place.create_from("alice", &source, None).unwrap();
+    let project = place.home("alice").join("project");
+    let head = git(&project, &["rev-parse", "HEAD"]);
+    assert_eq!(head, git(&from, &["rev-parse", "trunk"]));
+
+    git(&bare, &["branch", "another", "trunk"]);
+    let error = place.create_from("bob", &source, None).unwrap_err();
+    assert!(
+        matches!(error, RepositoryError::NoDefaultBranch),
+        "{error:?}"
+    );
+}
+
+#[test]
 fn an_empty_repository_and_a_crash_leave_nothing_behind() {
     let place = Place::empty();
     fs::create_dir_all(place.origin()).unwrap();
@@ -658,7 +682,6 @@ fn secrets_and_giants_stay_out_and_are_kept() {
         fs::metadata(kept.join("big.bin")).unwrap().len(),
         20_000_001
     );
-    fs::remove_dir_all(&kept).unwrap();
     let again = site.commit("Nothing new");
     assert_eq!((again.commit, again.held_back.len()), (None, 4));
 
@@ -670,7 +693,6 @@ fn secrets_and_giants_stay_out_and_are_kept() {
         dir.join("good.txt"),
         format!("-----BEGIN {}\nabc\n", "PRIVATE KEY-----"),
     );
-    fs::remove_dir_all(&kept).unwrap();
     let committed = site.commit("Edit");
     let files = committed.commit.unwrap().files;
     assert_eq!(
@@ -682,7 +704,6 @@ fn secrets_and_giants_stay_out_and_are_kept() {
         " M good.txt\n?? app/\n?? big.bin\n?? notes.txt\n"
     );
     fs::remove_file(dir.join(".env")).unwrap();
-    fs::remove_dir_all(&kept).unwrap();
     assert_eq!(
         site.commit("Away with it").commit.unwrap().files[0].status,
         FileStatus::Deleted

@@ -457,8 +457,7 @@ impl Worktree {
                 // A folder that git does not look into: a repository inside the worktree.
                 Some(folder) => {
                     let folder = Path::new(OsStr::from_bytes(folder));
-                    self.list_nested(repo, folder, &mut paths)
-                        .during("scan a nested folder")?;
+                    self.list_nested(repo, folder, &mut paths);
                 }
                 None => {
                     let is_new = entry.status().is_wt_new();
@@ -470,19 +469,16 @@ impl Worktree {
         Ok(paths)
     }
 
-    fn list_nested(
-        &self,
-        repo: &Repository,
-        folder: &Path,
-        paths: &mut BTreeSet<PathBuf>,
-    ) -> io::Result<()> {
+    /// Lists the files below `folder` that are not ignored. What cannot be read, or vanishes
+    /// meanwhile, is left out, as git's own scan does it.
+    fn list_nested(&self, repo: &Repository, folder: &Path, paths: &mut BTreeSet<PathBuf>) {
         let mut folders = vec![folder.to_owned()];
         while let Some(folder) = folders.pop() {
-            for entry in fs::read_dir(self.path.join(&folder))? {
-                let entry = entry?;
+            let entries = fs::read_dir(self.path.join(&folder));
+            for entry in entries.into_iter().flatten().flatten() {
                 let name = entry.file_name();
                 let path = folder.join(&name);
-                let is_folder = entry.file_type()?.is_dir();
+                let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
                 // git takes a path for a folder's by its last character.
                 let asked = if is_folder {
                     path.join("")
@@ -499,7 +495,6 @@ impl Worktree {
                 }
             }
         }
-        Ok(())
     }
 }
 
