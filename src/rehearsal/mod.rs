@@ -16,7 +16,6 @@ mod script;
 
 use std::{
     collections::{HashMap, VecDeque},
-    future::pending,
     io,
     net::Ipv4Addr,
     path::PathBuf,
