@@ -112,15 +112,24 @@ impl<'a> Story<'a> {
         (start, end): (usize, usize),
         new: &str,
     ) -> Told<()> {
-        // The tool wants a text that occurs once: take in lines before it until it does.
-        let mut from = start;
-        while from > 0 && content.matches(&content[from..end]).count() > 1 {
-            from = content[..from - 1]
-                .rfind('\n')
-                .map_or(0, |newline| newline + 1);
+        // The tool wants a text that occurs once: take in the lines before it until it does, then
+        // those after it.
+        let (mut from, mut to) = (start, end);
+        while content.matches(&content[from..to]).count() > 1 {
+            if from > 0 {
+                let before = &content[..from];
+                let before = before.strip_suffix('\n').unwrap_or(before);
+                from = before.rfind('\n').map_or(0, |newline| newline + 1);
+            } else if to < content.len() {
+                to = content[to..]
+                    .find('\n')
+                    .map_or(content.len(), |newline| to + newline + 1);
+            } else {
+                break;
+            }
         }
-        let old = &content[from..end];
-        let new = format!("{}{new}", &content[from..start]);
+        let old = &content[from..to];
+        let new = format!("{}{new}{}", &content[from..start], &content[end..to]);
         if let Some(plan) = &mut self.plan {
             plan.push(format!(
                 "In `{path}`, replace\n```\n{old}\n```\nwith\n```\n{new}\n```"
