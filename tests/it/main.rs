@@ -1,3 +1,4 @@
 //! End-to-end tests, one binary.
 
+#[cfg(test)]
 mod gateway;
