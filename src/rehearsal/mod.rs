@@ -176,6 +176,14 @@ impl Stage {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Counts that a rule's step was met, this time included.
+    fn meet(&self, rule: usize, step: usize) -> u64 {
+        let mut memory = self.memory();
+        let count = memory.met.entry((rule, step)).or_default();
+        *count += 1;
+        *count
+    }
+
     fn record(self: &Arc<Self>, record: Recorded) -> Attendance {
         let mut memory = self.memory();
         let number = memory.next;
@@ -288,12 +296,7 @@ async fn perform(
         Some(rule) => match stage.script.rules[rule].steps.get(conversation.answers) {
             None => Reply::text("Done."),
             Some(step) => {
-                let met = {
-                    let mut memory = stage.memory();
-                    let count = memory.met.entry((rule, conversation.answers)).or_default();
-                    *count += 1;
-                    *count
-                };
+                let met = stage.meet(rule, conversation.answers);
                 act = step
                     .act
                     .as_ref()
