@@ -65,7 +65,9 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         tasks.clone(),
     );
     let supervisor = Supervisor::new(
-        supervisor_settings(&loaded, &programs, &runtime, &launcher, &gateway, &listeners),
+        supervisor_settings(
+            &loaded, &programs, &runtime, &launcher, &gateway, &listeners,
+        ),
         launcher.clone(),
         gateway,
         previews.clone(),
@@ -92,7 +94,10 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
     });
     announce(&loaded, mode, &listeners, is_rehearsal, &launcher);
     listeners.serve(state, previews, &activity, &tasks);
-    tasks.spawn("readiness", look_at_programs(programs, launcher.clone(), readiness));
+    tasks.spawn(
+        "readiness",
+        look_at_programs(programs, launcher.clone(), readiness),
+    );
     if std::process::id() == 1 {
         tasks.spawn("reaper", reap(launcher.clone(), tasks.clone()));
     }
@@ -120,7 +125,9 @@ async fn stop(
 ) {
     tracing::info!(reason = reason.as_str(), "stopping");
     let drain = async {
-        supervisor.drain(tokio::time::Instant::now() + settings.drain).await;
+        supervisor
+            .drain(tokio::time::Instant::now() + settings.drain)
+            .await;
         if !launcher.stop(LAST_STEPS).await {
             tracing::error!("children were left that did not end");
         }
@@ -130,7 +137,9 @@ async fn stop(
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };
-        tokio::time::timeout(Duration::from_secs(1), answered).await.ok();
+        tokio::time::timeout(Duration::from_secs(1), answered)
+            .await
+            .ok();
         if !tasks.stop(LAST_STEPS).await {
             tracing::warn!("tasks were left that did not end");
         }
@@ -156,7 +165,10 @@ async fn prepare_folder(path: &Path, setting: &'static str) -> anyhow::Result<()
     let folder = path.to_owned();
     let made = task::blocking("looking at a folder", Duration::from_secs(20), move || {
         make_private_dir(&folder)?;
-        let probe = folder.join(format!(".greenroom-probe-{}", uuid::Uuid::new_v4().simple()));
+        let probe = folder.join(format!(
+            ".greenroom-probe-{}",
+            uuid::Uuid::new_v4().simple()
+        ));
         std::fs::write(&probe, b"")
             .and_then(|()| std::fs::remove_file(&probe))
             .map_err(crate::workspace::WorkspaceError::io("write to", &folder))
@@ -197,18 +209,27 @@ async fn start_gateway(
         CredentialSource::ApiKey(key) => {
             (settings.anthropic_base_url.clone(), Credential::ApiKey(key))
         }
-        CredentialSource::File(path) => {
-            (settings.anthropic_base_url.clone(), load_credentials_file(&path)?)
-        }
+        CredentialSource::File(path) => (
+            settings.anthropic_base_url.clone(),
+            load_credentials_file(&path)?,
+        ),
         CredentialSource::Rehearsal => {
             let rehearsal = Rehearsal::start(Script::default(), tasks).await?;
             (rehearsal.url(), Credential::Rehearsal)
         }
     };
-    let upstream = upstream.parse().context("ANTHROPIC_BASE_URL is no address")?;
-    Gateway::start(GatewayConfig { upstream, credential }, tasks)
-        .await
-        .context("failed to start the gateway")
+    let upstream = upstream
+        .parse()
+        .context("ANTHROPIC_BASE_URL is no address")?;
+    Gateway::start(
+        GatewayConfig {
+            upstream,
+            credential,
+        },
+        tasks,
+    )
+    .await
+    .context("failed to start the gateway")
 }
 
 /// The programs that children are made of.
@@ -223,7 +244,11 @@ struct Programs {
 
 impl Programs {
     fn find(loaded: &Loaded) -> Self {
-        let path = loaded.surroundings.path.clone().unwrap_or_else(|| "/usr/bin:/bin".into());
+        let path = loaded
+            .surroundings
+            .path
+            .clone()
+            .unwrap_or_else(|| "/usr/bin:/bin".into());
         Self {
             claude: config::find_claude(
                 loaded.settings.claude_bin.as_deref(),
@@ -240,7 +265,11 @@ impl Programs {
     fn folders(&self) -> Vec<PathBuf> {
         let folders = std::env::split_paths(&self.path).filter(|folder| folder.is_absolute());
         let mut roots: Vec<PathBuf> = folders
-            .filter(|folder| !["/usr", "/bin", "/sbin"].iter().any(|root| folder.starts_with(root)))
+            .filter(|folder| {
+                !["/usr", "/bin", "/sbin"]
+                    .iter()
+                    .any(|root| folder.starts_with(root))
+            })
             .filter_map(|folder| std::fs::canonicalize(folder).ok())
             .collect();
         // npm and its like are links from `bin` into `lib/node_modules` beside it.
@@ -248,7 +277,9 @@ impl Programs {
             for folder in roots.clone() {
                 let target = std::fs::canonicalize(folder.join(program));
                 let package = target.ok().and_then(|target| {
-                    let package = target.ancestors().find(|folder| folder.ends_with("node_modules"));
+                    let package = target
+                        .ancestors()
+                        .find(|folder| folder.ends_with("node_modules"));
                     package.map(Path::to_owned)
                 });
                 roots.extend(package);
@@ -263,8 +294,16 @@ impl Programs {
 /// What tells npm where and how to fetch: registries, proxies, certificates.
 fn npm_environment() -> Vec<(OsString, OsString)> {
     const NAMES: [&str; 10] = [
-        "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy",
-        "NODE_EXTRA_CA_CERTS", "SSL_CERT_FILE", "SSL_CERT_DIR", "NPM_TOKEN",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "NO_PROXY",
+        "http_proxy",
+        "https_proxy",
+        "no_proxy",
+        "NODE_EXTRA_CA_CERTS",
+        "SSL_CERT_FILE",
+        "SSL_CERT_DIR",
+        "NPM_TOKEN",
     ];
     let mut env: Vec<(OsString, OsString)> = std::env::vars_os()
         .filter(|(name, _)| {
@@ -272,7 +311,9 @@ fn npm_environment() -> Vec<(OsString, OsString)> {
             NAMES.contains(&name.as_ref()) || name.to_ascii_lowercase().starts_with("npm_config_")
         })
         .collect();
-    let has_config = env.iter().any(|(name, _)| name.eq_ignore_ascii_case("npm_config_userconfig"));
+    let has_config = env
+        .iter()
+        .any(|(name, _)| name.eq_ignore_ascii_case("npm_config_userconfig"));
     if let Some(home) = std::env::home_dir().filter(|_| !has_config) {
         let config = home.join(".npmrc");
         if config.is_file() {
@@ -318,7 +359,10 @@ fn supervisor_settings(
         repo_url: settings.repo_url.clone(),
         allowed_local_repos: settings.allowed_local_repos.clone(),
         remotes: Remotes::new(
-            settings.github_token.as_ref().map(|token| token.expose().to_owned()),
+            settings
+                .github_token
+                .as_ref()
+                .map(|token| token.expose().to_owned()),
             settings.git_token_hosts.clone(),
         ),
         committer: Signature {
@@ -351,8 +395,9 @@ fn preview_hosts(base_url: &str) -> Vec<String> {
 }
 
 fn access_settings(settings: &Settings, api_port: u16) -> AccessSettings {
-    let mut allowed_hosts: Vec<String> =
-        ["localhost", "127.0.0.1", "[::1]"].map(str::to_owned).to_vec();
+    let mut allowed_hosts: Vec<String> = ["localhost", "127.0.0.1", "[::1]"]
+        .map(str::to_owned)
+        .to_vec();
     allowed_hosts.extend(settings.api_allowed_hosts.iter().cloned());
     let public_origin = url::Url::parse(&settings.api_url(api_port))
         .ok()
@@ -397,9 +442,18 @@ impl Listeners {
 
     fn serve(self, state: api::Shared, previews: Previews, activity: &Activity, tasks: &Tasks) {
         let sink: Arc<dyn ActivitySink> = Arc::new(PreviewActivity(activity.clone()));
-        Proxy::serve(self.preview, ProxyKind::Preview, previews.clone(), sink.clone(), tasks);
+        Proxy::serve(
+            self.preview,
+            ProxyKind::Preview,
+            previews.clone(),
+            sink.clone(),
+            tasks,
+        );
         Proxy::serve(self.hmr, ProxyKind::HmrOnly, previews, sink, tasks);
-        tasks.spawn("api", api::serve(self.api, api::router(state), tasks.clone()));
+        tasks.spawn(
+            "api",
+            api::serve(self.api, api::router(state), tasks.clone()),
+        );
     }
 }
 
@@ -456,7 +510,9 @@ fn announce(
         let page = settings.api_url(listeners.api_port());
         println!("\n  greenroom is ready: open  {page}\n");
         if is_rehearsal {
-            println!("  Rehearsal: no model is behind it, a script answers. With ANTHROPIC_API_KEY set, Claude does.\n");
+            println!(
+                "  Rehearsal: no model is behind it, a script answers. With ANTHROPIC_API_KEY set, Claude does.\n"
+            );
         }
     }
 }
@@ -471,7 +527,10 @@ async fn look_at_programs(programs: Programs, launcher: Launcher, readiness: Rea
             name,
             program: program.to_owned(),
             args: vec!["--version".into()],
-            env: vec![("PATH".into(), programs.path.clone()), ("HOME".into(), "/nonexistent".into())],
+            env: vec![
+                ("PATH".into(), programs.path.clone()),
+                ("HOME".into(), "/nonexistent".into()),
+            ],
             cwd: "/".into(),
             stdin: Stdin::Null,
             profile,
@@ -489,17 +548,25 @@ async fn look_at_programs(programs: Programs, launcher: Launcher, readiness: Rea
         None => Err("Node is missing: install Node 22.12 or newer and put it on PATH".to_owned()),
         Some(program) => match version(program, "node").await {
             Ok(output) if output.exit.is_success() => check_node(output.stdout.trim()),
-            _ => Err(format!("{} does not run; install Node 22.12 or newer", program.display())),
+            _ => Err(format!(
+                "{} does not run; install Node 22.12 or newer",
+                program.display()
+            )),
         },
     };
     set(&readiness.node, node);
     let claude = match &programs.claude {
-        None => Err("the Claude Code CLI is missing: npm install -g @anthropic-ai/claude-code, or \
+        None => Err(
+            "the Claude Code CLI is missing: npm install -g @anthropic-ai/claude-code, or \
                      set CLAUDE_BIN to its program"
-            .to_owned()),
+                .to_owned(),
+        ),
         Some(program) => match version(program, "claude").await {
             Ok(output) if output.exit.is_success() => Ok(output.stdout.trim().to_owned()),
-            _ => Err(format!("{} does not run; set CLAUDE_BIN to a working CLI", program.display())),
+            _ => Err(format!(
+                "{} does not run; set CLAUDE_BIN to a working CLI",
+                program.display()
+            )),
         },
     };
     if let Ok(version) = &claude
@@ -515,11 +582,16 @@ async fn look_at_programs(programs: Programs, launcher: Launcher, readiness: Rea
 }
 
 fn check_node(version: &str) -> Result<String, String> {
-    let mut numbers = version.trim_start_matches('v').split('.').map(|n| n.parse::<u32>().ok());
+    let mut numbers = version
+        .trim_start_matches('v')
+        .split('.')
+        .map(|n| n.parse::<u32>().ok());
     let found = (numbers.next().flatten(), numbers.next().flatten());
     match found {
         (Some(major), Some(minor)) if (major, minor) >= MIN_NODE => Ok(version.to_owned()),
-        _ => Err(format!("Node {version} is too old: install Node 22.12 or newer and put it on PATH")),
+        _ => Err(format!(
+            "Node {version} is too old: install Node 22.12 or newer and put it on PATH"
+        )),
     }
 }
 

@@ -12,7 +12,6 @@ use std::{
 
 use tokio::sync::Semaphore;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tracing::Instrument;
 
 /// A group of tasks that start, stop and are waited for together. Cheap to clone.
 #[derive(Debug, Clone, Default)]
@@ -42,6 +41,8 @@ impl Tasks {
 
     /// Starts a task. It is expected to end soon after the group's token is cancelled.
     ///
+    /// It does not inherit the caller's span: what outlives a request must not carry its id.
+    ///
     /// A panic in it is logged and stops the group: half a supervisor is worse than none.
     pub fn spawn<F>(&self, name: &'static str, future: F) -> tokio::task::JoinHandle<()>
     where
@@ -49,7 +50,7 @@ impl Tasks {
     {
         let token = self.token.clone();
         #[expect(clippy::disallowed_methods, reason = "the one place that starts tasks")]
-        let inner = tokio::spawn(future.in_current_span());
+        let inner = tokio::spawn(future);
         let watched = async move {
             // Abort with the watcher: a dropped join handle would let the task run on.
             let guard = AbortOnDrop(inner.abort_handle());

@@ -59,7 +59,12 @@ pub enum SessionStart {
 }
 
 /// The CLI's start.
-pub(super) fn spec(settings: &AgentSettings, site: &AgentSite, session: &SessionStart, token: &str) -> Spec {
+pub(super) fn spec(
+    settings: &AgentSettings,
+    site: &AgentSite,
+    session: &SessionStart,
+    token: &str,
+) -> Spec {
     let mut args: Vec<OsString> = [
         "-p",
         "--input-format",
@@ -89,7 +94,10 @@ pub(super) fn spec(settings: &AgentSettings, site: &AgentSite, session: &Session
     if let Some(model) = &settings.model {
         args.extend(["--model".into(), model.into()]);
     }
-    args.extend(["--append-system-prompt".into(), system_prompt(settings, site).into()]);
+    args.extend([
+        "--append-system-prompt".into(),
+        system_prompt(settings, site).into(),
+    ]);
 
     let mut env: Vec<(OsString, OsString)> = vec![
         ("HOME".into(), site.config_dir.clone().into()),
@@ -97,21 +105,34 @@ pub(super) fn spec(settings: &AgentSettings, site: &AgentSite, session: &Session
         ("TMPDIR".into(), site.temporary.clone().into()),
         ("PATH".into(), settings.path.clone()),
         ("LANG".into(), "C.UTF-8".into()),
-        ("ANTHROPIC_BASE_URL".into(), settings.gateway_url.clone().into()),
+        (
+            "ANTHROPIC_BASE_URL".into(),
+            settings.gateway_url.clone().into(),
+        ),
         ("ANTHROPIC_AUTH_TOKEN".into(), token.into()),
-        ("CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC".into(), "1".into()),
+        (
+            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC".into(),
+            "1".into(),
+        ),
         ("DISABLE_AUTOUPDATER".into(), "1".into()),
         // Else a background command that ends after the turn makes the CLI start another one.
         ("CLAUDE_CODE_DISABLE_BACKGROUND_TASKS".into(), "1".into()),
     ];
     if let Some(limit) = settings.max_output_tokens {
-        env.push(("CLAUDE_CODE_MAX_OUTPUT_TOKENS".into(), limit.to_string().into()));
+        env.push((
+            "CLAUDE_CODE_MAX_OUTPUT_TOKENS".into(),
+            limit.to_string().into(),
+        ));
     }
 
     let mut profile = Profile::system();
     profile.read.extend(settings.tool_folders.iter().cloned());
-    profile.read.extend([site.git_dir.clone(), site.dependencies.clone()]);
-    profile.read.extend(settings.program.parent().map(PathBuf::from));
+    profile
+        .read
+        .extend([site.git_dir.clone(), site.dependencies.clone()]);
+    profile
+        .read
+        .extend(settings.program.parent().map(PathBuf::from));
     profile.write.extend([
         site.worktree.clone(),
         site.config_dir.clone(),
@@ -184,14 +205,22 @@ mod tests {
         let spec = spec(&settings, &site, &SessionStart::Resume("s".into()), "token");
         let args: Vec<_> = spec.args.iter().map(|arg| arg.to_string_lossy()).collect();
         let after = |flag: &str| {
-            args.iter().position(|arg| arg == flag).map(|at| args[at + 1].clone().into_owned())
+            args.iter()
+                .position(|arg| arg == flag)
+                .map(|at| args[at + 1].clone().into_owned())
         };
         assert_eq!(after("--setting-sources").as_deref(), Some(""));
         assert!(args.iter().any(|arg| arg == "--strict-mcp-config"));
         assert_eq!(after("--tools").as_deref(), Some("Read,Bash"));
         assert_eq!(after("--resume").as_deref(), Some("s"));
         assert!(after("--append-system-prompt").is_some_and(|p| p.contains("be kind")));
-        assert!(!args.iter().any(|arg| arg.contains("token")), "no token in argv");
-        assert!(!spec.profile.write.contains(&PathBuf::from("/g")), "git is read-only");
+        assert!(
+            !args.iter().any(|arg| arg.contains("token")),
+            "no token in argv"
+        );
+        assert!(
+            !spec.profile.write.contains(&PathBuf::from("/g")),
+            "git is read-only"
+        );
     }
 }

@@ -21,17 +21,21 @@ pub(super) struct Question<'a> {
 /// Allowed, or a sentence that tells the model what to do instead. Pure.
 pub(super) fn decide(question: Question<'_>) -> Result<(), String> {
     if question.mode == TurnMode::Plan {
-        return Err("This is a planning turn: nothing may change. Describe what you would do; the \
+        return Err(
+            "This is a planning turn: nothing may change. Describe what you would do; the \
                     person can then ask for it to be done."
-            .into());
+                .into(),
+        );
     }
     match question.tool {
         "Bash" if question.is_confined => Ok(()),
-        "Bash" => Err("Only file commands inside the site's folder are allowed here (ls, cat, \
+        "Bash" => Err(
+            "Only file commands inside the site's folder are allowed here (ls, cat, \
                        grep, find, cp, mv, mkdir, rm, touch, sed -i), one at a time. Use the Read, \
                        Edit and Write tools for everything else; greenroom runs the dev server, \
                        installs dependencies and commits by itself."
-            .into()),
+                .into(),
+        ),
         "Write" | "Edit" | "MultiEdit" | "NotebookEdit" => written_path(question),
         "Read" | "Glob" | "Grep" => Err("Only files inside the site's folder can be read.".into()),
         tool => Err(format!("The tool {tool:?} is not available here.")),
@@ -41,7 +45,10 @@ pub(super) fn decide(question: Question<'_>) -> Result<(), String> {
 /// Writes that the CLI asks about are outside of the worktree, or to its own and git's folders.
 fn written_path(question: Question<'_>) -> Result<(), String> {
     let input = question.input;
-    let path = input["file_path"].as_str().or(input["notebook_path"].as_str()).unwrap_or_default();
+    let path = input["file_path"]
+        .as_str()
+        .or(input["notebook_path"].as_str())
+        .unwrap_or_default();
     let path = normalise(&question.worktree.join(path));
     let Ok(inside) = path.strip_prefix(question.worktree) else {
         return Err(format!(
@@ -54,9 +61,11 @@ fn written_path(question: Question<'_>) -> Result<(), String> {
         part == ".git" || part == ".claude"
     });
     if is_ours {
-        return Err("Git's and the agent's own folders are not part of the site. greenroom \
+        return Err(
+            "Git's and the agent's own folders are not part of the site. greenroom \
                     commits each turn by itself."
-            .into());
+                .into(),
+        );
     }
     Ok(())
 }
@@ -85,18 +94,39 @@ mod tests {
     fn table() {
         let ask = |tool: &str, input: Value, mode, is_confined| {
             let worktree = Path::new("/w/threads/t");
-            decide(Question { tool, input: &input, mode, is_confined, worktree }).is_ok()
+            decide(Question {
+                tool,
+                input: &input,
+                mode,
+                is_confined,
+                worktree,
+            })
+            .is_ok()
         };
         let file = |path: &str| json!({"file_path": path});
         let execute = TurnMode::Execute;
         assert!(ask("Bash", json!({"command": "npm run x"}), execute, true));
-        assert!(!ask("Bash", json!({"command": "npm run x"}), execute, false));
+        assert!(!ask(
+            "Bash",
+            json!({"command": "npm run x"}),
+            execute,
+            false
+        ));
         assert!(!ask("Bash", json!({"command": "ls"}), TurnMode::Plan, true));
         assert!(ask("Write", file("/w/threads/t/src/a"), execute, false));
-        for outside in ["/etc/passwd", "/w/threads/t/../u/a", "/w/threads/tt/a", "../a"] {
+        for outside in [
+            "/etc/passwd",
+            "/w/threads/t/../u/a",
+            "/w/threads/tt/a",
+            "../a",
+        ] {
             assert!(!ask("Write", file(outside), execute, true), "{outside}");
         }
-        for ours in ["/w/threads/t/.git", "/w/threads/t/.GIT/config", "/w/threads/t/.claude/x"] {
+        for ours in [
+            "/w/threads/t/.git",
+            "/w/threads/t/.GIT/config",
+            "/w/threads/t/.claude/x",
+        ] {
             assert!(!ask("Edit", file(ours), execute, true), "{ours}");
         }
         assert!(!ask("WebFetch", json!({}), execute, true));

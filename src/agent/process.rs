@@ -75,11 +75,25 @@ pub struct RunRequest {
 #[derive(Debug, Clone, PartialEq)]
 pub enum RunEvent {
     Text(String),
-    ToolStarted { id: String, name: String, input: Value },
-    ToolFinished { id: String, ok: bool, summary: String },
+    ToolStarted {
+        id: String,
+        name: String,
+        input: Value,
+    },
+    ToolFinished {
+        id: String,
+        ok: bool,
+        summary: String,
+    },
     /// Absolute path, as the CLI names it.
-    FileTouched { path: String, is_new: bool },
-    Waiting { until: Timestamp, reason: String },
+    FileTouched {
+        path: String,
+        is_new: bool,
+    },
+    Waiting {
+        until: Timestamp,
+        reason: String,
+    },
 }
 
 /// How a run ended.
@@ -142,7 +156,9 @@ impl Agent {
         tasks: &Tasks,
     ) -> Result<Self, AgentError> {
         let token = gateway.issue();
-        let child = launcher.spawn(spec(settings, &site, session, token.as_str())).await?;
+        let child = launcher
+            .spawn(spec(settings, &site, session, token.as_str()))
+            .await?;
         let process = child.handle();
         let (sender, lines) = mpsc::channel(LINES);
         let stderr = Tail::default();
@@ -187,7 +203,10 @@ impl Agent {
         cancel: &CancellationToken,
     ) -> RunOutcome {
         let active = self.token.begin(&request.label);
-        let mut run = Run { events, ..Run::new(request.mode) };
+        let mut run = Run {
+            events,
+            ..Run::new(request.mode)
+        };
         let ending = match self.prepare(&request).await {
             Ok(()) => self.follow(&request, &mut run, cancel).await,
             Err(problem) => problem,
@@ -214,16 +233,19 @@ impl Agent {
         }
         if self.mode != request.mode {
             let id = self.request_id();
-            self.control(&id, protocol::set_mode(&id, request.mode)).await?;
+            self.control(&id, protocol::set_mode(&id, request.mode))
+                .await?;
             self.mode = request.mode;
         }
         let model = request.model.clone().or_else(|| self.default_model.clone());
         if self.model != model {
             let id = self.request_id();
-            self.control(&id, protocol::set_model(&id, model.as_deref())).await?;
+            self.control(&id, protocol::set_model(&id, model.as_deref()))
+                .await?;
             self.model = model;
         }
-        self.write(protocol::user_message(&request.instruction)).await
+        self.write(protocol::user_message(&request.instruction))
+            .await
     }
 
     fn request_id(&mut self) -> String {
@@ -264,7 +286,9 @@ impl Agent {
             Ok(Some(None)) => Ok(()),
             Ok(Some(Some(error))) => {
                 tracing::warn!(%error, "the agent refused a setting");
-                Err(Ending::Failed("The agent refused the mode or model asked for.".into()))
+                Err(Ending::Failed(
+                    "The agent refused the mode or model asked for.".into(),
+                ))
             }
             Ok(None) | Err(_) => {
                 self.is_broken = true;
@@ -342,7 +366,11 @@ impl Agent {
     async fn interrupt(&mut self, ending: Ending) -> (Ending, Instant) {
         let id = self.request_id();
         let written = self.write(protocol::interrupt(&id)).await.is_ok();
-        let grace = if written { INTERRUPT_GRACE } else { Duration::ZERO };
+        let grace = if written {
+            INTERRUPT_GRACE
+        } else {
+            Duration::ZERO
+        };
         (ending, Instant::now() + grace)
     }
 
@@ -365,21 +393,42 @@ impl Agent {
                 if !run.text.is_empty() && !run.text.ends_with('\n') {
                     run.text.push_str("\n\n");
                 }
-                run.tell(RunEvent::ToolStarted { id, name, input: shorten(input) }).await;
+                run.tell(RunEvent::ToolStarted {
+                    id,
+                    name,
+                    input: shorten(input),
+                })
+                .await;
             }
-            Line::ToolResult { id, ok, summary, file } => {
+            Line::ToolResult {
+                id,
+                ok,
+                summary,
+                file,
+            } => {
                 run.open_tools.remove(&id);
                 run.tell(RunEvent::ToolFinished { id, ok, summary }).await;
                 if let Some(file) = file {
                     run.touched.insert(file.path.clone());
-                    run.tell(RunEvent::FileTouched { path: file.path, is_new: file.is_new }).await;
+                    run.tell(RunEvent::FileTouched {
+                        path: file.path,
+                        is_new: file.is_new,
+                    })
+                    .await;
                 }
             }
-            Line::ApiRetry { status: Some(401 | 403), .. } => {
+            Line::ApiRetry {
+                status: Some(401 | 403),
+                ..
+            } => {
                 // The CLI would try ten times, for three minutes.
                 return Next::Interrupt(Ending::Failed(credential_refused()));
             }
-            Line::ApiRetry { status, delay_ms, error } => {
+            Line::ApiRetry {
+                status,
+                delay_ms,
+                error,
+            } => {
                 tracing::warn!(?status, delay_ms, %error, "the model API failed; the agent tries again");
                 let delay = Duration::from_millis(delay_ms.min(3_600_000));
                 run.last_line += delay;
@@ -389,9 +438,17 @@ impl Agent {
                     Some(529) => "the model API is overloaded",
                     _ => "the model API did not answer",
                 };
-                run.tell(RunEvent::Waiting { until, reason: reason.into() }).await;
+                run.tell(RunEvent::Waiting {
+                    until,
+                    reason: reason.into(),
+                })
+                .await;
             }
-            Line::PermissionRequest { request_id, tool, input } => {
+            Line::PermissionRequest {
+                request_id,
+                tool,
+                input,
+            } => {
                 let decision = permission::decide(Question {
                     tool: &tool,
                     input: &input,
@@ -422,7 +479,11 @@ impl Agent {
             run.text.clone_from(&result.text);
             return Ending::Completed;
         }
-        if result.errors.iter().any(|error| error.contains("No conversation found")) {
+        if result
+            .errors
+            .iter()
+            .any(|error| error.contains("No conversation found"))
+        {
             self.is_broken = true;
             return Ending::SessionLost;
         }
@@ -434,7 +495,9 @@ impl Agent {
         Ending::Failed(match result.api_error_status {
             Some(401 | 403) => credential_refused(),
             Some(429) => "The model API limits the rate; please try again in a while.".into(),
-            Some(500..) => "The model API is overloaded or down; please try again in a while.".into(),
+            Some(500..) => {
+                "The model API is overloaded or down; please try again in a while.".into()
+            }
             Some(413) => "The conversation has become too long for the model.".into(),
             Some(status) => format!("The model API refused the request (status {status})."),
             None if result.terminal_reason.starts_with("aborted") => "The turn was stopped.".into(),
@@ -539,9 +602,13 @@ fn shorten(input: Value) -> Value {
             Value::String(format!("{}…", &text[..text.floor_char_boundary(LENGTH)]))
         }
         Value::Array(items) => Value::Array(items.into_iter().take(50).map(shorten).collect()),
-        Value::Object(fields) => {
-            Value::Object(fields.into_iter().take(50).map(|(k, v)| (k, shorten(v))).collect())
-        }
+        Value::Object(fields) => Value::Object(
+            fields
+                .into_iter()
+                .take(50)
+                .map(|(k, v)| (k, shorten(v)))
+                .collect(),
+        ),
         other => other,
     }
 }
@@ -570,13 +637,19 @@ async fn read_lines(stdout: impl AsyncRead + Unpin, lines: mpsc::Sender<Line>) {
             continue;
         }
         if is_too_long {
-            tracing::warn!(limit = MAX_LINE, "the agent printed a line that is too long");
+            tracing::warn!(
+                limit = MAX_LINE,
+                "the agent printed a line that is too long"
+            );
         } else if let Some(parsed) = protocol::parse(&line) {
             if parsed != Line::Other && lines.send(parsed).await.is_err() {
                 return;
             }
         } else if !line.is_empty() {
-            tracing::warn!(bytes = line.len(), "the agent printed a line that is no JSON");
+            tracing::warn!(
+                bytes = line.len(),
+                "the agent printed a line that is no JSON"
+            );
         }
         is_too_long = false;
         line.clear();

@@ -9,14 +9,37 @@ use crate::domain::{TurnMode, Usage};
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Line {
     /// A turn begins in the CLI.
-    Init { session_id: String, model: String },
+    Init {
+        session_id: String,
+        model: String,
+    },
     TextDelta(String),
-    ToolUse { id: String, name: String, input: Value },
-    ToolResult { id: String, ok: bool, summary: String, file: Option<TouchedFile> },
+    ToolUse {
+        id: String,
+        name: String,
+        input: Value,
+    },
+    ToolResult {
+        id: String,
+        ok: bool,
+        summary: String,
+        file: Option<TouchedFile>,
+    },
     /// The CLI will ask the API again.
-    ApiRetry { status: Option<u64>, delay_ms: u64, error: String },
-    PermissionRequest { request_id: String, tool: String, input: Value },
-    ControlResponse { request_id: String, error: Option<String> },
+    ApiRetry {
+        status: Option<u64>,
+        delay_ms: u64,
+        error: String,
+    },
+    PermissionRequest {
+        request_id: String,
+        tool: String,
+        input: Value,
+    },
+    ControlResponse {
+        request_id: String,
+        error: Option<String>,
+    },
     Result(Box<CliResult>),
     Other,
 }
@@ -69,10 +92,16 @@ fn owned(value: &Value, key: &str) -> String {
 
 fn system(value: &Value) -> Line {
     match text(value, "subtype") {
-        "init" => Line::Init { session_id: owned(value, "session_id"), model: owned(value, "model") },
+        "init" => Line::Init {
+            session_id: owned(value, "session_id"),
+            model: owned(value, "model"),
+        },
         "api_retry" => Line::ApiRetry {
             status: value["error_status"].as_u64(),
-            delay_ms: value["retry_delay_ms"].as_f64().unwrap_or_default().max(0.0) as u64,
+            delay_ms: value["retry_delay_ms"]
+                .as_f64()
+                .unwrap_or_default()
+                .max(0.0) as u64,
             error: match &value["error"] {
                 Value::String(error) => error.clone(),
                 Value::Null => String::new(),
@@ -94,7 +123,10 @@ fn stream_event(event: &Value) -> Line {
 /// An `assistant` line carries one finished content block; text was streamed before.
 fn assistant(value: &Value) -> Line {
     let blocks = value["message"]["content"].as_array();
-    let tool = blocks.into_iter().flatten().find(|block| text(block, "type") == "tool_use");
+    let tool = blocks
+        .into_iter()
+        .flatten()
+        .find(|block| text(block, "type") == "tool_use");
     match tool {
         Some(tool) => Line::ToolUse {
             id: owned(tool, "id"),
@@ -107,8 +139,10 @@ fn assistant(value: &Value) -> Line {
 
 fn user(value: &Value) -> Line {
     let blocks = value["message"]["content"].as_array();
-    let Some(block) =
-        blocks.into_iter().flatten().find(|block| text(block, "type") == "tool_result")
+    let Some(block) = blocks
+        .into_iter()
+        .flatten()
+        .find(|block| text(block, "type") == "tool_result")
     else {
         return Line::Other;
     };
@@ -116,12 +150,21 @@ fn user(value: &Value) -> Line {
     let written = &value["tool_use_result"];
     let kind = text(written, "type");
     // Edit results carry no `type`, only the patch; Write says create or update.
-    let wrote = ok && (written["structuredPatch"].is_array() || matches!(kind, "create" | "update"));
-    let file = written["filePath"].as_str().filter(|_| wrote).map(|path| TouchedFile {
-        path: path.to_owned(),
-        is_new: kind == "create",
-    });
-    Line::ToolResult { id: owned(block, "tool_use_id"), ok, summary: summary(&block["content"]), file }
+    let wrote =
+        ok && (written["structuredPatch"].is_array() || matches!(kind, "create" | "update"));
+    let file = written["filePath"]
+        .as_str()
+        .filter(|_| wrote)
+        .map(|path| TouchedFile {
+            path: path.to_owned(),
+            is_new: kind == "create",
+        });
+    Line::ToolResult {
+        id: owned(block, "tool_use_id"),
+        ok,
+        summary: summary(&block["content"]),
+        file,
+    }
 }
 
 /// The beginning of a tool's answer, for people.
@@ -129,13 +172,18 @@ fn summary(content: &Value) -> String {
     const LENGTH: usize = 400;
     let whole = match content {
         Value::String(text) => text.as_str(),
-        Value::Array(blocks) => {
-            blocks.iter().find_map(|block| block["text"].as_str()).unwrap_or_default()
-        }
+        Value::Array(blocks) => blocks
+            .iter()
+            .find_map(|block| block["text"].as_str())
+            .unwrap_or_default(),
         _ => "",
     };
     let end = whole.floor_char_boundary(LENGTH);
-    if end < whole.len() { format!("{}…", &whole[..end]) } else { whole.to_owned() }
+    if end < whole.len() {
+        format!("{}…", &whole[..end])
+    } else {
+        whole.to_owned()
+    }
 }
 
 fn control_request(value: &Value) -> Line {
@@ -196,12 +244,18 @@ pub(super) fn interrupt(request_id: &str) -> Value {
 
 /// Plan or execute, from the next turn on.
 pub(super) fn set_mode(request_id: &str, mode: TurnMode) -> Value {
-    control(request_id, json!({"subtype": "set_permission_mode", "mode": permission_mode(mode)}))
+    control(
+        request_id,
+        json!({"subtype": "set_permission_mode", "mode": permission_mode(mode)}),
+    )
 }
 
 /// Another model, from the next turn on; `default` is the CLI's own choice.
 pub(super) fn set_model(request_id: &str, model: Option<&str>) -> Value {
-    control(request_id, json!({"subtype": "set_model", "model": model.unwrap_or("default")}))
+    control(
+        request_id,
+        json!({"subtype": "set_model", "model": model.unwrap_or("default")}),
+    )
 }
 
 /// The CLI's name of a mode.
@@ -244,7 +298,10 @@ mod tests {
             panic!("a result")
         };
         assert!(result.is_error);
-        assert_eq!((result.usage.cache_read_tokens, result.usage.cost_usd), (3, 0.5));
+        assert_eq!(
+            (result.usage.cache_read_tokens, result.usage.cost_usd),
+            (3, 0.5)
+        );
         assert_eq!(result.api_error_status, Some(400));
     }
 
@@ -253,17 +310,39 @@ mod tests {
         let edit = line(json!({"type": "user", "message": {"content": [
             {"type": "tool_result", "tool_use_id": "t1", "content": "The file has been updated."}]},
             "tool_use_result": {"filePath": "/w/a.astro", "structuredPatch": []}}));
-        let Line::ToolResult { ok: true, file: Some(file), .. } = edit else { panic!("{edit:?}") };
+        let Line::ToolResult {
+            ok: true,
+            file: Some(file),
+            ..
+        } = edit
+        else {
+            panic!("{edit:?}")
+        };
         assert_eq!((file.path.as_str(), file.is_new), ("/w/a.astro", false));
         let read = line(json!({"type": "user", "message": {"content": [
             {"type": "tool_result", "tool_use_id": "t2", "is_error": true, "content": "no such file"}]},
             "tool_use_result": "Error: no such file"}));
-        assert!(matches!(read, Line::ToolResult { ok: false, file: None, .. }), "{read:?}");
+        assert!(
+            matches!(
+                read,
+                Line::ToolResult {
+                    ok: false,
+                    file: None,
+                    ..
+                }
+            ),
+            "{read:?}"
+        );
     }
 
     #[test]
     fn unknown_lines_are_passed_over() {
-        for value in [json!({"type": "news"}), json!({}), json!([1]), json!({"type": "system"})] {
+        for value in [
+            json!({"type": "news"}),
+            json!({}),
+            json!([1]),
+            json!({"type": "system"}),
+        ] {
             assert_eq!(line(value), Line::Other);
         }
         assert_eq!(parse(b"half a li"), None);

@@ -67,7 +67,8 @@ fn is_open(path: &str) -> bool {
 
 /// Does asking this count as somebody needing us?
 fn is_activity(path: &str) -> bool {
-    !matches!(path, 
+    !matches!(
+        path,
         "/health" | "/ready" | "/metrics" | "/openapi.json" | "/api/idle" | "/api/idle/touch"
     )
 }
@@ -75,7 +76,10 @@ fn is_activity(path: &str) -> bool {
 impl Access {
     /// See [`AccessSettings`].
     pub fn new(settings: AccessSettings) -> Self {
-        Self { settings, seen: Mutex::default() }
+        Self {
+            settings,
+            seen: Mutex::default(),
+        }
     }
 
     fn has_secret(&self) -> bool {
@@ -86,9 +90,17 @@ impl Access {
         if self.has_secret() {
             return Ok(());
         }
-        let host = headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+        let host = headers
+            .get(HOST)
+            .and_then(|host| host.to_str().ok())
+            .unwrap_or_default();
         let name = host_name(host).to_ascii_lowercase();
-        if self.settings.allowed_hosts.iter().any(|allowed| allowed.eq_ignore_ascii_case(&name)) {
+        if self
+            .settings
+            .allowed_hosts
+            .iter()
+            .any(|allowed| allowed.eq_ignore_ascii_case(&name))
+        {
             return Ok(());
         }
         Err(ApiError::new(
@@ -99,14 +111,17 @@ impl Access {
     }
 
     fn check_origin(&self, headers: &HeaderMap) -> Result<(), ApiError> {
-        let Some(origin) = headers.get(ORIGIN) else { return Ok(()) };
-        let host = headers.get(HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
+        let Some(origin) = headers.get(ORIGIN) else {
+            return Ok(());
+        };
+        let host = headers
+            .get(HOST)
+            .and_then(|host| host.to_str().ok())
+            .unwrap_or_default();
         let origin = origin.to_str().unwrap_or("null");
-        let is_same = origin
-            .split_once("://")
-            .is_some_and(|(scheme, at)| {
-                matches!(scheme, "http" | "https") && !host.is_empty() && at.eq_ignore_ascii_case(host)
-            });
+        let is_same = origin.split_once("://").is_some_and(|(scheme, at)| {
+            matches!(scheme, "http" | "https") && !host.is_empty() && at.eq_ignore_ascii_case(host)
+        });
         if is_same || self.settings.public_origin.as_deref() == Some(origin) {
             return Ok(());
         }
@@ -129,10 +144,14 @@ impl Access {
     }
 
     fn has_token(&self, headers: &HeaderMap) -> bool {
-        let given = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
+        let given = headers
+            .get(AUTHORIZATION)
+            .and_then(|value| value.to_str().ok());
         let given = given.and_then(|value| {
             let (scheme, token) = value.split_once(' ')?;
-            scheme.eq_ignore_ascii_case("bearer").then_some(token.trim())
+            scheme
+                .eq_ignore_ascii_case("bearer")
+                .then_some(token.trim())
         });
         match (&self.settings.api_token, given) {
             (Some(token), Some(given)) => {
@@ -152,8 +171,12 @@ impl Access {
             return false;
         };
         let now = Timestamp::now().as_millisecond();
-        let Ok(at) = timestamp.parse::<i64>() else { return false };
-        let Ok(signature) = hex::decode(signature) else { return false };
+        let Ok(at) = timestamp.parse::<i64>() else {
+            return false;
+        };
+        let Ok(signature) = hex::decode(signature) else {
+            return false;
+        };
         if now.saturating_sub(at).saturating_abs() > CLOCK_SKEW_MS {
             return false;
         }
@@ -223,8 +246,13 @@ pub(super) async fn check(State(state): State<Shared>, request: Request, next: N
     if let Ok(id) = HeaderValue::from_str(&id) {
         headers.insert("x-request-id", id);
     }
-    headers.insert("x-content-type-options", HeaderValue::from_static("nosniff"));
-    headers.entry("cache-control").or_insert(HeaderValue::from_static("no-store"));
+    headers.insert(
+        "x-content-type-options",
+        HeaderValue::from_static("nosniff"),
+    );
+    headers
+        .entry("cache-control")
+        .or_insert(HeaderValue::from_static("no-store"));
     // Streams keep it until their last byte.
     match guard {
         None => response,
@@ -253,7 +281,8 @@ async fn admit(state: &Shared, request: Request) -> Result<Request, ApiError> {
         .and_then(|value| value.to_str().ok())
         .map(|value| value.split(';').next().unwrap_or_default().trim())
         .is_some_and(|kind| kind.eq_ignore_ascii_case("application/json"));
-    let may_be_without = body.is_empty() && !matches!(parts.uri.path(), "/api/init" | "/api/execute");
+    let may_be_without =
+        body.is_empty() && !matches!(parts.uri.path(), "/api/init" | "/api/execute");
     if parts.method == Method::POST && !is_json && !may_be_without {
         return Err(ApiError::new(
             StatusCode::UNSUPPORTED_MEDIA_TYPE,
@@ -285,7 +314,9 @@ mod tests {
     use super::*;
 
     fn headers(list: &[(&'static str, &str)]) -> HeaderMap {
-        list.iter().map(|(n, v)| ((*n).parse().unwrap(), v.parse().unwrap())).collect()
+        list.iter()
+            .map(|(n, v)| ((*n).parse().unwrap(), v.parse().unwrap()))
+            .collect()
     }
 
     fn sign(secret: &str, text: &str) -> String {
@@ -303,22 +334,38 @@ mod tests {
         let now = Timestamp::now().as_millisecond();
         let call = |at: i64, nonce: Option<&str>, signature: &str, body: &str| {
             let at = at.to_string();
-            let mut list = vec![("x-claude-timestamp", at.as_str()), ("x-claude-signature", signature)];
+            let mut list = vec![
+                ("x-claude-timestamp", at.as_str()),
+                ("x-claude-signature", signature),
+            ];
             list.extend(nonce.map(|nonce| ("x-claude-nonce", nonce)));
-            access.check_caller(&headers(&list), body.as_bytes()).is_ok()
+            access
+                .check_caller(&headers(&list), body.as_bytes())
+                .is_ok()
         };
         let good = sign("s3cret", &format!("{now}:{{}}"));
         assert!(call(now, None, &good, "{}"));
         assert!(!call(now, None, &good, "{}"), "replayed");
-        assert!(!call(now, None, &good.to_uppercase(), "{}"), "replayed in other letters");
+        assert!(
+            !call(now, None, &good.to_uppercase(), "{}"),
+            "replayed in other letters"
+        );
         let with_nonce = sign("s3cret", &format!("{now}:n1:{{}}"));
         assert!(call(now, Some("n1"), &with_nonce, "{}"));
         let other = sign("s3cret", &format!("{now}:[]"));
         assert!(!call(now, None, &other, "{}"), "of another body");
         assert!(!call(now, None, &other[..32], "[]"), "truncated");
         let old = now - 31_000;
-        assert!(!call(old, None, &sign("s3cret", &format!("{old}:{{}}")), "{}"), "too old");
-        assert!(!call(now, None, &sign("wrong", &format!("{now}:{{}}")), "{}"));
+        assert!(
+            !call(old, None, &sign("s3cret", &format!("{old}:{{}}")), "{}"),
+            "too old"
+        );
+        assert!(!call(
+            now,
+            None,
+            &sign("wrong", &format!("{now}:{{}}")),
+            "{}"
+        ));
         assert!(access.check_caller(&HeaderMap::new(), b"").is_err());
     }
 
@@ -329,7 +376,9 @@ mod tests {
             ..AccessSettings::default()
         });
         let bearer = |value: &str| {
-            with_token.check_caller(&headers(&[("authorization", value)]), b"").is_ok()
+            with_token
+                .check_caller(&headers(&[("authorization", value)]), b"")
+                .is_ok()
         };
         assert!(bearer("Bearer t0ken") && bearer("bearer t0ken"));
         assert!(!bearer("Bearer t0ke") && !bearer("t0ken") && !bearer("Bearer "));
@@ -339,15 +388,27 @@ mod tests {
             ..AccessSettings::default()
         });
         let host = |value: &str| open.check_host(&headers(&[("host", value)])).is_ok();
-        assert!(host("localhost:8080") && host("127.0.0.1") && host("[::1]:80") && host("LOCALHOST"));
+        assert!(
+            host("localhost:8080") && host("127.0.0.1") && host("[::1]:80") && host("LOCALHOST")
+        );
         assert!(!host("evil.example") && !host("localhost.evil.example") && !host(""));
         let origin = |value: &str| {
-            open.check_origin(&headers(&[("host", "localhost:8080"), ("origin", value)])).is_ok()
+            open.check_origin(&headers(&[("host", "localhost:8080"), ("origin", value)]))
+                .is_ok()
         };
         assert!(origin("http://localhost:8080"));
-        for foreign in ["null", "http://localhost:8081", "http://evil.example", "", "file://localhost:8080"] {
+        for foreign in [
+            "null",
+            "http://localhost:8081",
+            "http://evil.example",
+            "",
+            "file://localhost:8080",
+        ] {
             assert!(!origin(foreign), "{foreign}");
         }
-        assert!(open.check_origin(&headers(&[("host", "localhost")])).is_ok());
+        assert!(
+            open.check_origin(&headers(&[("host", "localhost")]))
+                .is_ok()
+        );
     }
 }

@@ -32,19 +32,27 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
         if cause.is_data() && field != "." {
             ApiError::invalid(format!("{field}: {}", plain(&cause)))
         } else if cause.is_data() {
-            ApiError::invalid(format!("the body has to be a JSON object: {}", plain(&cause)))
+            ApiError::invalid(format!(
+                "the body has to be a JSON object: {}",
+                plain(&cause)
+            ))
         } else {
             ApiError::invalid("the body is not valid JSON")
         }
     })?;
-    reader.end().map_err(|_| ApiError::invalid("the body is not valid JSON"))?;
+    reader
+        .end()
+        .map_err(|_| ApiError::invalid("the body is not valid JSON"))?;
     Ok(value)
 }
 
 /// The reason without the position, which names no field.
 fn plain(error: &serde_json::Error) -> String {
     let text = error.to_string();
-    text.split(" at line ").next().unwrap_or_default().to_owned()
+    text.split(" at line ")
+        .next()
+        .unwrap_or_default()
+        .to_owned()
 }
 
 /// The ids of a body, completed by the container's pins and checked against them.
@@ -70,7 +78,11 @@ pub(super) fn thread_key(
         .transpose()?
         .or_else(|| pins.thread.clone())
         .ok_or_else(|| missing("threadId"))?;
-    let key = ThreadKey { client, user, thread };
+    let key = ThreadKey {
+        client,
+        user,
+        thread,
+    };
     check_pins(pins, &key.user_key())?;
     Ok(key)
 }
@@ -80,9 +92,19 @@ pub(super) fn check_pins(
     pins: &super::Pins,
     user: &crate::identity::UserKey,
 ) -> Result<(), ApiError> {
-    let other_client = pins.client.as_ref().is_some_and(|client| *client != user.client);
-    let other_user = pins.user.as_ref().is_some_and(|pinned| *pinned != user.user);
-    if other_client || other_user { Err(ApiError::not_this_tenant()) } else { Ok(()) }
+    let other_client = pins
+        .client
+        .as_ref()
+        .is_some_and(|client| *client != user.client);
+    let other_user = pins
+        .user
+        .as_ref()
+        .is_some_and(|pinned| *pinned != user.user);
+    if other_client || other_user {
+        Err(ApiError::not_this_tenant())
+    } else {
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -99,7 +121,13 @@ mod tests {
 
     #[test]
     fn wrong_types_name_their_field() {
-        assert_eq!(parse::<Shape>(br#"{"clientId":"a","x":1}"#).unwrap().client.unwrap(), "a");
+        assert_eq!(
+            parse::<Shape>(br#"{"clientId":"a","x":1}"#)
+                .unwrap()
+                .client
+                .unwrap(),
+            "a"
+        );
         for (body, said) in [
             (&br#"{"clientId":5}"#[..], "clientId"),
             (b"[]", "JSON object"),
@@ -123,12 +151,24 @@ mod tests {
         let key = thread_key(&pins, None, Some("alice"), None).unwrap();
         assert_eq!(key.to_string(), "acme/alice/main");
         assert_eq!(
-            thread_key(&pins, Some("other"), Some("alice"), None).unwrap_err().into_response().status(),
+            thread_key(&pins, Some("other"), Some("alice"), None)
+                .unwrap_err()
+                .into_response()
+                .status(),
             403
         );
-        assert_eq!(thread_key(&pins, None, None, None).unwrap_err().into_response().status(), 400);
         assert_eq!(
-            thread_key(&pins, Some(".."), Some("alice"), None).unwrap_err().into_response().status(),
+            thread_key(&pins, None, None, None)
+                .unwrap_err()
+                .into_response()
+                .status(),
+            400
+        );
+        assert_eq!(
+            thread_key(&pins, Some(".."), Some("alice"), None)
+                .unwrap_err()
+                .into_response()
+                .status(),
             400
         );
     }

@@ -50,7 +50,13 @@ pub struct ApiError {
 
 impl ApiError {
     pub(super) fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
-        Self { status, code, message: message.into(), retry_after: None, result: None }
+        Self {
+            status,
+            code,
+            message: message.into(),
+            retry_after: None,
+            result: None,
+        }
     }
 
     pub(super) fn invalid(message: impl Into<String>) -> Self {
@@ -80,12 +86,21 @@ impl ApiError {
             ErrorCode::BudgetExceeded => StatusCode::TOO_MANY_REQUESTS,
             ErrorCode::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         };
-        let message = result.error.clone().unwrap_or_else(|| "the turn failed".into());
-        Self { result: Some(Box::new(result)), ..Self::new(status, code.as_str(), message) }
+        let message = result
+            .error
+            .clone()
+            .unwrap_or_else(|| "the turn failed".into());
+        Self {
+            result: Some(Box::new(result)),
+            ..Self::new(status, code.as_str(), message)
+        }
     }
 
     fn retry(self, seconds: u64) -> Self {
-        Self { retry_after: Some(seconds), ..self }
+        Self {
+            retry_after: Some(seconds),
+            ..self
+        }
     }
 
     fn internal(error: &dyn std::error::Error) -> Self {
@@ -124,13 +139,18 @@ impl From<SupervisorError> for ApiError {
             E::RepoMismatch { .. } => {
                 Self::new(StatusCode::CONFLICT, "repo_mismatch", error.to_string())
             }
-            E::QueueFull { .. } => {
-                Self::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", error.to_string()).retry(10)
-            }
+            E::QueueFull { .. } => Self::new(
+                StatusCode::TOO_MANY_REQUESTS,
+                "queue_full",
+                error.to_string(),
+            )
+            .retry(10),
             E::Source(source) => Self::invalid(format!("repoUrl: {source}")),
-            E::Install(error) => {
-                Self::new(StatusCode::UNPROCESSABLE_ENTITY, "install_failed", error.to_string())
-            }
+            E::Install(error) => Self::new(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "install_failed",
+                error.to_string(),
+            ),
             E::Repository(error) => Self::repository(&error),
             E::Workspace(error) if error.is_no_space() => Self::no_space(),
             E::Workspace(error) => Self::internal(&*error),
@@ -145,12 +165,16 @@ impl ApiError {
     fn repository(error: &RepositoryError) -> Self {
         use RepositoryError as E;
         match error {
-            E::Remote(_) | E::Empty | E::NoSuchBranch { .. } | E::NoDefaultBranch => {
-                Self::new(StatusCode::UNPROCESSABLE_ENTITY, "clone_failed", error.to_string())
-            }
-            E::HeadMoved { .. } => {
-                Self::new(StatusCode::CONFLICT, "thread_busy_elsewhere", error.to_string())
-            }
+            E::Remote(_) | E::Empty | E::NoSuchBranch { .. } | E::NoDefaultBranch => Self::new(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "clone_failed",
+                error.to_string(),
+            ),
+            E::HeadMoved { .. } => Self::new(
+                StatusCode::CONFLICT,
+                "thread_busy_elsewhere",
+                error.to_string(),
+            ),
             E::Missing | E::Tampered { .. } | E::Git { .. } | E::Disk { .. } => {
                 Self::internal(error)
             }
@@ -178,7 +202,9 @@ impl IntoResponse for ApiError {
         };
         let mut response = (self.status, Json(body)).into_response();
         if let Some(seconds) = self.retry_after {
-            response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
+            response
+                .headers_mut()
+                .insert(RETRY_AFTER, HeaderValue::from(seconds));
         }
         response
     }

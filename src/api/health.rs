@@ -1,11 +1,6 @@
 //! `/health`, `/ready`, `/metrics`, `/api/idle`: what operators and platforms ask.
 
-use std::{
-    collections::BTreeMap,
-    path::PathBuf,
-    sync::OnceLock,
-    time::Duration,
-};
+use std::{collections::BTreeMap, path::PathBuf, sync::OnceLock, time::Duration};
 
 use axum::{
     Json,
@@ -83,7 +78,10 @@ pub(super) async fn health(
         answer["error"] = "greenroom is shutting down".into();
         return (StatusCode::SERVICE_UNAVAILABLE, Json(answer)).into_response();
     }
-    if query.deep.is_some_and(|deep| matches!(deep.as_str(), "1" | "true" | "")) {
+    if query
+        .deep
+        .is_some_and(|deep| matches!(deep.as_str(), "1" | "true" | ""))
+    {
         match claude {
             Some(Ok(version)) => answer["testResponse"] = version.clone().into(),
             problem => {
@@ -123,17 +121,30 @@ pub(super) async fn ready(State(state): State<Shared>) -> Response {
         Some(Err(what_to_do)) => what_to_do.clone(),
     };
     let workspace = state.facts.workspace.clone();
-    let probe = task::blocking("writing to the workspace", Duration::from_secs(5), move || {
-        let probe = workspace.join(format!(".greenroom-probe-{}", uuid::Uuid::new_v4().simple()));
-        std::fs::write(&probe, b"").and_then(|()| std::fs::remove_file(&probe))
-    })
+    let probe = task::blocking(
+        "writing to the workspace",
+        Duration::from_secs(5),
+        move || {
+            let probe = workspace.join(format!(
+                ".greenroom-probe-{}",
+                uuid::Uuid::new_v4().simple()
+            ));
+            std::fs::write(&probe, b"").and_then(|()| std::fs::remove_file(&probe))
+        },
+    )
     .await;
     let workspace = match probe {
         Ok(Ok(())) => "ok".to_owned(),
-        Ok(Err(error)) => format!("the workspace cannot be written ({error}); check WORKSPACE_PATH"),
+        Ok(Err(error)) => {
+            format!("the workspace cannot be written ({error}); check WORKSPACE_PATH")
+        }
         Err(_) => "the workspace's disk does not answer; check its mount".to_owned(),
     };
-    let gateway = if state.supervisor.is_draining() { "shutting down" } else { "ok" };
+    let gateway = if state.supervisor.is_draining() {
+        "shutting down"
+    } else {
+        "ok"
+    };
     let checks = BTreeMap::from([
         ("workspace", workspace),
         ("claude", check(&state.readiness.claude)),
@@ -142,8 +153,20 @@ pub(super) async fn ready(State(state): State<Shared>) -> Response {
     ]);
     let ready = checks.values().all(|check| check == "ok");
     let confinement = serde_json::to_value(&state.facts.confinement).unwrap_or_default();
-    let status = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Json(ReadyAnswer { ready, checks, confinement })).into_response()
+    let status = if ready {
+        StatusCode::OK
+    } else {
+        StatusCode::SERVICE_UNAVAILABLE
+    };
+    (
+        status,
+        Json(ReadyAnswer {
+            ready,
+            checks,
+            confinement,
+        }),
+    )
+        .into_response()
 }
 
 /// Figures for Prometheus, or for a service's own checks as JSON.
@@ -161,16 +184,41 @@ pub(super) async fn metrics(State(state): State<Shared>, headers: HeaderMap) -> 
         .into_response();
     }
     let figures = [
-        ("greenroom_uptime_seconds", "Seconds since the start.", state.started.elapsed().as_secs_f64()),
-        ("greenroom_turns_running", "Turns that run now.", state.activity.count(HolderKind::Turn) as f64),
-        ("greenroom_turns_queued", "Turns in line.", state.activity.count(HolderKind::Queue) as f64),
-        ("greenroom_idle_seconds", "Seconds since anybody needed this container.", state.activity.idle_for().as_secs_f64()),
+        (
+            "greenroom_uptime_seconds",
+            "Seconds since the start.",
+            state.started.elapsed().as_secs_f64(),
+        ),
+        (
+            "greenroom_turns_running",
+            "Turns that run now.",
+            state.activity.count(HolderKind::Turn) as f64,
+        ),
+        (
+            "greenroom_turns_queued",
+            "Turns in line.",
+            state.activity.count(HolderKind::Queue) as f64,
+        ),
+        (
+            "greenroom_idle_seconds",
+            "Seconds since anybody needed this container.",
+            state.activity.idle_for().as_secs_f64(),
+        ),
     ];
     let mut text = String::new();
     for (name, help, value) in figures {
-        text.push_str(&format!("# HELP {name} {help}\n# TYPE {name} gauge\n{name} {value}\n"));
+        text.push_str(&format!(
+            "# HELP {name} {help}\n# TYPE {name} gauge\n{name} {value}\n"
+        ));
     }
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
+    (
+        [(
+            header::CONTENT_TYPE,
+            "text/plain; version=0.0.4; charset=utf-8",
+        )],
+        text,
+    )
+        .into_response()
 }
 
 /// What keeps the container awake. Asking is no activity.

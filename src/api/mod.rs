@@ -61,11 +61,25 @@ pub type Shared = Arc<ApiState>;
 
 #[derive(OpenApi)]
 #[openapi(
-    info(title = "greenroom", description = "Customers edit their websites by talking."),
+    info(
+        title = "greenroom",
+        description = "Customers edit their websites by talking."
+    ),
     paths(
-        health::health, health::ready, health::metrics,
-        threads::init, threads::execute, threads::list, threads::one, threads::history,
-        threads::preview, turns::one, turns::events, turns::cancel, health::idle, health::touch,
+        health::health,
+        health::ready,
+        health::metrics,
+        threads::init,
+        threads::execute,
+        threads::list,
+        threads::one,
+        threads::history,
+        threads::preview,
+        turns::one,
+        turns::events,
+        turns::cancel,
+        health::idle,
+        health::touch,
     ),
     components(schemas(
         error::ErrorBody,
@@ -79,7 +93,9 @@ struct Document;
 
 /// The OpenAPI document, as `/openapi.json` serves it.
 pub fn openapi_json() -> String {
-    Document::openapi().to_pretty_json().expect("the document is plain data")
+    Document::openapi()
+        .to_pretty_json()
+        .expect("the document is plain data")
 }
 
 async fn openapi() -> Response {
@@ -125,7 +141,12 @@ mod tests {
     fn the_document_describes_the_contract() {
         let document: serde_json::Value = serde_json::from_str(&super::openapi_json()).unwrap();
         assert!(document["openapi"].as_str().unwrap().starts_with("3.1"));
-        for path in ["/health", "/api/init", "/api/execute", "/api/turns/{turn}/events"] {
+        for path in [
+            "/health",
+            "/api/init",
+            "/api/execute",
+            "/api/turns/{turn}/events",
+        ] {
             assert!(document["paths"][path].is_object(), "{path} is described");
         }
     }

@@ -23,16 +23,23 @@ fn asset(kind: &'static str, content: &'static str) -> Response {
 
 /// The page.
 pub(super) async fn index() -> Response {
-    asset("text/html; charset=utf-8", include_str!("../studio/index.html"))
+    asset(
+        "text/html; charset=utf-8",
+        include_str!("../studio/index.html"),
+    )
 }
 
 /// Its files.
 pub(super) async fn file(Path(name): Path<String>) -> Result<Response, ApiError> {
     match name.as_str() {
-        "studio.css" => Ok(asset("text/css; charset=utf-8", include_str!("../studio/studio.css"))),
-        "studio.js" => {
-            Ok(asset("text/javascript; charset=utf-8", include_str!("../studio/studio.js")))
-        }
+        "studio.css" => Ok(asset(
+            "text/css; charset=utf-8",
+            include_str!("../studio/studio.css"),
+        )),
+        "studio.js" => Ok(asset(
+            "text/javascript; charset=utf-8",
+            include_str!("../studio/studio.js"),
+        )),
         // Browsers ask for it unasked.
         "favicon.ico" => Ok(StatusCode::NO_CONTENT.into_response()),
         _ => Err(ApiError::not_found("there is nothing at this address")),

@@ -90,8 +90,11 @@ pub(super) async fn init(
         })
         .await?;
     let milliseconds = |duration: Duration| (duration.as_secs_f64() * 1e5).round() / 100.0;
-    let mut timings: BTreeMap<_, _> =
-        answer.timings.into_iter().map(|(name, took)| (name, milliseconds(took))).collect();
+    let mut timings: BTreeMap<_, _> = answer
+        .timings
+        .into_iter()
+        .map(|(name, took)| (name, milliseconds(took)))
+        .collect();
     timings.insert("totalMs", milliseconds(started.elapsed()));
     let text = |path: std::path::PathBuf| path.to_string_lossy().into_owned();
     Ok(Answer(InitResponse {
@@ -119,9 +122,9 @@ fn not_empty(
 ) -> Result<Option<String>, ApiError> {
     match value {
         None => Ok(None),
-        Some(text) if text.trim().is_empty() => {
-            Err(ApiError::invalid(format!("{field} is empty; leave it out instead")))
-        }
+        Some(text) if text.trim().is_empty() => Err(ApiError::invalid(format!(
+            "{field} is empty; leave it out instead"
+        ))),
         Some(text) if text.len() > longest || text.chars().any(char::is_control) => {
             Err(ApiError::invalid(format!(
                 "{field} has to be at most {longest} bytes without control characters"
@@ -173,7 +176,10 @@ impl ExecuteBody {
             }
         };
         let model = not_empty("model", self.model, 200)?;
-        if model.as_ref().is_some_and(|model| model.starts_with('-') || model.contains(char::is_whitespace)) {
+        if model
+            .as_ref()
+            .is_some_and(|model| model.starts_with('-') || model.contains(char::is_whitespace))
+        {
             return Err(ApiError::invalid("model is not the name of a model"));
         }
         Ok(ExecuteRequest {
@@ -190,10 +196,15 @@ impl ExecuteBody {
 
 /// Git's own rules for a signature: no line ends, no angle brackets.
 fn check_author(author: Author) -> Result<Author, ApiError> {
-    for (field, text) in [("author.name", &author.name), ("author.email", &author.email)] {
+    for (field, text) in [
+        ("author.name", &author.name),
+        ("author.email", &author.email),
+    ] {
         let bad = text.trim().is_empty()
             || text.len() > 200
-            || text.chars().any(|c| c.is_control() || matches!(c, '<' | '>'));
+            || text
+                .chars()
+                .any(|c| c.is_control() || matches!(c, '<' | '>'));
         if bad {
             return Err(ApiError::invalid(format!(
                 "{field} has to be 1 to 200 bytes without control characters, < and >"
@@ -224,7 +235,11 @@ pub(super) async fn execute(
     let record = state.supervisor.execute(request).await?;
     let id = record.file().id().clone();
     if is_async {
-        return Ok((StatusCode::ACCEPTED, Answer(json!({"success": true, "turnId": id}))).into_response());
+        return Ok((
+            StatusCode::ACCEPTED,
+            Answer(json!({"success": true, "turnId": id})),
+        )
+            .into_response());
     }
     if wants_events(&headers) {
         return Ok(sse::events(id, &record, last_event_id(&headers)));
@@ -244,15 +259,24 @@ pub(super) async fn execute(
 }
 
 fn wants_events(headers: &HeaderMap) -> bool {
-    let accepted = headers.get(ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    accepted.split(',').any(|kind| kind.trim().starts_with("text/event-stream"))
+    let accepted = headers
+        .get(ACCEPT)
+        .and_then(|value| value.to_str().ok())
+        .unwrap_or_default();
+    accepted
+        .split(',')
+        .any(|kind| kind.trim().starts_with("text/event-stream"))
 }
 
 fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, ApiError> {
-    let Some(value) = headers.get("idempotency-key") else { return Ok(None) };
+    let Some(value) = headers.get("idempotency-key") else {
+        return Ok(None);
+    };
     match value.to_str() {
         Ok(key) if (1..=255).contains(&key.len()) => Ok(Some(key.to_owned())),
-        _ => Err(ApiError::invalid("Idempotency-Key has to be 1 to 255 printable characters")),
+        _ => Err(ApiError::invalid(
+            "Idempotency-Key has to be 1 to 255 printable characters",
+        )),
     }
 }
 
@@ -273,8 +297,12 @@ pub(super) async fn list(
     Query(query): Query<UserQuery>,
 ) -> Result<Response, ApiError> {
     // Any thread id will do: only the user is asked about.
-    let key =
-        thread_key(&state.pins, query.client.as_deref(), query.user.as_deref(), Some("any"))?;
+    let key = thread_key(
+        &state.pins,
+        query.client.as_deref(),
+        query.user.as_deref(),
+        Some("any"),
+    )?;
     let threads = state.supervisor.threads(&key.user_key()).await?;
     Ok(Answer(json!({"success": true, "result": threads})).into_response())
 }
@@ -294,7 +322,10 @@ pub(super) async fn one(
     State(state): State<Shared>,
     path: ThreadPath,
 ) -> Result<Response, ApiError> {
-    let view = state.supervisor.thread_view(&path_key(&state, &path)?).await?;
+    let view = state
+        .supervisor
+        .thread_view(&path_key(&state, &path)?)
+        .await?;
     Ok(Answer(json!({"success": true, "result": view})).into_response())
 }
 
@@ -307,7 +338,10 @@ pub(super) async fn history(
     path: ThreadPath,
 ) -> Result<Response, ApiError> {
     const LIMIT: usize = 200;
-    let turns = state.supervisor.history(&path_key(&state, &path)?, LIMIT).await?;
+    let turns = state
+        .supervisor
+        .history(&path_key(&state, &path)?, LIMIT)
+        .await?;
     Ok(Answer(json!({"success": true, "result": {"turns": turns}})).into_response())
 }
 

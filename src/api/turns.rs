@@ -11,7 +11,9 @@ use super::{ApiError, Shared, body::check_pins, sse};
 use crate::identity::TurnId;
 
 fn turn_id(state: &Shared, text: &str) -> Result<TurnId, ApiError> {
-    let id: TurnId = text.parse().map_err(|_| ApiError::not_found("there is no such turn"))?;
+    let id: TurnId = text
+        .parse()
+        .map_err(|_| ApiError::not_found("there is no such turn"))?;
     check_pins(&state.pins, &id.key().user_key())?;
     Ok(id)
 }

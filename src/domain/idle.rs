@@ -32,7 +32,9 @@ pub fn decide_idle(facts: IdleFacts) -> IdleDecision {
     if facts.holders > 0 {
         return IdleDecision::Held;
     }
-    let Some(limit) = facts.limit else { return IdleDecision::Forever };
+    let Some(limit) = facts.limit else {
+        return IdleDecision::Forever;
+    };
     match facts.idle_since.checked_add(limit) {
         None => IdleDecision::Forever,
         Some(at) if facts.now >= at => IdleDecision::Stop,
@@ -49,11 +51,19 @@ mod tests {
         let start = Instant::now();
         let minute = Duration::from_secs(60);
         let ask = |holders, limit, after: Duration| {
-            decide_idle(IdleFacts { holders, idle_since: start, limit, now: start + after })
+            decide_idle(IdleFacts {
+                holders,
+                idle_since: start,
+                limit,
+                now: start + after,
+            })
         };
         assert_eq!(ask(1, Some(minute), 2 * minute), IdleDecision::Held);
         assert_eq!(ask(0, None, 1000 * minute), IdleDecision::Forever);
-        assert_eq!(ask(0, Some(minute), minute / 2), IdleDecision::StopAt(start + minute));
+        assert_eq!(
+            ask(0, Some(minute), minute / 2),
+            IdleDecision::StopAt(start + minute)
+        );
         assert_eq!(ask(0, Some(minute), minute), IdleDecision::Stop);
         assert_eq!(ask(0, Some(Duration::MAX), minute), IdleDecision::Forever);
     }

@@ -125,7 +125,11 @@ pub fn load_credentials_file(path: &Path) -> Result<Credential, GatewayError> {
 
 fn parse(text: &str) -> Option<Credential> {
     let file: CredentialsFile = serde_json::from_str(text).ok()?;
-    let secret = |text: String| Some(text.trim()).filter(|text| !text.is_empty()).map(Secret::new);
+    let secret = |text: String| {
+        Some(text.trim())
+            .filter(|text| !text.is_empty())
+            .map(Secret::new)
+    };
     if let Some(entry) = file.oauth {
         return Some(Credential::OAuth {
             access: secret(entry.access_token)?,

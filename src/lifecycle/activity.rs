@@ -138,9 +138,16 @@ impl Activity {
     /// Keeps the container awake while the guard lives.
     pub fn hold(&self, kind: HolderKind, who: impl Into<String>) -> Guard {
         let id = self.0.next.fetch_add(1, Ordering::Relaxed);
-        let holder = Holder { kind, who: who.into(), since: Timestamp::now() };
+        let holder = Holder {
+            kind,
+            who: who.into(),
+            since: Timestamp::now(),
+        };
         self.lock().holders.insert(id, holder);
-        Guard { activity: self.clone(), id }
+        Guard {
+            activity: self.clone(),
+            id,
+        }
     }
 
     /// Counts once, now.
@@ -156,7 +163,9 @@ impl Activity {
         if let Some((stays, _)) = state.people.get_mut(preview) {
             *stays = until;
         } else if state.people.len() < MAX_PEOPLE {
-            state.people.insert(preview.to_owned(), (until, Timestamp::now()));
+            state
+                .people
+                .insert(preview.to_owned(), (until, Timestamp::now()));
         }
     }
 
@@ -164,8 +173,17 @@ impl Activity {
     pub fn count(&self, kind: HolderKind) -> usize {
         let mut state = self.lock();
         state.expire_people(Instant::now());
-        let people = if kind == HolderKind::Preview { state.people.len() } else { 0 };
-        people + state.holders.values().filter(|holder| holder.kind == kind).count()
+        let people = if kind == HolderKind::Preview {
+            state.people.len()
+        } else {
+            0
+        };
+        people
+            + state
+                .holders
+                .values()
+                .filter(|holder| holder.kind == kind)
+                .count()
     }
 
     /// How long nobody has needed us.
@@ -208,7 +226,9 @@ impl Activity {
         IdleAnswer {
             idle_since: holders.is_empty().then_some(state.idle_since_utc),
             stops_at: stops_at.and_then(|wait| {
-                Timestamp::now().checked_add(jiff::SignedDuration::try_from(wait).ok()?).ok()
+                Timestamp::now()
+                    .checked_add(jiff::SignedDuration::try_from(wait).ok()?)
+                    .ok()
             }),
             holders,
         }
@@ -233,7 +253,9 @@ impl Activity {
                 }
             };
             // Woken by the last guard's drop; a person's end is only seen by the clock.
-            tokio::time::timeout(wait, self.0.changed.notified()).await.ok();
+            tokio::time::timeout(wait, self.0.changed.notified())
+                .await
+                .ok();
         }
     }
 }
@@ -248,12 +270,21 @@ mod tests {
         let turn = activity.hold(HolderKind::Turn, "a/b/c");
         let waiting = activity.clone();
         let mut idle = std::pin::pin!(waiting.idle());
-        assert!(tokio::time::timeout(Duration::from_millis(100), &mut idle).await.is_err());
+        assert!(
+            tokio::time::timeout(Duration::from_millis(100), &mut idle)
+                .await
+                .is_err()
+        );
         let answer = activity.answer();
-        assert_eq!((answer.idle_since, answer.stops_at, answer.holders.len()), (None, None, 1));
+        assert_eq!(
+            (answer.idle_since, answer.stops_at, answer.holders.len()),
+            (None, None, 1)
+        );
         drop(turn);
         assert!(activity.answer().stops_at.is_some());
-        tokio::time::timeout(Duration::from_secs(10), idle).await.unwrap();
+        tokio::time::timeout(Duration::from_secs(10), idle)
+            .await
+            .unwrap();
     }
 
     #[test]

@@ -153,14 +153,14 @@ impl Conversation {
     }
 }
 
-/// What the CLI puts into the person's place by itself.
+/// What the CLI puts into the person's place by itself (seen with 2.1.329): after a cancel, an
+/// answer cut at its limit, an empty one, a refused one.
 fn is_of_the_cli(text: &str) -> bool {
     [
         "[Request interrupted by user",
         "Output token limit hit",
-        "Your previous response was",
-        "Continue from where you left off",
-        "[Tool use interrupted]",
+        "[Your previous response had",
+        "Your response above was stopped",
     ]
     .iter()
     .any(|start| text.starts_with(start))

@@ -176,6 +176,14 @@ impl Stage {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Counts that a rule's step was met, this time included.
+    fn meet(&self, rule: usize, step: usize) -> u64 {
+        let mut memory = self.memory();
+        let count = memory.met.entry((rule, step)).or_default();
+        *count += 1;
+        *count
+    }
+
     fn record(self: &Arc<Self>, record: Recorded) -> Attendance {
         let mut memory = self.memory();
         let number = memory.next;
@@ -288,12 +296,7 @@ async fn perform(
         Some(rule) => match stage.script.rules[rule].steps.get(conversation.answers) {
             None => Reply::text("Done."),
             Some(step) => {
-                let met = {
-                    let mut memory = stage.memory();
-                    let count = memory.met.entry((rule, conversation.answers)).or_default();
-                    *count += 1;
-                    *count
-                };
+                let met = stage.meet(rule, conversation.answers);
                 act = step
                     .act
                     .as_ref()
@@ -319,68 +322,19 @@ async fn perform(
         },
     };
 
-    let mut ending = Ending::Whole;
-    let mut edit: Box<dyn FnOnce(&mut Vec<Event>) + Send> = Box::new(|_| {});
     match act {
-        None => {}
         Some(Act::Empty) => reply = Reply::default(),
         Some(Act::MaxTokens) => reply.stop = Stop::MaxTokens,
         Some(Act::Refusal) => reply.stop = Stop::Refusal,
-        Some(Act::Status {
-            status,
-            retry_after,
-            body,
-        }) => {
-            attendance.answered();
-            return status_act(*status, *retry_after, body.as_deref());
-        }
-        Some(Act::Redirect { location }) => {
-            attendance.answered();
-            let location =
-                HeaderValue::from_str(location).unwrap_or_else(|_| HeaderValue::from_static("/"));
-            return (
-                StatusCode::TEMPORARY_REDIRECT,
-                [(header::LOCATION, location)],
-            )
-                .into_response();
-        }
-        Some(Act::Html) => {
-            attendance.answered();
-            let page = "<!doctype html><html><body><h1>Please log in</h1></body></html>";
-            return axum::response::Html(page).into_response();
-        }
         Some(Act::NoBytes) => {
-            let stop = stage.stop.clone();
-            stop.cancelled().await;
+            stage.stop.cancelled().await;
             return failure(StatusCode::SERVICE_UNAVAILABLE, "the rehearsal is over");
         }
-        Some(Act::OnlyPings) => {
-            ending = Ending::Pings;
-            edit = Box::new(|events| events.truncate(2));
-        }
-        Some(Act::StallMidway) => {
-            ending = Ending::Silence;
-            edit = Box::new(halve);
-        }
-        Some(Act::Cut) => {
-            ending = Ending::Cut;
-            edit = Box::new(halve);
-        }
-        Some(Act::BrokenSse) => {
-            edit = Box::new(|events| {
-                halve(events);
-                events.push(Event::new(Value::String(
-                    "{\"type\":\"content_bl".to_owned(),
-                )));
-            });
-        }
-        Some(Act::ErrorEvent { kind }) => {
-            let error = json!({"type": kind, "message": "acted out by the rehearsal"});
-            edit = Box::new(move |events| {
-                halve(events);
-                events.push(Event::new(json!({"type": "error", "error": error})));
-            });
-        }
+        _ => {}
+    }
+    if let Some(response) = act.and_then(instead) {
+        attendance.answered();
+        return response;
     }
     if !conversation.stream {
         attendance.answered();
@@ -389,7 +343,7 @@ async fn perform(
         return response;
     }
     let mut events = reply.events(conversation, pause);
-    edit(&mut events);
+    let ending = act.map_or(Ending::Whole, |act| spoil(&mut events, act));
     stream_of(events, ending, stage.stop.clone(), attendance)
 }
 
@@ -402,10 +356,62 @@ enum Ending {
     Cut,
 }
 
-/// Keeps the first half, at least the beginning of a block.
-fn halve(events: &mut Vec<Event>) {
+/// What is answered in place of a message.
+fn instead(act: &Act) -> Option<Response> {
+    match act {
+        Act::Status {
+            status,
+            retry_after,
+            body,
+        } => Some(status_act(*status, *retry_after, body.as_deref())),
+        Act::Redirect { location } => {
+            let location =
+                HeaderValue::from_str(location).unwrap_or_else(|_| HeaderValue::from_static("/"));
+            let head = (
+                StatusCode::TEMPORARY_REDIRECT,
+                [(header::LOCATION, location)],
+            );
+            Some(head.into_response())
+        }
+        Act::Html => {
+            let page = "<!doctype html><html><body><h1>Please log in</h1></body></html>";
+            Some(axum::response::Html(page).into_response())
+        }
+        _ => None,
+    }
+}
+
+/// Makes a good stream go wrong.
+fn spoil(events: &mut Vec<Event>, act: &Act) -> Ending {
+    // The first half, with the beginning of a block at least.
     let half = (events.len() / 2).max(4);
-    events.truncate(half);
+    match act {
+        Act::OnlyPings => {
+            events.truncate(2);
+            return Ending::Pings;
+        }
+        Act::StallMidway => {
+            events.truncate(half);
+            return Ending::Silence;
+        }
+        Act::Cut => {
+            events.truncate(half);
+            return Ending::Cut;
+        }
+        Act::BrokenSse => {
+            events.truncate(half);
+            events.push(Event::new(Value::String(
+                "{\"type\":\"content_bl".to_owned(),
+            )));
+        }
+        Act::ErrorEvent { kind } => {
+            events.truncate(half);
+            let error = json!({"type": kind, "message": "acted out by the rehearsal"});
+            events.push(Event::new(json!({"type": "error", "error": error})));
+        }
+        _ => {}
+    }
+    Ending::Whole
 }
 
 fn stream_of(

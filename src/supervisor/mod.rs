@@ -26,7 +26,9 @@ use utoipa::ToSchema;
 
 use crate::{
     agent::AgentSettings,
-    domain::{Author, PreviewState, PreviewStatus, Signature, TurnMode, TurnResult, TurnStatus, Usage},
+    domain::{
+        Author, PreviewState, PreviewStatus, Signature, TurnMode, TurnResult, TurnStatus, Usage,
+    },
     gateway::Gateway,
     identity::{ClientId, ThreadId, ThreadKey, TurnId, UserId, UserKey},
     lifecycle::{Activity, HolderKind},
@@ -54,7 +56,9 @@ pub enum SupervisorError {
     Draining,
     #[error("{0}")]
     NotFound(&'static str),
-    #[error("the workspace of {user} holds another repository ({present}); use another user or thread for this one")]
+    #[error(
+        "the workspace of {user} holds another repository ({present}); use another user or thread for this one"
+    )]
     RepoMismatch { user: UserKey, present: String },
     #[error("{limit} turns are waiting in this thread already; ask again when one is done")]
     QueueFull { limit: usize },
@@ -83,16 +87,23 @@ macro_rules! shared_error {
         }
     )*};
 }
-shared_error!(RepositoryError, InstallError, WorkspaceError, JournalError, BlockingError);
+shared_error!(
+    RepositoryError,
+    InstallError,
+    WorkspaceError,
+    JournalError,
+    BlockingError
+);
 
 impl Clone for SupervisorError {
     fn clone(&self) -> Self {
         match self {
             Self::Draining => Self::Draining,
             Self::NotFound(what) => Self::NotFound(what),
-            Self::RepoMismatch { user, present } => {
-                Self::RepoMismatch { user: user.clone(), present: present.clone() }
-            }
+            Self::RepoMismatch { user, present } => Self::RepoMismatch {
+                user: user.clone(),
+                present: present.clone(),
+            },
             Self::QueueFull { limit } => Self::QueueFull { limit: *limit },
             Self::Source(error) => Self::Internal(error.to_string()),
             Self::Repository(error) => Self::Repository(error.clone()),
@@ -262,7 +273,10 @@ impl Inner {
     }
 
     async fn lock_repository(&self, user: &UserKey) -> OwnedMutexGuard<()> {
-        let mutex = lock(&self.repositories).entry(user.clone()).or_default().clone();
+        let mutex = lock(&self.repositories)
+            .entry(user.clone())
+            .or_default()
+            .clone();
         mutex.lock_owned().await
     }
 
@@ -278,7 +292,9 @@ impl Inner {
     }
 
     fn preview_status(&self, key: &ThreadKey) -> PreviewStatus {
-        self.previews.get(&key.slug()).map_or_else(PreviewStatus::off, |p| p.status().borrow().clone())
+        self.previews
+            .get(&key.slug())
+            .map_or_else(PreviewStatus::off, |p| p.status().borrow().clone())
     }
 }
 
@@ -315,8 +331,9 @@ impl Supervisor {
             return Err(SupervisorError::Draining);
         }
         let mut threads = lock(&self.0.threads);
-        let handle =
-            threads.entry(key.clone()).or_insert_with(|| thread::start(self.0.clone(), key.clone()));
+        let handle = threads
+            .entry(key.clone())
+            .or_insert_with(|| thread::start(self.0.clone(), key.clone()));
         Ok(handle.clone())
     }
 
@@ -362,7 +379,12 @@ impl Supervisor {
 
     async fn is_initialised(&self, key: &ThreadKey) -> Result<bool, SupervisorError> {
         let place = self.0.paths(key).preview_place();
-        Ok(task::blocking("looking for the thread", DISK_DEADLINE, move || place.exists()).await?)
+        Ok(
+            task::blocking("looking for the thread", DISK_DEADLINE, move || {
+                place.exists()
+            })
+            .await?,
+        )
     }
 
     /// Admits a turn: it is in its journal when this returns, and will run whether or not anybody
@@ -373,7 +395,8 @@ impl Supervisor {
     pub async fn execute(&self, request: ExecuteRequest) -> Result<TurnRecord, SupervisorError> {
         let key = request.key.clone();
         self.revive(&key).await?;
-        self.ask(&key, |reply| Request::Execute(Box::new(request), reply)).await
+        self.ask(&key, |reply| Request::Execute(Box::new(request), reply))
+            .await
     }
 
     /// A turn, live or at rest.
@@ -412,15 +435,21 @@ impl Supervisor {
         if !record.is_live() {
             return Ok(record.outcome().await?);
         }
-        let (file, context, key) =
-            (record.file().clone(), self.0.paths(id.key()).context(), id.key().clone());
+        let (file, context, key) = (
+            record.file().clone(),
+            self.0.paths(id.key()).context(),
+            id.key().clone(),
+        );
         let mut result = task::blocking("reading a turn", DISK_DEADLINE, move || {
             let context = StoredContext::load(&context, &key).map_err(JournalError::from)?;
             Ok::<_, JournalError>(blank_result(&file.accepted()?, &context))
         })
         .await??;
-        result.status =
-            if record.has_started() { TurnStatus::Running } else { TurnStatus::Queued };
+        result.status = if record.has_started() {
+            TurnStatus::Running
+        } else {
+            TurnStatus::Queued
+        };
         let status = self.0.preview_status(id.key());
         result.preview.state = status.state;
         result.preview.errors = status.errors;
@@ -469,7 +498,9 @@ impl Supervisor {
         .await?;
         let running_turn = lock(&self.0.live)
             .iter()
-            .find(|(id, live)| id.key() == key && live.record.is_live() && live.record.has_started())
+            .find(|(id, live)| {
+                id.key() == key && live.record.is_live() && live.record.has_started()
+            })
             .map(|(id, _)| id.clone());
         Ok(ThreadView {
             client_id: key.client.clone(),
@@ -488,8 +519,9 @@ impl Supervisor {
     /// # Errors
     /// If the workspace cannot be read.
     pub async fn threads(&self, user: &UserKey) -> Result<Vec<ThreadView>, SupervisorError> {
-        let folder =
-            crate::workspace::UserPaths::new(&self.0.settings.workspace, user).state().join("threads");
+        let folder = crate::workspace::UserPaths::new(&self.0.settings.workspace, user)
+            .state()
+            .join("threads");
         let names = task::blocking("listing threads", DISK_DEADLINE, move || {
             let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
             let mut names: Vec<ThreadId> = entries
@@ -502,8 +534,11 @@ impl Supervisor {
         .await?;
         let mut views = Vec::new();
         for thread in names {
-            let key =
-                ThreadKey { client: user.client.clone(), user: user.user.clone(), thread };
+            let key = ThreadKey {
+                client: user.client.clone(),
+                user: user.user.clone(),
+                thread,
+            };
             views.push(self.thread_view(&key).await?);
         }
         Ok(views)
@@ -527,10 +562,12 @@ impl Supervisor {
             .map(|(id, _)| id.clone())
             .collect();
         let (paths, key) = (self.0.paths(key), key.clone());
-        Ok(task::blocking("reading the history", DISK_DEADLINE, move || {
-            read_history(&paths, &key, limit, &running)
-        })
-        .await?)
+        Ok(
+            task::blocking("reading the history", DISK_DEADLINE, move || {
+                read_history(&paths, &key, limit, &running)
+            })
+            .await?,
+        )
     }
 
     /// Ends the service's core: refuses new work, lets running turns end until `deadline`, then
@@ -543,14 +580,22 @@ impl Supervisor {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         };
-        if tokio::time::timeout_at(deadline, wait_for_turns).await.is_err() {
-            tracing::warn!(turns = self.active_turns(), "interrupting turns that still run");
+        if tokio::time::timeout_at(deadline, wait_for_turns)
+            .await
+            .is_err()
+        {
+            tracing::warn!(
+                turns = self.active_turns(),
+                "interrupting turns that still run"
+            );
             for live in lock(&self.0.live).values() {
                 live.cancel.cancel();
             }
         }
-        let handles: Vec<ThreadHandle> =
-            lock(&self.0.threads).drain().map(|(_, handle)| handle).collect();
+        let handles: Vec<ThreadHandle> = lock(&self.0.threads)
+            .drain()
+            .map(|(_, handle)| handle)
+            .collect();
         for handle in handles {
             handle.stop().await;
         }
@@ -564,13 +609,22 @@ fn read_history(
     limit: usize,
     running: &[TurnId],
 ) -> Vec<TurnSummary> {
-    let entries = std::fs::read_dir(paths.turns()).into_iter().flatten().flatten();
+    let entries = std::fs::read_dir(paths.turns())
+        .into_iter()
+        .flatten()
+        .flatten();
     let mut ids: Vec<TurnId> = entries
         .filter_map(|entry| {
             let name = entry.file_name().into_string().ok()?;
-            format!("{}~{}~{}~{}", key.client, key.user, key.thread, name.strip_suffix(".jsonl")?)
-                .parse()
-                .ok()
+            format!(
+                "{}~{}~{}~{}",
+                key.client,
+                key.user,
+                key.thread,
+                name.strip_suffix(".jsonl")?
+            )
+            .parse()
+            .ok()
         })
         .collect();
     ids.sort_by(|a, b| b.cmp(a));
@@ -580,17 +634,26 @@ fn read_history(
             let file = TurnFile::new(paths, id.clone());
             let accepted = file.accepted().ok()?;
             let outcome = file.outcome().ok().flatten();
-            let pending =
-                if running.contains(&id) { TurnStatus::Running } else { TurnStatus::Queued };
+            let pending = if running.contains(&id) {
+                TurnStatus::Running
+            } else {
+                TurnStatus::Queued
+            };
             Some(TurnSummary {
                 kind: accepted.mode,
                 instruction: accepted.instruction,
                 author: accepted.author,
                 started_at: accepted.accepted_at,
                 status: outcome.as_ref().map_or(pending, |result| result.status),
-                text: outcome.as_ref().map(|result| result.text.clone()).unwrap_or_default(),
+                text: outcome
+                    .as_ref()
+                    .map(|result| result.text.clone())
+                    .unwrap_or_default(),
                 duration_ms: outcome.as_ref().map_or(0, |result| result.duration_ms),
-                usage: outcome.as_ref().map(|result| result.usage).unwrap_or_default(),
+                usage: outcome
+                    .as_ref()
+                    .map(|result| result.usage)
+                    .unwrap_or_default(),
                 error: outcome.as_ref().and_then(|result| result.error.clone()),
                 commit: outcome.and_then(|result| result.commit),
                 turn_id: id,

@@ -15,7 +15,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-use super::{DISK_DEADLINE, Inner, InitAnswer, InitRequest, SupervisorError};
+use super::{DISK_DEADLINE, InitAnswer, InitRequest, Inner, SupervisorError};
 use crate::{
     agent::{Agent, AgentSite},
     domain::{Continuity, PreviewError, PreviewState},
@@ -85,7 +85,15 @@ pub(super) async fn prepare(
     };
     drop(repository);
 
-    let CheckedOut { state, worktree, repo_url, place, context, notes, timings } = checked_out;
+    let CheckedOut {
+        state,
+        worktree,
+        repo_url,
+        place,
+        context,
+        notes,
+        timings,
+    } = checked_out;
     let runtime = inner.settings.runtime.join(key.slug());
     let temporary = runtime.join("tmp");
     {
@@ -132,7 +140,12 @@ pub(super) async fn prepare(
     };
     let attach = Attach::start(inner.clone(), site.clone(), place);
     Ok(Preparation {
-        prepared: Prepared { site, attach, repo_url, timings },
+        prepared: Prepared {
+            site,
+            attach,
+            repo_url,
+            timings,
+        },
         context,
         agent,
         requeued,
@@ -156,7 +169,9 @@ fn check_out(
     let settings = &inner.settings;
     let user = key.user_key();
     let present = Metadata::load(&paths.user.metadata())?;
-    let asked = wishes.as_ref().and_then(|wishes| wishes.repo_url.as_deref());
+    let asked = wishes
+        .as_ref()
+        .and_then(|wishes| wishes.repo_url.as_deref());
     let parse = |url: &str| {
         repository::parse_source(url, settings.allowed_local_repos.as_deref())
             .map_err(SupervisorError::from)
@@ -172,7 +187,9 @@ fn check_out(
         },
     };
     let project = paths.user.project();
-    let base = wishes.as_ref().and_then(|wishes| wishes.base_branch.as_deref());
+    let base = wishes
+        .as_ref()
+        .and_then(|wishes| wishes.base_branch.as_deref());
     let repository = if present.is_some() && project.join(".git").exists() {
         UserRepository::open(&project)?
     } else {
@@ -194,8 +211,12 @@ fn check_out(
     };
     let now = Timestamp::now();
     let created = present.map_or(now, |metadata| metadata.created);
-    Metadata { created, last_accessed: now, repo_url: repo_url.clone() }
-        .save(&paths.user.metadata())?;
+    Metadata {
+        created,
+        last_accessed: now,
+        repo_url: repo_url.clone(),
+    }
+    .save(&paths.user.metadata())?;
     let state = repository.ensure_thread(key, &paths.worktree())?;
     lap(&mut timings, "worktreeMs");
     repository.exclude(&[NODE_MODULES_LINK])?;
@@ -205,7 +226,15 @@ fn check_out(
     context.save(&paths.context())?;
     let place = place(inner, key, paths)?;
     lap(&mut timings, "contextMs");
-    Ok(CheckedOut { state, worktree, repo_url, place, context, notes, timings })
+    Ok(CheckedOut {
+        state,
+        worktree,
+        repo_url,
+        place,
+        context,
+        notes,
+        timings,
+    })
 }
 
 fn check_repository(
@@ -281,19 +310,25 @@ async fn recover(
     for (mark, id) in open {
         let file = TurnFile::new(paths, id.clone());
         let look = file.clone();
-        let accepted =
-            task::blocking("reading an open turn", DISK_DEADLINE, move || look.accepted()).await?;
+        let accepted = task::blocking("reading an open turn", DISK_DEADLINE, move || {
+            look.accepted()
+        })
+        .await?;
         let Ok(accepted) = accepted else {
             // The process died before the turn was accepted: nobody was told of it.
-            task::blocking("sweeping a mark", DISK_DEADLINE, move || std::fs::remove_file(mark).ok())
-                .await?;
+            task::blocking("sweeping a mark", DISK_DEADLINE, move || {
+                std::fs::remove_file(mark).ok()
+            })
+            .await?;
             continue;
         };
         let journal = Journal::reopen(file, &inner.tasks).await?;
         let record = journal.record();
         if !record.is_live() {
-            task::blocking("sweeping a mark", DISK_DEADLINE, move || std::fs::remove_file(mark).ok())
-                .await?;
+            task::blocking("sweeping a mark", DISK_DEADLINE, move || {
+                std::fs::remove_file(mark).ok()
+            })
+            .await?;
         } else if record.has_started() {
             tracing::warn!(turn_id = %id, "recovering a turn whose supervisor died");
             context = site
@@ -320,11 +355,20 @@ pub(super) async fn answer(
             repository::parse_source(url, inner.settings.allowed_local_repos.as_deref())
                 .map_err(SupervisorError::from)
         };
-        check_repository(&key.user_key(), prepared.repo_url.as_deref(), Some(asked), &parse)?;
+        check_repository(
+            &key.user_key(),
+            prepared.repo_url.as_deref(),
+            Some(asked),
+            &parse,
+        )?;
     }
     let slug = key.slug();
     inner.previews.set_default(&slug);
-    let mut timings = if resumed { BTreeMap::new() } else { prepared.timings.clone() };
+    let mut timings = if resumed {
+        BTreeMap::new()
+    } else {
+        prepared.timings.clone()
+    };
     let started = Instant::now();
     prepared.attach.done().await?;
     timings.insert("dependenciesMs", started.elapsed());
@@ -355,18 +399,32 @@ pub(super) async fn answer(
 fn touch(paths: &ThreadPaths, repo_url: Option<String>) {
     let path = paths.user.metadata();
     let now = Timestamp::now();
-    let created = Metadata::load(&path).ok().flatten().map_or(now, |metadata| metadata.created);
-    if let Err(error) = (Metadata { created, last_accessed: now, repo_url }).save(&path) {
+    let created = Metadata::load(&path)
+        .ok()
+        .flatten()
+        .map_or(now, |metadata| metadata.created);
+    if let Err(error) = (Metadata {
+        created,
+        last_accessed: now,
+        repo_url,
+    })
+    .save(&path)
+    {
         tracing::warn!(%error, "failed to note the access");
     }
 }
 
 /// Waits until the dev server is up or has failed, or the time is over.
 async fn wait_for_preview(inner: &Inner, slug: &str) {
-    let Some(preview) = inner.previews.get(slug) else { return };
+    let Some(preview) = inner.previews.get(slug) else {
+        return;
+    };
     let mut status = preview.status();
     let settled = status.wait_for(|status| {
-        matches!(status.state, PreviewState::Live | PreviewState::Error | PreviewState::Off)
+        matches!(
+            status.state,
+            PreviewState::Live | PreviewState::Error | PreviewState::Off
+        )
     });
     timeout(inner.settings.preview_ready, settled).await.ok();
 }
@@ -452,7 +510,10 @@ async fn attach(
         let attached =
             ensure_dependencies(request, move |progress| status.set_progress(progress)).await;
         if let Err(error) = attached {
-            preview.fail(PreviewError { message: error.to_string(), ..PreviewError::default() });
+            preview.fail(PreviewError {
+                message: error.to_string(),
+                ..PreviewError::default()
+            });
             return Err(error);
         }
     }
@@ -480,19 +541,32 @@ impl IdempotencyMark {
         })
         .await??;
         let id = read.and_then(|text| String::from_utf8(text).ok()?.parse::<TurnId>().ok());
-        let Some(id) = id.filter(|id| id.key() == key) else { return Ok(None) };
-        let folder = self.0.parent().and_then(|path| path.parent()).map(PathBuf::from);
-        let journal = folder.unwrap_or_default().join("turns").join(format!("{}.jsonl", id.sequence()));
-        let exists =
-            task::blocking("looking for the turn", DISK_DEADLINE, move || journal.exists()).await?;
+        let Some(id) = id.filter(|id| id.key() == key) else {
+            return Ok(None);
+        };
+        let folder = self
+            .0
+            .parent()
+            .and_then(|path| path.parent())
+            .map(PathBuf::from);
+        let journal = folder
+            .unwrap_or_default()
+            .join("turns")
+            .join(format!("{}.jsonl", id.sequence()));
+        let exists = task::blocking("looking for the turn", DISK_DEADLINE, move || {
+            journal.exists()
+        })
+        .await?;
         Ok(exists.then_some(id))
     }
 
     pub(super) async fn set(&self, turn: &TurnId) -> Result<(), SupervisorError> {
         let (path, text) = (self.0.clone(), turn.to_string());
-        Ok(task::blocking("writing an idempotency key", DISK_DEADLINE, move || {
-            write_atomic(&path, text.as_bytes())
-        })
-        .await??)
+        Ok(
+            task::blocking("writing an idempotency key", DISK_DEADLINE, move || {
+                write_atomic(&path, text.as_bytes())
+            })
+            .await??,
+        )
     }
 }

@@ -13,8 +13,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use super::{
-    ExecuteRequest, Inner, InitAnswer, InitRequest, LiveTurn, SupervisorError, lock,
-    prepare::{self, Prepared, Preparation},
+    ExecuteRequest, InitAnswer, InitRequest, Inner, LiveTurn, SupervisorError, lock,
+    prepare::{self, Preparation, Prepared},
 };
 use crate::{
     agent::Agent,
@@ -22,7 +22,9 @@ use crate::{
     identity::{ThreadKey, TurnId},
     lifecycle::{Guard, HolderKind},
     task,
-    turn::{Accepted, Journal, RunEnd, StoredContext, TurnFile, TurnRecord, blank_result, run_turn},
+    turn::{
+        Accepted, Journal, RunEnd, StoredContext, TurnFile, TurnRecord, blank_result, run_turn,
+    },
 };
 
 /// Requests that wait for a driver. Admission itself is bounded by the queue's limit; this only
@@ -55,7 +57,10 @@ pub(super) struct ThreadHandle(mpsc::Sender<Request>);
 
 impl ThreadHandle {
     pub(super) async fn send(&self, request: Request) -> Result<(), SupervisorError> {
-        self.0.send(request).await.map_err(|_| SupervisorError::Draining)
+        self.0
+            .send(request)
+            .await
+            .map_err(|_| SupervisorError::Draining)
     }
 
     fn try_rest(&self) {
@@ -223,7 +228,13 @@ impl Driver {
             }
             Done::Prepared(Ok(preparation)) => {
                 self.is_preparing = false;
-                let Preparation { prepared, context, agent, requeued, resumed } = *preparation;
+                let Preparation {
+                    prepared,
+                    context,
+                    agent,
+                    requeued,
+                    resumed,
+                } = *preparation;
                 self.context = Some(context);
                 self.agent = agent;
                 self.prepared = Some(prepared);
@@ -262,10 +273,14 @@ impl Driver {
     }
 
     fn answer_init(&mut self, request: InitRequest, resumed: bool, reply: Reply<InitAnswer>) {
-        let Some(prepared) = self.prepared.clone() else { return };
+        let Some(prepared) = self.prepared.clone() else {
+            return;
+        };
         let (inner, key) = (self.inner.clone(), self.key.clone());
         let work = async move {
-            reply.send(prepare::answer(&inner, &key, &prepared, &request, resumed).await).ok();
+            reply
+                .send(prepare::answer(&inner, &key, &prepared, &request, resumed).await)
+                .ok();
             Done::Nothing
         };
         self.work.spawn(work.in_current_span());
@@ -316,10 +331,21 @@ impl Driver {
 
     fn enqueue(&mut self, accepted: Accepted, journal: Journal) {
         let cancel = CancellationToken::new();
-        let live = LiveTurn { record: journal.record(), cancel: cancel.clone() };
+        let live = LiveTurn {
+            record: journal.record(),
+            cancel: cancel.clone(),
+        };
         lock(&self.inner.live).insert(accepted.turn_id.clone(), live);
-        let guard = self.inner.activity.hold(HolderKind::Queue, accepted.turn_id.to_string());
-        self.queue.push_back(Queued { accepted, journal, cancel, _guard: guard });
+        let guard = self
+            .inner
+            .activity
+            .hold(HolderKind::Queue, accepted.turn_id.to_string());
+        self.queue.push_back(Queued {
+            accepted,
+            journal,
+            cancel,
+            _guard: guard,
+        });
     }
 
     /// Runs the next turn in line, if none runs.
@@ -330,7 +356,9 @@ impl Driver {
         let (Some(prepared), Some(context)) = (self.prepared.clone(), self.context.clone()) else {
             return;
         };
-        let Some(turn) = self.queue.pop_front() else { return };
+        let Some(turn) = self.queue.pop_front() else {
+            return;
+        };
         let id = turn.accepted.turn_id.clone();
         self.running = Some(id.clone());
         self.inner.warm.remove(&self.key);
@@ -338,7 +366,12 @@ impl Driver {
         let inner = self.inner.clone();
         let span = tracing::info_span!("turn", turn_id = %id);
         let work = async move {
-            let Queued { accepted, journal, cancel, _guard } = turn;
+            let Queued {
+                accepted,
+                journal,
+                cancel,
+                _guard,
+            } = turn;
             // Elsewhere as many turns run as may: this one still waits.
             let permit = tokio::select! {
                 permit = inner.turns.clone().acquire_owned() => permit.ok(),
@@ -350,7 +383,13 @@ impl Driver {
                 preview_after(&inner, &prepared, commit).await
             };
             let end = run_turn(
-                &prepared.site, &accepted, &journal, context, agent, &cancel, preview,
+                &prepared.site,
+                &accepted,
+                &journal,
+                context,
+                agent,
+                &cancel,
+                preview,
             )
             .await;
             drop((permit, holder));
@@ -366,7 +405,9 @@ impl Driver {
             .partition(|turn| turn.cancel.is_cancelled());
         self.queue = waiting;
         for turn in cancelled {
-            let Some(context) = &mut self.context else { return };
+            let Some(context) = &mut self.context else {
+                return;
+            };
             let mut result = blank_result(&turn.accepted, context);
             result.status = TurnStatus::Cancelled;
             context.record(&turn.accepted, &result);
@@ -374,7 +415,8 @@ impl Driver {
             let (context, path) = (context.clone(), self.inner.paths(&self.key).context());
             let work = async move {
                 let saved = context.clone();
-                let save = task::blocking("saving the context", STOP_GRACE, move || saved.save(&path));
+                let save =
+                    task::blocking("saving the context", STOP_GRACE, move || saved.save(&path));
                 if !matches!(save.await, Ok(Ok(()))) {
                     tracing::warn!("failed to save the context; the journal has it all");
                 }
@@ -446,7 +488,12 @@ async fn preview_after(
     commit: Option<&CommitSummary>,
 ) -> TurnPreview {
     if let Some(commit) = commit {
-        let names = ["package.json", "package-lock.json", "pnpm-lock.yaml", "yarn.lock"];
+        let names = [
+            "package.json",
+            "package-lock.json",
+            "pnpm-lock.yaml",
+            "yarn.lock",
+        ];
         let changed = |name: &&str| commit.files.iter().any(|file| file.path == **name);
         if names.iter().any(|name| changed(&name)) {
             prepared.attach.again();
@@ -457,5 +504,8 @@ async fn preview_after(
         }
     }
     let status = inner.preview_status(&prepared.site.key);
-    TurnPreview { state: status.state, errors: status.errors }
+    TurnPreview {
+        state: status.state,
+        errors: status.errors,
+    }
 }

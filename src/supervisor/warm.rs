@@ -14,7 +14,10 @@ pub(super) struct WarmAgents {
 
 impl WarmAgents {
     pub(super) fn new(limit: usize) -> Self {
-        Self { limit, threads: Mutex::default() }
+        Self {
+            limit,
+            threads: Mutex::default(),
+        }
     }
 
     /// May this thread keep an idle agent? Answers those that have to give theirs up for it; the

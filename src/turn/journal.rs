@@ -113,7 +113,10 @@ impl EventLine {
     /// The event's data with the turn's id, as JSON text.
     pub fn data(&self, turn: &TurnId) -> String {
         let value = serde_json::to_value(&self.event).expect("our own plain data serialises");
-        let mut data = value.get("data").cloned().unwrap_or_else(|| serde_json::json!({}));
+        let mut data = value
+            .get("data")
+            .cloned()
+            .unwrap_or_else(|| serde_json::json!({}));
         if let Some(object) = data.as_object_mut() {
             object.insert("turnId".into(), turn.to_string().into());
         }
@@ -170,7 +173,15 @@ impl Journal {
             })
             .await??
         };
-        Ok(Self::start(turn, file, Committed { bytes, ..Committed::default() }, tasks))
+        Ok(Self::start(
+            turn,
+            file,
+            Committed {
+                bytes,
+                ..Committed::default()
+            },
+            tasks,
+        ))
     }
 
     /// Goes on with the journal of a turn that has no outcome. A torn last line is cut off.
@@ -180,8 +191,10 @@ impl Journal {
     pub async fn reopen(turn: TurnFile, tasks: &Tasks) -> Result<Self, JournalError> {
         let (file, committed) = {
             let turn = turn.clone();
-            task::blocking("reopening a turn's journal", DISK_DEADLINE, move || turn.reopen())
-                .await??
+            task::blocking("reopening a turn's journal", DISK_DEADLINE, move || {
+                turn.reopen()
+            })
+            .await??
         };
         Ok(Self::start(turn, file, committed, tasks))
     }
@@ -189,8 +202,15 @@ impl Journal {
     fn start(turn: TurnFile, file: File, committed: Committed, tasks: &Tasks) -> Self {
         let (sender, receiver) = mpsc::channel(QUEUE);
         let (publish, watch) = watch::channel(committed);
-        tasks.spawn("journal", write_events(turn.clone(), file, receiver, publish));
-        Self { turn, sender, committed: watch }
+        tasks.spawn(
+            "journal",
+            write_events(turn.clone(), file, receiver, publish),
+        );
+        Self {
+            turn,
+            sender,
+            committed: watch,
+        }
     }
 
     /// Queues an event; it is seen by readers once it is in the file.
@@ -198,7 +218,10 @@ impl Journal {
     /// # Errors
     /// [`JournalError::Stopped`] if the disk failed the writer.
     pub async fn append(&self, event: TurnEvent) -> Result<(), JournalError> {
-        self.sender.send(Command::Event(Box::new(event))).await.map_err(|_| JournalError::Stopped)
+        self.sender
+            .send(Command::Event(Box::new(event)))
+            .await
+            .map_err(|_| JournalError::Stopped)
     }
 
     /// Waits until everything queued is in the file; the outcome has then reached the disk.
@@ -207,13 +230,19 @@ impl Journal {
     /// [`JournalError::Stopped`].
     pub async fn flush(&self) -> Result<(), JournalError> {
         let (done, wait) = oneshot::channel();
-        self.sender.send(Command::Flush(done)).await.map_err(|_| JournalError::Stopped)?;
+        self.sender
+            .send(Command::Flush(done))
+            .await
+            .map_err(|_| JournalError::Stopped)?;
         wait.await.map_err(|_| JournalError::Stopped)
     }
 
     /// The turn's file and how far it may be read.
     pub fn record(&self) -> TurnRecord {
-        TurnRecord { turn: self.turn.clone(), live: Some(self.committed.clone()) }
+        TurnRecord {
+            turn: self.turn.clone(),
+            live: Some(self.committed.clone()),
+        }
     }
 }
 
@@ -235,7 +264,11 @@ async fn write_events(
                 Command::Event(_) if committed.is_done => {}
                 Command::Event(event) => {
                     committed.last_id += 1;
-                    let line = EventLine { id: committed.last_id, at: Timestamp::now(), event: *event };
+                    let line = EventLine {
+                        id: committed.last_id,
+                        at: Timestamp::now(),
+                        event: *event,
+                    };
                     committed.has_started |= matches!(line.event, TurnEvent::Started {});
                     committed.is_done = line.outcome().is_some();
                     serde_json::to_writer(&mut text, &line).expect("our own plain data serialises");
@@ -285,7 +318,11 @@ impl TurnFile {
     pub fn new(paths: &ThreadPaths, id: TurnId) -> Self {
         let journal = paths.turns().join(format!("{}.jsonl", id.sequence()));
         let open_mark = paths.open_turns().join(id.sequence());
-        Self { id, journal, open_mark }
+        Self {
+            id,
+            journal,
+            open_mark,
+        }
     }
 
     /// The turn.
@@ -305,8 +342,8 @@ impl TurnFile {
             .mode(0o600)
             .open(&self.journal)
             .map_err(WorkspaceError::io("create", &self.journal))?;
-        let mut line = serde_json::to_vec(&AcceptedLine { accepted })
-            .expect("our own plain data serialises");
+        let mut line =
+            serde_json::to_vec(&AcceptedLine { accepted }).expect("our own plain data serialises");
         line.push(b'\n');
         crate::workspace::append_line(&file, &line, true)
             .map_err(WorkspaceError::io("write", &self.journal))?;
@@ -319,7 +356,8 @@ impl TurnFile {
             .append(true)
             .open(&self.journal)
             .map_err(WorkspaceError::io("open", &self.journal))?;
-        file.set_len(whole.bytes).map_err(WorkspaceError::io("cut", &self.journal))?;
+        file.set_len(whole.bytes)
+            .map_err(WorkspaceError::io("cut", &self.journal))?;
         Ok((file, whole))
     }
 
@@ -355,7 +393,8 @@ impl TurnFile {
     ) -> Result<(), JournalError> {
         let mut file =
             File::open(&self.journal).map_err(WorkspaceError::io("open", &self.journal))?;
-        file.seek(SeekFrom::Start(from)).map_err(WorkspaceError::io("read", &self.journal))?;
+        file.seek(SeekFrom::Start(from))
+            .map_err(WorkspaceError::io("read", &self.journal))?;
         let mut reader = BufReader::new(file.take(to - from));
         let mut offset = from;
         let mut line = Vec::new();
@@ -392,7 +431,9 @@ impl TurnFile {
         })?;
         accepted
             .map(|line| line.accepted)
-            .ok_or_else(|| JournalError::Damaged { turn: self.id.clone() })
+            .ok_or_else(|| JournalError::Damaged {
+                turn: self.id.clone(),
+            })
     }
 
     /// How it ended, if it did. Blocking; reads the last line alone.
@@ -405,14 +446,21 @@ impl TurnFile {
         }
         let mut file =
             File::open(&self.journal).map_err(WorkspaceError::io("open", &self.journal))?;
-        let length = file.metadata().map_err(WorkspaceError::io("read", &self.journal))?.len();
+        let length = file
+            .metadata()
+            .map_err(WorkspaceError::io("read", &self.journal))?
+            .len();
         file.seek(SeekFrom::Start(length.saturating_sub(MAX_LINE)))
             .map_err(WorkspaceError::io("read", &self.journal))?;
         let mut tail = Vec::new();
         file.take(MAX_LINE)
             .read_to_end(&mut tail)
             .map_err(WorkspaceError::io("read", &self.journal))?;
-        let last = tail.strip_suffix(b"\n").unwrap_or(&tail).rsplit(|b| *b == b'\n').next();
+        let last = tail
+            .strip_suffix(b"\n")
+            .unwrap_or(&tail)
+            .rsplit(|b| *b == b'\n')
+            .next();
         Ok(last
             .and_then(|line| serde_json::from_slice::<EventLine>(line).ok())
             .and_then(|line| line.outcome().cloned()))
@@ -454,12 +502,16 @@ impl TurnRecord {
 
     /// Is a writer here working on it?
     pub fn is_live(&self) -> bool {
-        self.live.as_ref().is_some_and(|live| !live.borrow().is_done)
+        self.live
+            .as_ref()
+            .is_some_and(|live| !live.borrow().is_done)
     }
 
     /// Has it begun to run?
     pub fn has_started(&self) -> bool {
-        self.live.as_ref().is_none_or(|live| live.borrow().has_started)
+        self.live
+            .as_ref()
+            .is_none_or(|live| live.borrow().has_started)
     }
 
     /// Waits for the outcome.
@@ -474,9 +526,11 @@ impl TurnRecord {
                 .map_err(|_| JournalError::Stopped)?;
         }
         let turn = self.turn.clone();
-        task::blocking("reading a turn's outcome", DISK_DEADLINE, move || turn.outcome())
-            .await??
-            .ok_or(JournalError::Stopped)
+        task::blocking("reading a turn's outcome", DISK_DEADLINE, move || {
+            turn.outcome()
+        })
+        .await??
+        .ok_or(JournalError::Stopped)
     }
 
     /// Its events, from the one after `last_id`, to the outcome.
@@ -512,7 +566,10 @@ impl Events {
                 None => (u64::MAX, true),
                 Some(live) => {
                     let offset = self.offset;
-                    let gone = live.wait_for(|c| c.bytes > offset || c.is_done).await.is_err();
+                    let gone = live
+                        .wait_for(|c| c.bytes > offset || c.is_done)
+                        .await
+                        .is_err();
                     (live.borrow().bytes, gone)
                 }
             };
@@ -524,9 +581,12 @@ impl Events {
                 .await??;
             let stuck = end == self.offset;
             self.offset = end;
-            self.is_done = events.iter().any(|event| event.outcome().is_some())
-                || (stuck && writer_gone);
-            let fresh: Vec<_> = events.into_iter().filter(|event| event.id > self.after).collect();
+            self.is_done =
+                events.iter().any(|event| event.outcome().is_some()) || (stuck && writer_gone);
+            let fresh: Vec<_> = events
+                .into_iter()
+                .filter(|event| event.id > self.after)
+                .collect();
             if !fresh.is_empty() {
                 return Ok(fresh);
             }
@@ -573,10 +633,17 @@ mod tests {
         let paths = ThreadPaths::new(folder.path(), &key);
         let id = TurnId::new(&key);
         let tasks = Tasks::new();
-        let journal = Journal::create(&paths, accepted(&id), &tasks).await.unwrap();
+        let journal = Journal::create(&paths, accepted(&id), &tasks)
+            .await
+            .unwrap();
         let live = read_all(journal.record().events(0));
         for i in 0..700 {
-            journal.append(TurnEvent::TextDelta { text: format!("{i} é\n") }).await.unwrap();
+            journal
+                .append(TurnEvent::TextDelta {
+                    text: format!("{i} é\n"),
+                })
+                .await
+                .unwrap();
         }
         assert!(journal.record().file().open_mark.exists());
         let result = crate::turn::run::tests::result(&id);
@@ -593,7 +660,10 @@ mod tests {
         assert_eq!(file.accepted().unwrap().instruction, "make it blue");
         assert_eq!(file.outcome().unwrap().unwrap().turn_id, id);
         let tail = read_all(TurnRecord::at_rest(file).events(699)).await;
-        assert_eq!(tail.iter().map(|event| event.id).collect::<Vec<_>>(), [700, 701]);
+        assert_eq!(
+            tail.iter().map(|event| event.id).collect::<Vec<_>>(),
+            [700, 701]
+        );
     }
 
     #[tokio::test]
@@ -603,7 +673,9 @@ mod tests {
         let paths = ThreadPaths::new(folder.path(), &key);
         let id = TurnId::new(&key);
         let tasks = Tasks::new();
-        let journal = Journal::create(&paths, accepted(&id), &tasks).await.unwrap();
+        let journal = Journal::create(&paths, accepted(&id), &tasks)
+            .await
+            .unwrap();
         journal.append(TurnEvent::Started {}).await.unwrap();
         journal.flush().await.unwrap();
         drop(journal);
@@ -613,9 +685,15 @@ mod tests {
 
         let journal = Journal::reopen(file.clone(), &tasks).await.unwrap();
         assert!(journal.record().has_started());
-        journal.append(TurnEvent::TextDelta { text: "on".into() }).await.unwrap();
+        journal
+            .append(TurnEvent::TextDelta { text: "on".into() })
+            .await
+            .unwrap();
         journal.flush().await.unwrap();
         let (events, _) = file.events(0, u64::MAX).unwrap();
-        assert_eq!(events.iter().map(|event| event.id).collect::<Vec<_>>(), [1, 2]);
+        assert_eq!(
+            events.iter().map(|event| event.id).collect::<Vec<_>>(),
+            [1, 2]
+        );
     }
 }

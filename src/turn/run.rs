@@ -15,8 +15,8 @@ use crate::{
         Agent, AgentSettings, AgentSite, Ending, RunEvent, RunOutcome, RunRequest, SessionStart,
     },
     domain::{
-        CommitSummary, Continuity, ErrorCode, FileStatus, PreviewState, Signature,
-        TurnEvent, TurnFailure, TurnMode, TurnPreview, TurnResult, TurnStatus, Usage,
+        CommitSummary, Continuity, ErrorCode, FileStatus, PreviewState, Signature, TurnEvent,
+        TurnFailure, TurnMode, TurnPreview, TurnResult, TurnStatus, Usage,
     },
     gateway::Gateway,
     identity::ThreadKey,
@@ -71,8 +71,12 @@ impl TurnSite {
     /// Is the CLI's own transcript of this session there? Blocking.
     fn has_transcript(&self, session: &str) -> bool {
         let projects = self.agent_site.config_dir.join("projects");
-        let Ok(folders) = std::fs::read_dir(projects) else { return false };
-        folders.flatten().any(|folder| folder.path().join(format!("{session}.jsonl")).is_file())
+        let Ok(folders) = std::fs::read_dir(projects) else {
+            return false;
+        };
+        folders
+            .flatten()
+            .any(|folder| folder.path().join(format!("{session}.jsonl")).is_file())
     }
 
     /// Starts the CLI for the thread's conversation, ahead of its first instruction.
@@ -103,8 +107,10 @@ impl TurnSite {
     }
 
     async fn spawn_agent(&self, session: &SessionStart) -> Result<Agent, crate::agent::AgentError> {
-        let settings =
-            self.agent_settings.as_ref().ok_or(crate::agent::AgentError::NotInstalled)?;
+        let settings = self
+            .agent_settings
+            .as_ref()
+            .ok_or(crate::agent::AgentError::NotInstalled)?;
         Agent::start(
             &self.launcher,
             &self.gateway,
@@ -127,8 +133,10 @@ impl TurnSite {
 
     /// Commits what is in the worktree, as the work of nobody's turn.
     async fn commit_outside_edits(&self) -> Result<(), RunError> {
-        let trailers =
-            vec![("Thread", self.key.to_string()), ("Status", "outside".to_owned())];
+        let trailers = vec![
+            ("Thread", self.key.to_string()),
+            ("Status", "outside".to_owned()),
+        ];
         let committer = self.committer.clone();
         let held_dir = self.paths.held_outside();
         let committed = self
@@ -143,7 +151,11 @@ impl TurnSite {
             })
             .await?;
         if let Some(commit) = committed.commit {
-            tracing::info!(commit = commit.id, files = commit.files.len(), "committed edits made outside of a turn");
+            tracing::info!(
+                commit = commit.id,
+                files = commit.files.len(),
+                "committed edits made outside of a turn"
+            );
         }
         Ok(())
     }
@@ -154,8 +166,10 @@ impl TurnSite {
         status: TurnStatus,
         outcome: &RunOutcome,
     ) -> Result<Committed, RunError> {
-        let mut trailers =
-            vec![("Turn-Id", accepted.turn_id.to_string()), ("Thread", self.key.to_string())];
+        let mut trailers = vec![
+            ("Turn-Id", accepted.turn_id.to_string()),
+            ("Thread", self.key.to_string()),
+        ];
         trailers.extend(outcome.session_id.clone().map(|id| ("Session-Id", id)));
         trailers.extend(outcome.model.clone().map(|model| ("Model", model)));
         trailers.push(("Cost-USD", format!("{:.6}", outcome.usage.cost_usd)));
@@ -187,17 +201,24 @@ impl TurnSite {
         mut context: StoredContext,
     ) -> Result<StoredContext, anyhow::Error> {
         let outcome = RunOutcome::nothing();
-        let committed = self.commit_turn(accepted, TurnStatus::Recovered, &outcome).await?;
+        let committed = self
+            .commit_turn(accepted, TurnStatus::Recovered, &outcome)
+            .await?;
         let mut result = blank_result(accepted, &context);
         result.status = TurnStatus::Recovered;
         result.text = "The turn was cut off; the edits that it had made are kept.".into();
         result.session_id.clone_from(&context.session_id);
         result.held_back = committed.held_back;
         if let Some(commit) = committed.commit {
-            journal.append(TurnEvent::CommitCreated { commit: commit.clone() }).await?;
+            journal
+                .append(TurnEvent::CommitCreated {
+                    commit: commit.clone(),
+                })
+                .await?;
             result.commit = Some(commit);
         }
-        self.finish(accepted, journal, &mut context, &mut result).await?;
+        self.finish(accepted, journal, &mut context, &mut result)
+            .await?;
         Ok(context)
     }
 
@@ -209,11 +230,16 @@ impl TurnSite {
         context: &mut StoredContext,
         result: &mut TurnResult,
     ) -> Result<(), RunError> {
-        context.history.retain(|entry| entry.turn_id != accepted.turn_id);
+        context
+            .history
+            .retain(|entry| entry.turn_id != accepted.turn_id);
         context.record(accepted, result);
         result.context = context.answer();
         let (path, saved) = (self.paths.context(), context.clone());
-        task::blocking("saving the context", GIT_DEADLINE, move || saved.save(&path)).await??;
+        task::blocking("saving the context", GIT_DEADLINE, move || {
+            saved.save(&path)
+        })
+        .await??;
         journal.append(TurnEvent::terminal(result.clone())).await?;
         journal.flush().await?;
         Ok(())
@@ -250,7 +276,10 @@ pub fn blank_result(accepted: &Accepted, context: &StoredContext) -> TurnResult 
         usage: Usage::default(),
         num_turns: 0,
         duration_ms: 0,
-        preview: TurnPreview { state: PreviewState::Off, errors: Vec::new() },
+        preview: TurnPreview {
+            state: PreviewState::Off,
+            errors: Vec::new(),
+        },
         held_back: Vec::new(),
         continuity: Continuity::Fresh,
         context: context.answer(),
@@ -275,7 +304,16 @@ pub async fn run_turn(
     let started = Instant::now();
     let mut result = blank_result(accepted, &context);
     let mut slot = agent;
-    let outcome = drive(site, accepted, journal, &context, &mut slot, &mut result, cancel).await;
+    let outcome = drive(
+        site,
+        accepted,
+        journal,
+        &context,
+        &mut slot,
+        &mut result,
+        cancel,
+    )
+    .await;
     let failure = match outcome {
         Ok(outcome) => {
             let failure = apply(&outcome, accepted, &mut result);
@@ -293,7 +331,10 @@ pub async fn run_turn(
     }
     result.preview = preview(result.commit.as_ref()).await;
     result.duration_ms = started.elapsed().as_millis() as u64;
-    if let Err(error) = site.finish(accepted, journal, &mut context, &mut result).await {
+    if let Err(error) = site
+        .finish(accepted, journal, &mut context, &mut result)
+        .await
+    {
         tracing::error!(error = %chain(&error), "failed to write a turn's outcome");
         result.status = TurnStatus::Failed;
         result.error = Some("The workspace's disk does not take the outcome of this turn.".into());
@@ -307,7 +348,11 @@ pub async fn run_turn(
         "turn ended"
     );
     let agent = slot.map(|(agent, _)| agent).filter(Agent::is_usable);
-    RunEnd { result, agent, context }
+    RunEnd {
+        result,
+        agent,
+        context,
+    }
 }
 
 fn chain(error: &dyn std::error::Error) -> String {
@@ -423,7 +468,11 @@ impl TurnSite {
             }
             RunEvent::FileTouched { path, is_new } => TurnEvent::FileChanged {
                 path: self.relative(&path),
-                status: if is_new { FileStatus::Added } else { FileStatus::Modified },
+                status: if is_new {
+                    FileStatus::Added
+                } else {
+                    FileStatus::Modified
+                },
             },
             RunEvent::Waiting { until, reason } => TurnEvent::Waiting { until, reason },
         }
@@ -431,12 +480,19 @@ impl TurnSite {
 
     fn relative(&self, path: &str) -> String {
         let path = PathBuf::from(path);
-        path.strip_prefix(&self.agent_site.worktree).unwrap_or(&path).display().to_string()
+        path.strip_prefix(&self.agent_site.worktree)
+            .unwrap_or(&path)
+            .display()
+            .to_string()
     }
 }
 
 /// Takes what the agent's run says into the result.
-fn apply(outcome: &RunOutcome, accepted: &Accepted, result: &mut TurnResult) -> Option<TurnFailure> {
+fn apply(
+    outcome: &RunOutcome,
+    accepted: &Accepted,
+    result: &mut TurnResult,
+) -> Option<TurnFailure> {
     result.text.clone_from(&outcome.text);
     result.usage = outcome.usage;
     result.num_turns = outcome.num_turns;
@@ -452,9 +508,10 @@ fn apply(outcome: &RunOutcome, accepted: &Accepted, result: &mut TurnResult) -> 
             None
         }
         Ending::Failed(why) => fail(ErrorCode::AgentFailed, why.clone()),
-        Ending::SessionLost => {
-            fail(ErrorCode::AgentFailed, "The agent could not begin the conversation.".into())
-        }
+        Ending::SessionLost => fail(
+            ErrorCode::AgentFailed,
+            "The agent could not begin the conversation.".into(),
+        ),
         Ending::TimedOut => fail(
             ErrorCode::TurnTimeout,
             format!(
@@ -485,16 +542,26 @@ async fn commit(
     result.held_back = committed.held_back;
     if let Some(commit) = committed.commit {
         let told: BTreeSet<String> = outcome.touched.iter().map(|p| site.relative(p)).collect();
-        for file in commit.files.iter().filter(|file| !told.contains(&file.path)) {
-            let event = TurnEvent::FileChanged { path: file.path.clone(), status: file.status };
+        for file in commit
+            .files
+            .iter()
+            .filter(|file| !told.contains(&file.path))
+        {
+            let event = TurnEvent::FileChanged {
+                path: file.path.clone(),
+                status: file.status,
+            };
             journal.append(event).await?;
         }
-        journal.append(TurnEvent::CommitCreated { commit: commit.clone() }).await?;
+        journal
+            .append(TurnEvent::CommitCreated {
+                commit: commit.clone(),
+            })
+            .await?;
         result.commit = Some(commit);
     }
     Ok(())
 }
-
 
 #[cfg(test)]
 pub(super) mod tests {
@@ -514,6 +581,9 @@ pub(super) mod tests {
             accepted_at: Timestamp::now(),
         };
         let context = StoredContext::new(id.key());
-        TurnResult { status: TurnStatus::Completed, ..blank_result(&accepted, &context) }
+        TurnResult {
+            status: TurnStatus::Completed,
+            ..blank_result(&accepted, &context)
+        }
     }
 }

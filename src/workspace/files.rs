@@ -20,8 +20,11 @@ pub fn write_atomic(path: &Path, content: &[u8]) -> Result<(), WorkspaceError> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let temporary = folder.join(format!(".{name}.{}", uuid::Uuid::new_v4().simple()));
     let write = || -> io::Result<()> {
-        let mut file =
-            OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&temporary)?;
         file.write_all(content)?;
         file.sync_data()?;
         fs::rename(&temporary, path)
@@ -65,9 +68,14 @@ pub fn read_bounded(path: &Path, limit: u64) -> Result<Option<Vec<u8>>, Workspac
         Err(error) => return Err(WorkspaceError::io("open", path)(error)),
     };
     let mut content = Vec::new();
-    file.take(limit + 1).read_to_end(&mut content).map_err(WorkspaceError::io("read", path))?;
+    file.take(limit + 1)
+        .read_to_end(&mut content)
+        .map_err(WorkspaceError::io("read", path))?;
     if content.len() as u64 > limit {
-        return Err(WorkspaceError::TooLarge { path: path.to_owned(), limit });
+        return Err(WorkspaceError::TooLarge {
+            path: path.to_owned(),
+            limit,
+        });
     }
     Ok(Some(content))
 }

@@ -14,7 +14,9 @@ pub struct UserPaths {
 impl UserPaths {
     /// Below the workspace's root.
     pub fn new(workspace: &Path, key: &UserKey) -> Self {
-        Self { root: workspace.join(key.client.as_str()).join(key.user.as_str()) }
+        Self {
+            root: workspace.join(key.client.as_str()).join(key.user.as_str()),
+        }
     }
 
     /// `{workspace}/{client}/{user}`.
@@ -72,7 +74,10 @@ impl ThreadPaths {
 
     /// History, plans, session.
     pub fn context(&self) -> PathBuf {
-        self.user.claude().join("threads").join(format!("{}.json", self.thread))
+        self.user
+            .claude()
+            .join("threads")
+            .join(format!("{}.json", self.thread))
     }
 
     /// `CLAUDE_CONFIG_DIR` of the thread's CLI.
@@ -107,7 +112,10 @@ impl ThreadPaths {
 
     /// The same of edits that no turn made.
     pub fn held_outside(&self) -> PathBuf {
-        self.user.state().join("held").join(format!("outside~{}", self.thread))
+        self.user
+            .state()
+            .join("held")
+            .join(format!("outside~{}", self.thread))
     }
 
     /// Copies of what a turn's commit left out.
@@ -125,7 +133,9 @@ pub struct Cache {
 impl Cache {
     /// Below `CACHE_PATH`.
     pub fn new(root: &Path) -> Self {
-        Self { root: root.to_owned() }
+        Self {
+            root: root.to_owned(),
+        }
     }
 
     /// Dependencies and package-manager caches of one user: never shared between tenants, since

@@ -33,10 +33,15 @@ pub struct PreviewPlace {
 /// # Errors
 /// [`WorkspaceError::Malformed`] if someone else wrote there.
 pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, WorkspaceError> {
-    let Some(content) = read_bounded(path, LIMIT)? else { return Ok(None) };
+    let Some(content) = read_bounded(path, LIMIT)? else {
+        return Ok(None);
+    };
     serde_json::from_slice(&content)
         .map(Some)
-        .map_err(|source| WorkspaceError::Malformed { path: path.to_owned(), source })
+        .map_err(|source| WorkspaceError::Malformed {
+            path: path.to_owned(),
+            source,
+        })
 }
 
 /// Writes a JSON file as a whole.

@@ -33,7 +33,12 @@ mod tests {
     fn the_site_is_whole_and_clean() {
         let files = template_files();
         let has = |name: &str| files.iter().any(|file| file.path == name);
-        for name in ["package.json", "package-lock.json", ".gitignore", "src/pages/index.astro"] {
+        for name in [
+            "package.json",
+            "package-lock.json",
+            ".gitignore",
+            "src/pages/index.astro",
+        ] {
             assert!(has(name), "{name} is missing");
         }
         assert!(!files.iter().any(|file| file.path.contains("node_modules")));

@@ -11,7 +11,7 @@ use std::{
 
 use greenroom::{
     gateway::{AgentToken, Credential, Gateway, GatewayConfig},
-    rehearsal::{Act, Rehearsal, Rule, Script, Step},
+    rehearsal::{Ended, Rehearsal, Script},
     task::Tasks,
 };
 use serde_json::{Value, json};
@@ -163,7 +163,6 @@ impl Room {
             input,
             output,
             token,
-            seen: Vec::new(),
         }
     }
 }
@@ -179,8 +178,6 @@ struct Cli {
     input: ChildStdin,
     output: Lines<BufReader<ChildStdout>>,
     token: AgentToken,
-    /// The events of the last turn.
-    seen: Vec<Value>,
 }
 
 impl Cli {
@@ -194,13 +191,16 @@ impl Cli {
     /// One turn; returns its result event. What needs permission is denied.
     async fn turn(&mut self, instruction: &str) -> Value {
         let _run = self.token.begin("test turn");
-        let message = json!({"role": "user", "content": instruction});
-        self.send(json!({"type": "user", "message": message})).await;
+        self.say(instruction).await;
         self.result().await
     }
 
+    async fn say(&mut self, instruction: &str) {
+        let message = json!({"role": "user", "content": instruction});
+        self.send(json!({"type": "user", "message": message})).await;
+    }
+
     async fn result(&mut self) -> Value {
-        self.seen.clear();
         let wait = async {
             loop {
                 let line = self
@@ -217,9 +217,8 @@ impl Cli {
                     self.send(json!({"type": "control_response", "response": response}))
                         .await;
                 }
-                self.seen.push(event);
-                if self.seen.last().unwrap()["type"] == "result" {
-                    return self.seen.last().unwrap().clone();
+                if event["type"] == "result" {
+                    return event;
                 }
             }
         };
@@ -316,4 +315,97 @@ async fn the_cli_edits_a_site_and_remembers() {
             .iter()
             .all(|request| request.session.is_some())
     );
+}
+
+#[tokio::test]
+async fn the_cli_meets_what_an_upstream_does_wrong() {
+    let Some(program) = claude() else { return };
+    let long = "one two three four five six";
+    // The instruction, how the upstream fails the first time, what the turn's text is at the end
+    // (`None`: the turn fails).
+    let cases = [
+        ("bad request", json!({"status": {"status": 400}}), None),
+        (
+            "overloaded",
+            json!({"status": {"status": 529, "retry_after": 1}}),
+            Some(long),
+        ),
+        ("a portal", json!("html"), Some(long)),
+        ("broken", json!("broken_sse"), Some(long)),
+        ("cut off", json!("cut"), Some(long)),
+        (
+            "an event",
+            json!({"error_event": {"kind": "overloaded_error"}}),
+            Some(long),
+        ),
+        ("too long", json!("max_tokens"), Some("Done.")),
+        ("refused", json!("refusal"), Some("Done.")),
+    ];
+    let rule = |(says, act, ends): &(&str, Value, Option<&str>)| {
+        // A failed turn is one where trying again does not help.
+        let times = ends.map(|_| 1);
+        json!({"match": says, "steps": [{"act": act, "times": times, "text": long}]})
+    };
+    let rules: Vec<Value> = cases.iter().map(rule).collect();
+    let script = serde_json::from_value(json!({"rules": rules})).unwrap();
+    let room = Room::start(program, script).await;
+    let mut cli = room.cli(&[]);
+    for (index, (says, _, ends)) in cases.iter().enumerate() {
+        let result = cli.turn(says).await;
+        assert_eq!(result["is_error"], ends.is_none(), "{says}: {result}");
+        if let Some(ends) = ends {
+            assert_eq!(result["result"], *ends, "{says}");
+        }
+        // What went wrong stays in the conversation, and must not confuse the next turn.
+        let heading = format!("Heading {index}");
+        text(&cli.turn(&format!("Change the heading to {heading}")).await);
+        assert!(
+            room.file("src/pages/index.astro").contains(&heading),
+            "{says}"
+        );
+    }
+    cli.close().await;
+}
+
+#[tokio::test]
+async fn an_interrupt_reaches_the_upstream_and_a_stray_request_is_refused() {
+    let Some(program) = claude() else { return };
+    let room = Room::start(program, Script::default()).await;
+    let mut cli = room.cli(&[]);
+    let slow = "Think slowly for 300 seconds";
+    let run = cli.token.begin("interrupted");
+    cli.say(slow).await;
+    wait_for(|| run.last_upstream_status() == Some(200)).await;
+    cli.send(json!({"type": "control_request", "request_id": "stop",
+        "request": {"subtype": "interrupt"}}))
+        .await;
+    assert_eq!(cli.result().await["subtype"], "error_during_execution");
+    let last = || room.rehearsal.requests().pop().unwrap();
+    wait_for(|| last().ended == Some(Ended::Abandoned)).await;
+    assert_eq!(last().instruction, slow);
+    drop(run);
+
+    // No run is active: the CLI's request is refused and nothing goes up.
+    let before = room.rehearsal.requests().len();
+    cli.say("Change the heading to Stray").await;
+    let result = cli.result().await;
+    assert_eq!(result["is_error"], true, "{result}");
+    assert_eq!(result["api_error_status"], 403, "{result}");
+    assert_eq!(room.rehearsal.requests().len(), before);
+
+    // It serves the next turn as if nothing had happened.
+    text(&cli.turn("Change the heading to Fine").await);
+    assert!(room.file("src/pages/index.astro").contains("<h1>Fine</h1>"));
+    cli.close().await;
+}
+
+async fn wait_for(condition: impl Fn() -> bool) {
+    let wait = async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    timeout(PATIENCE, wait)
+        .await
+        .expect("it should have happened by now");
 }
