@@ -26,13 +26,14 @@ fn launcher_with(silence: Duration, mode: ConfinementMode) -> Launcher {
     Launcher::start_with_binary(binary, silence, mode).unwrap()
 }
 
+/// Its silence is longer than any test waits: what ends a child is what the test did.
 fn launcher() -> Launcher {
-    launcher_with(Duration::from_secs(20), ConfinementMode::Off)
+    launcher_with(LIMIT * 4, ConfinementMode::Off)
 }
 
 /// A launcher whose programs are confined, where this kernel can.
 fn confining() -> Option<Launcher> {
-    let launcher = launcher_with(Duration::from_secs(20), ConfinementMode::Auto);
+    let launcher = launcher_with(LIMIT * 4, ConfinementMode::Auto);
     if launcher.confinement().bash == Bash::All {
         return Some(launcher);
     }
@@ -725,7 +726,7 @@ async fn ports_are_confined() {
 
 #[tokio::test]
 async fn the_cost_of_a_start() {
-    let launcher = launcher_with(Duration::from_secs(20), ConfinementMode::Auto);
+    let launcher = launcher_with(LIMIT * 4, ConfinementMode::Auto);
     let site = site();
     let rounds = 20;
     let start = Instant::now();
