@@ -152,7 +152,7 @@ pub(super) async fn ready(State(state): State<Shared>) -> Response {
         ("gateway", gateway.to_owned()),
     ]);
     let ready = checks.values().all(|check| check == "ok");
-    let confinement = serde_json::to_value(&state.facts.confinement).unwrap_or_default();
+    let confinement = serde_json::to_value(state.facts.confinement).unwrap_or_default();
     let status = if ready {
         StatusCode::OK
     } else {

@@ -18,6 +18,7 @@ use serde_json::Value;
 use tokio::sync::{mpsc, oneshot};
 
 use super::*;
+use crate::config::Secret;
 
 const CANARY: &str = "sk-canary-5678";
 const PATIENCE: Duration = Duration::from_secs(20);
