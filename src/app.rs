@@ -25,6 +25,7 @@ use crate::{
     repository::{self, Remotes},
     supervisor::{Supervisor, SupervisorSettings},
     task::{self, Tasks},
+    telemetry,
     workspace::{NodeTools, make_private_dir},
 };
 
@@ -209,10 +210,13 @@ async fn start_gateway(
         CredentialSource::ApiKey(key) => {
             (settings.anthropic_base_url.clone(), Credential::ApiKey(key))
         }
-        CredentialSource::File(path) => (
-            settings.anthropic_base_url.clone(),
-            load_credentials_file(&path)?,
-        ),
+        CredentialSource::File(path) => {
+            let credential = load_credentials_file(&path)?;
+            for secret in credential.secrets() {
+                telemetry::hide(secret);
+            }
+            (settings.anthropic_base_url.clone(), credential)
+        }
         CredentialSource::Rehearsal => {
             let rehearsal = Rehearsal::start(Script::default(), tasks).await?;
             (rehearsal.url(), Credential::Rehearsal)

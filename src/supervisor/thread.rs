@@ -145,7 +145,8 @@ impl Driver {
                 biased;
                 Some(done) = self.work.join_next() => match done {
                     Ok(done) => self.take_in(done).await,
-                    Err(error) => tracing::error!(%error, "a thread's work broke off"),
+                    // A panic below is a panic here: it stops the program instead of a thread.
+                    Err(error) => std::panic::resume_unwind(error.into_panic()),
                 },
                 () = sleep_until(agent_idle_at), if self.agent.is_some() => self.rest_agent(),
                 request = inbox.recv() => match request {
@@ -376,6 +377,8 @@ impl Driver {
             let permit = tokio::select! {
                 permit = inner.turns.clone().acquire_owned() => permit.ok(),
                 () = cancel.cancelled() => None,
+                // It has not begun: it stays in its journal, and in line.
+                () = inner.draining.cancelled() => return Done::Nothing,
             };
             let holder = inner.activity.hold(HolderKind::Turn, id.to_string());
             drop(_guard);
