@@ -52,16 +52,16 @@ const SYSTEM: &[&str] = &["/usr", "/bin", "/lib", "/lib64", "/etc"];
 pub(crate) enum Intent {
     Start,
     Restart { reason: String },
+    Progress(String),
     Fail(PreviewError),
     Stop { grace: Duration, done: oneshot::Sender<()> },
 }
 
-/// Where the handle's wishes arrive: wishes that must all be seen, and two of which the last one
-/// is enough.
+/// Where wishes arrive: the handle's, in their order, and that somebody wants to see the site,
+/// which the proxy says for every request and which counts once.
 #[derive(Debug)]
 pub(crate) struct Inbox {
     pub(crate) intents: mpsc::Receiver<Intent>,
-    pub(crate) progress: watch::Receiver<String>,
     pub(crate) retry: Arc<Notify>,
 }
 
@@ -95,7 +95,6 @@ type ProofFuture = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
 
 enum Event {
     Intent(Intent),
-    Progress(String),
     Proved(Result<(), String>),
     Ended(Exit),
     StartDue,
@@ -137,7 +136,7 @@ impl DevServer {
     }
 
     async fn next_event(&mut self, phase: &mut Phase) -> Event {
-        let Inbox { intents, progress, retry } = &mut self.inbox;
+        let Inbox { intents, retry } = &mut self.inbox;
         let child = async {
             match phase {
                 Phase::Idle | Phase::Broken { restart_at: None } => std::future::pending().await,
@@ -160,11 +159,8 @@ impl DevServer {
             () = self.tasks.token().cancelled() => Event::Closing,
             intent = intents.recv() => intent.map_or(Event::Closing, Event::Intent),
             event = child => event,
-            // These two are taken in every phase, so that none is left over for a later one.
+            // Taken in every phase, so that none is left over for a later one.
             () = retry.notified() => Event::Asked,
-            Ok(()) = progress.changed() => {
-                Event::Progress(progress.borrow_and_update().clone())
-            }
         }
     }
 
@@ -192,7 +188,7 @@ impl DevServer {
                 done.send(()).ok();
                 Phase::Idle
             }
-            (Event::Progress(text), Phase::Idle | Phase::Broken { .. }) => {
+            (Event::Intent(Intent::Progress(text)), Phase::Idle | Phase::Broken { .. }) => {
                 self.set(PreviewState::Starting, Vec::new(), None, &text);
                 // What is prepared will be followed by a start; no restart runs into it.
                 Phase::Idle
@@ -216,7 +212,7 @@ impl DevServer {
             (Event::Ended(exit), Phase::Running(run)) => self.broken(*run, Some(exit), None).await,
             (
                 Event::Asked
-                | Event::Progress(_)
+                | Event::Intent(Intent::Progress(_))
                 | Event::Proved(_)
                 | Event::Ended(_)
                 | Event::Closing,

@@ -135,7 +135,6 @@ impl Previews {
         let handle = PreviewHandle {
             site: Arc::new(site),
             intents: mpsc::channel(1).0,
-            progress: Arc::new(watch::Sender::new(String::new())),
             retry: Arc::new(Notify::new()),
             status,
         };
@@ -196,7 +195,6 @@ impl Previews {
 pub struct PreviewHandle {
     site: Arc<PreviewSite>,
     intents: mpsc::Sender<Intent>,
-    progress: Arc<watch::Sender<String>>,
     retry: Arc<Notify>,
     status: watch::Receiver<PreviewStatus>,
 }
@@ -214,7 +212,6 @@ impl PreviewHandle {
     ) -> Self {
         let site = Arc::new(site);
         let (intents, inbox) = mpsc::channel(INTENTS);
-        let (progress, progress_seen) = watch::channel(String::new());
         let (publish, status) = watch::channel(PreviewStatus::off());
         let retry = Arc::new(Notify::new());
         let driver = DevServer::new(
@@ -222,11 +219,11 @@ impl PreviewHandle {
             settings,
             launcher,
             tasks.clone(),
-            dev_server::Inbox { intents: inbox, progress: progress_seen, retry: retry.clone() },
+            dev_server::Inbox { intents: inbox, retry: retry.clone() },
             publish,
         );
         tasks.spawn("preview", driver.drive());
-        Self { site, intents, progress: Arc::new(progress), retry, status }
+        Self { site, intents, retry, status }
     }
 
     /// The host label.
@@ -263,7 +260,7 @@ impl PreviewHandle {
     /// Says what is being prepared before the dev server can start: `Starting` with this text.
     /// Does nothing while a dev server runs.
     pub fn set_progress(&self, text: &str) {
-        self.progress.send_replace(text.to_owned());
+        self.send(Intent::Progress(text.to_owned()));
     }
 
     /// Says that the dev server can't be started and why (the dependencies did not install).
