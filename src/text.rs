@@ -52,7 +52,10 @@ pub struct Tail {
 impl Tail {
     /// Keeps at most so many lines that aren't blank.
     pub fn new(max_lines: usize) -> Self {
-        Self { lines: VecDeque::new(), max_lines }
+        Self {
+            lines: VecDeque::new(),
+            max_lines,
+        }
     }
 
     /// Adds a line; a blank one is left out.
@@ -81,8 +84,13 @@ impl Tail {
             room = room.saturating_sub(line.len() + 1);
             fits
         };
-        let mut last: Vec<&str> =
-            self.lines.iter().rev().take_while(fits).map(String::as_str).collect();
+        let mut last: Vec<&str> = self
+            .lines
+            .iter()
+            .rev()
+            .take_while(fits)
+            .map(String::as_str)
+            .collect();
         last.reverse();
         last.join("\n")
     }

@@ -98,7 +98,9 @@ pub fn plan(package_json: &str) -> Result<DevCommand, PlanError> {
     if script.is_empty() {
         return Err(PlanError::NoDevScript);
     }
-    Ok(direct(script).unwrap_or_else(|| DevCommand::Shell { script: script.to_owned() }))
+    Ok(direct(script).unwrap_or_else(|| DevCommand::Shell {
+        script: script.to_owned(),
+    }))
 }
 
 /// The script as a direct command, if it is one program with plain words behind it.
@@ -171,11 +173,23 @@ mod tests {
             ("astro dev", format!("astro dev {astro}")),
             ("  astro   dev ", format!("astro dev {astro}")),
             ("astro dev --host", format!("astro dev {astro}")),
-            ("astro dev --host 0.0.0.0 --port 3000 --verbose", format!("astro dev --verbose {astro}")),
-            ("astro dev --port=3000 --open --config a.mjs", format!("astro dev --config a.mjs {astro}")),
-            ("astro dev --force --background --host --silent", format!("astro dev --silent {astro}")),
+            (
+                "astro dev --host 0.0.0.0 --port 3000 --verbose",
+                format!("astro dev --verbose {astro}"),
+            ),
+            (
+                "astro dev --port=3000 --open --config a.mjs",
+                format!("astro dev --config a.mjs {astro}"),
+            ),
+            (
+                "astro dev --force --background --host --silent",
+                format!("astro dev --silent {astro}"),
+            ),
             ("vite", format!("vite {vite}")),
-            ("vite dev --mode staging", format!("vite --mode staging {vite}")),
+            (
+                "vite dev --mode staging",
+                format!("vite --mode staging {vite}"),
+            ),
             ("vite serve --strictPort --open /x", format!("vite {vite}")),
             ("vite --force", format!("vite --force {vite}")),
         ] {
@@ -186,12 +200,28 @@ mod tests {
     #[test]
     fn any_other_script_is_the_shells() {
         for script in [
-            "astro dev && echo hi", "FOO=1 astro dev", "npm run x", "astro build", "vite build --watch",
-            "vite preview", "astro dev --site \"$URL\"", "astro dev | tee log", "node server.js",
-            "npx astro dev", "astro dev # comment", "astro dev\nrm x", "astro dev `x`",
+            "astro dev && echo hi",
+            "FOO=1 astro dev",
+            "npm run x",
+            "astro build",
+            "vite build --watch",
+            "vite preview",
+            "astro dev --site \"$URL\"",
+            "astro dev | tee log",
+            "node server.js",
+            "npx astro dev",
+            "astro dev # comment",
+            "astro dev\nrm x",
+            "astro dev `x`",
         ] {
             let command = plan_of(script);
-            assert_eq!(command, DevCommand::Shell { script: script.to_owned() }, "{script}");
+            assert_eq!(
+                command,
+                DevCommand::Shell {
+                    script: script.to_owned()
+                },
+                "{script}"
+            );
             assert_eq!(command.proof(), Proof::AnyAnswer);
         }
     }
@@ -204,6 +234,9 @@ mod tests {
             assert!(error.to_string().contains(r#""dev": "astro dev""#));
         }
         assert!(matches!(plan("{"), Err(PlanError::NotJson(_))));
-        assert!(matches!(plan(r#"{"scripts":{"dev":1}}"#), Err(PlanError::NotJson(_))));
+        assert!(matches!(
+            plan(r#"{"scripts":{"dev":1}}"#),
+            Err(PlanError::NotJson(_))
+        ));
     }
 }

@@ -51,10 +51,15 @@ const SYSTEM: &[&str] = &["/usr", "/bin", "/lib", "/lib64", "/etc"];
 #[derive(Debug)]
 pub(crate) enum Intent {
     Start,
-    Restart { reason: String },
+    Restart {
+        reason: String,
+    },
     Progress(String),
     Fail(PreviewError),
-    Stop { grace: Duration, done: oneshot::Sender<()> },
+    Stop {
+        grace: Duration,
+        done: oneshot::Sender<()>,
+    },
 }
 
 /// Where wishes arrive: the handle's, in their order, and that somebody wants to see the site,
@@ -114,7 +119,15 @@ impl DevServer {
         publish: watch::Sender<PreviewStatus>,
     ) -> Self {
         let restarts = Restarts::default();
-        Self { site, settings, launcher, tasks, inbox, publish, restarts }
+        Self {
+            site,
+            settings,
+            launcher,
+            tasks,
+            inbox,
+            publish,
+            restarts,
+        }
     }
 
     /// Runs until the last handle is dropped or the tasks are stopped; leaves no child behind.
@@ -140,7 +153,9 @@ impl DevServer {
         let child = async {
             match phase {
                 Phase::Idle | Phase::Broken { restart_at: None } => std::future::pending().await,
-                Phase::Broken { restart_at: Some(at) } => {
+                Phase::Broken {
+                    restart_at: Some(at),
+                } => {
                     sleep_until(*at).await;
                     Event::StartDue
                 }
@@ -172,13 +187,23 @@ impl DevServer {
             (Event::Intent(Intent::Restart { reason }), phase) => {
                 tracing::info!(slug = self.site.slug, reason, "restarting the dev server");
                 self.restarts = Restarts::default();
-                self.set(PreviewState::Starting, Vec::new(), None, &format!("Restarting: {reason}"));
+                self.set(
+                    PreviewState::Starting,
+                    Vec::new(),
+                    None,
+                    &format!("Restarting: {reason}"),
+                );
                 self.end(phase, GRACE).await;
                 self.start().await
             }
             (Event::Intent(Intent::Fail(error)), phase) => {
                 self.end(phase, GRACE).await;
-                self.set(PreviewState::Error, vec![error], None, "The site can't be shown yet");
+                self.set(
+                    PreviewState::Error,
+                    vec![error],
+                    None,
+                    "The site can't be shown yet",
+                );
                 Phase::Broken { restart_at: None }
             }
             (Event::Intent(Intent::Stop { grace, done }), phase) => {
@@ -196,7 +221,12 @@ impl DevServer {
             (Event::Proved(Ok(())), Phase::Running(mut run)) => {
                 let elapsed_ms = u64::try_from(run.since.elapsed().as_millis()).unwrap_or(u64::MAX);
                 let port = self.site.port;
-                tracing::info!(slug = self.site.slug, port, elapsed_ms, "the dev server is ready");
+                tracing::info!(
+                    slug = self.site.slug,
+                    port,
+                    elapsed_ms,
+                    "the dev server is ready"
+                );
                 run.proof = None;
                 self.set(PreviewState::Live, Vec::new(), Some(port), "");
                 let token = self.tasks.token().clone();
@@ -230,15 +260,32 @@ impl DevServer {
     }
 
     async fn start(&mut self) -> Phase {
-        self.set(PreviewState::Starting, Vec::new(), None, "Starting the dev server");
+        self.set(
+            PreviewState::Starting,
+            Vec::new(),
+            None,
+            "Starting the dev server",
+        );
         match self.launch().await {
             Ok(run) => Phase::Running(Box::new(run)),
             Err(error) => {
                 tracing::warn!(slug = self.site.slug, %error, "the dev server was not started");
                 let message = error.to_string();
-                self.set(PreviewState::Error, vec![PreviewError { message: message.clone(), ..PreviewError::default() }], None, "");
-                let failure =
-                    Failure { ran_for: Duration::ZERO, code: None, was_live: false, text: message };
+                self.set(
+                    PreviewState::Error,
+                    vec![PreviewError {
+                        message: message.clone(),
+                        ..PreviewError::default()
+                    }],
+                    None,
+                    "",
+                );
+                let failure = Failure {
+                    ran_for: Duration::ZERO,
+                    code: None,
+                    was_live: false,
+                    text: message,
+                };
                 let restart_at = match error {
                     // The same package.json gives the same answer.
                     StartError::Site(_) => None,
@@ -254,7 +301,9 @@ impl DevServer {
         let prepared = blocking("preparing the dev server", DISK_DEADLINE, move || {
             prepare(&site, &settings)
         });
-        let (spec, proof) = prepared.await.map_err(|e| StartError::Machine(e.to_string()))??;
+        let (spec, proof) = prepared
+            .await
+            .map_err(|e| StartError::Machine(e.to_string()))??;
         let since = Instant::now();
         let mut child = self
             .launcher
@@ -265,11 +314,23 @@ impl DevServer {
         drop(child.stdin.take());
         let output = Output::new();
         let readers = vec![
-            self.tasks.spawn("dev server stdout", output.clone().read(Stream::Stdout, child.stdout)),
-            self.tasks.spawn("dev server stderr", output.clone().read(Stream::Stderr, child.stderr)),
+            self.tasks.spawn(
+                "dev server stdout",
+                output.clone().read(Stream::Stdout, child.stdout),
+            ),
+            self.tasks.spawn(
+                "dev server stderr",
+                output.clone().read(Stream::Stderr, child.stderr),
+            ),
         ];
         let proof = prove(process.clone(), self.site.port, proof, output.clone());
-        Ok(Run { process, since, output, readers, proof: Some(Box::pin(proof)) })
+        Ok(Run {
+            process,
+            since,
+            output,
+            readers,
+            proof: Some(Box::pin(proof)),
+        })
     }
 
     /// The run is over though nobody asked: says why, and decides about the next.
@@ -283,15 +344,24 @@ impl DevServer {
             Some(exit) => format!("the dev server ended by itself ({exit})"),
             None => "the dev server ended".to_owned(),
         });
-        tracing::warn!(slug = self.site.slug, cause, was_live, "the dev server is down");
+        tracing::warn!(
+            slug = self.site.slug,
+            cause,
+            was_live,
+            "the dev server is down"
+        );
         let mut error = error_from(&words, &self.site.worktree);
         error.message = if error.message.trim().is_empty() {
             cause
         } else {
             format!("{cause}\n{}", error.message)
         };
-        let failure =
-            Failure { ran_for, code: exit.and_then(|e| e.code), was_live, text: words };
+        let failure = Failure {
+            ran_for,
+            code: exit.and_then(|e| e.code),
+            was_live,
+            text: words,
+        };
         let restart_at = self.next_try(&failure);
         let progress = match restart_at {
             Some(_) => "The dev server stopped; it is started again",
@@ -317,8 +387,13 @@ impl DevServer {
     ) {
         self.publish.send_modify(|status| {
             let generation = status.generation + 1;
-            *status =
-                PreviewStatus { state, errors, upstream, generation, progress: progress.to_owned() };
+            *status = PreviewStatus {
+                state,
+                errors,
+                upstream,
+                generation,
+                progress: progress.to_owned(),
+            };
         });
     }
 }
@@ -327,7 +402,10 @@ impl Run {
     /// Waits for the last lines, briefly: a grandchild may hold the pipes open.
     async fn drain(mut self) {
         for reader in &mut self.readers {
-            if timeout(Duration::from_millis(500), &mut *reader).await.is_err() {
+            if timeout(Duration::from_millis(500), &mut *reader)
+                .await
+                .is_err()
+            {
                 reader.abort();
             }
         }
@@ -356,10 +434,7 @@ fn chain(error: &dyn std::error::Error) -> String {
 }
 
 /// Reads the site's script and readies the disk. Blocking.
-fn prepare(
-    site: &PreviewSite,
-    settings: &PreviewSettings,
-) -> Result<(Spec, Proof), StartError> {
+fn prepare(site: &PreviewSite, settings: &PreviewSettings) -> Result<(Spec, Proof), StartError> {
     let machine = |what: &'static str| {
         move |error: io::Error| StartError::Machine(format!("{what}: {}", error.kind()))
     };
@@ -382,7 +457,10 @@ fn prepare(
     await_port(site.port)?;
     let mut read: Vec<PathBuf> = SYSTEM.iter().map(PathBuf::from).collect();
     // The program may be a link out of the folder that PATH names.
-    for node in [Some(settings.node.clone()), settings.node.canonicalize().ok()] {
+    for node in [
+        Some(settings.node.clone()),
+        settings.node.canonicalize().ok(),
+    ] {
         // `bin` and the `lib` beside it belong together.
         read.extend(node.iter().filter_map(|n| n.parent()).map(Path::to_owned));
     }
@@ -425,7 +503,11 @@ fn program(
         ))
     })?;
     // npm and yarn link to the program; pnpm writes a shell script that ends in `exec node`.
-    let interpreter = if kind.is_symlink() { node.to_owned() } else { "/bin/sh".into() };
+    let interpreter = if kind.is_symlink() {
+        node.to_owned()
+    } else {
+        "/bin/sh".into()
+    };
     Ok((interpreter, vec![path.into()]))
 }
 
@@ -480,7 +562,9 @@ fn read_small(path: &Path) -> io::Result<String> {
         return Err(io::ErrorKind::InvalidInput.into());
     }
     let mut text = String::new();
-    std::fs::File::open(path)?.take(MAX_PACKAGE_JSON).read_to_string(&mut text)?;
+    std::fs::File::open(path)?
+        .take(MAX_PACKAGE_JSON)
+        .read_to_string(&mut text)?;
     Ok(text)
 }
 
@@ -511,11 +595,16 @@ async fn prove(
         if output.moved_port() {
             return Err(format!("the dev server went to another port than {port}"));
         }
-        if TcpStream::connect((std::net::Ipv4Addr::LOCALHOST, port)).await.is_ok() {
+        if TcpStream::connect((std::net::Ipv4Addr::LOCALHOST, port))
+            .await
+            .is_ok()
+        {
             let child = process.clone();
-            let ours = blocking("looking for the listener's owner", DISK_DEADLINE, move || {
-                child.owns_listener(port)
-            });
+            let ours = blocking(
+                "looking for the listener's owner",
+                DISK_DEADLINE,
+                move || child.owns_listener(port),
+            );
             if ours.await.unwrap_or(false) && probe::answers(port, proof).await {
                 return Ok(());
             }

@@ -56,26 +56,36 @@ impl RequestSwitch {
     pub(crate) fn begin(&self) -> InRequest {
         self.0.begun.fetch_add(1, Ordering::Relaxed);
         self.0.reads_freely.store(true, Ordering::Relaxed);
-        InRequest { switch: self.clone(), is_last: false }
+        InRequest {
+            switch: self.clone(),
+            is_last: false,
+        }
     }
 }
 
 impl InRequest {
     /// No request follows on this connection: what comes is a tunnel's.
-    pub(crate) fn is_last(mut self) {
+    pub(crate) fn make_last(mut self) {
         self.is_last = true;
     }
 }
 
 impl Drop for InRequest {
     fn drop(&mut self) {
-        self.switch.0.reads_freely.store(self.is_last, Ordering::Relaxed);
+        self.switch
+            .0
+            .reads_freely
+            .store(self.is_last, Ordering::Relaxed);
     }
 }
 
 impl<S> HeaderDeadline<S> {
     pub(crate) fn new(stream: S) -> Self {
-        Self { stream, switch: RequestSwitch::default(), clock: None }
+        Self {
+            stream,
+            switch: RequestSwitch::default(),
+            clock: None,
+        }
     }
 
     pub(crate) fn switch(&self) -> RequestSwitch {
@@ -104,7 +114,10 @@ impl<S: AsyncRead + Unpin> AsyncRead for HeaderDeadline<S> {
             && this.clock.is_none()
             && !state.reads_freely.load(Ordering::Relaxed)
         {
-            this.clock = Some(Clock { begun, end: Box::pin(sleep(HEAD_IN)) });
+            this.clock = Some(Clock {
+                begun,
+                end: Box::pin(sleep(HEAD_IN)),
+            });
         }
         Poll::Ready(Ok(()))
     }
@@ -153,17 +166,33 @@ mod tests {
         let switch = near.switch();
         let mut byte = [0];
         // Idle far longer than a head may take.
-        assert!(tokio::time::timeout(HEAD_IN * 4, near.read(&mut byte)).await.is_err());
+        assert!(
+            tokio::time::timeout(HEAD_IN * 4, near.read(&mut byte))
+                .await
+                .is_err()
+        );
         far.write_all(b"GE").await.unwrap();
         near.read_exact(&mut byte).await.unwrap();
         let request = switch.begin();
         near.read_exact(&mut byte).await.unwrap();
-        assert!(tokio::time::timeout(HEAD_IN * 4, near.read(&mut byte)).await.is_err(), "a body");
+        assert!(
+            tokio::time::timeout(HEAD_IN * 4, near.read(&mut byte))
+                .await
+                .is_err(),
+            "a body"
+        );
         drop(request);
-        assert!(tokio::time::timeout(HEAD_IN * 4, near.read(&mut byte)).await.is_err(), "idle");
+        assert!(
+            tokio::time::timeout(HEAD_IN * 4, near.read(&mut byte))
+                .await
+                .is_err(),
+            "idle"
+        );
         far.write_all(b"G").await.unwrap();
         near.read_exact(&mut byte).await.unwrap();
-        let cut = tokio::time::timeout(HEAD_IN * 4, near.read(&mut byte)).await.unwrap();
+        let cut = tokio::time::timeout(HEAD_IN * 4, near.read(&mut byte))
+            .await
+            .unwrap();
         assert_eq!(cut.unwrap_err().kind(), io::ErrorKind::TimedOut);
     }
 }

@@ -49,8 +49,21 @@ pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap) {
 
 fn is_end_to_end(name: &HeaderName) -> bool {
     [
-        ACCEPT, AUTHORIZATION, CACHE_CONTROL, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_RANGE,
-        CONTENT_TYPE, COOKIE, DATE, ETAG, HOST, LOCATION, ORIGIN, RANGE, SET_COOKIE,
+        ACCEPT,
+        AUTHORIZATION,
+        CACHE_CONTROL,
+        CONTENT_ENCODING,
+        CONTENT_LENGTH,
+        CONTENT_RANGE,
+        CONTENT_TYPE,
+        COOKIE,
+        DATE,
+        ETAG,
+        HOST,
+        LOCATION,
+        ORIGIN,
+        RANGE,
+        SET_COOKIE,
     ]
     .contains(name)
         || ["sec-", "x-forwarded-", "access-control-", "if-"]
@@ -86,12 +99,20 @@ pub(crate) fn to_upstream(
     headers.remove(EXPECT);
     let peer = peer.to_canonical();
     let before = list(headers, &FORWARDED_FOR).collect::<Vec<_>>().join(", ");
-    let forwarded = if before.is_empty() { peer.to_string() } else { format!("{before}, {peer}") };
+    let forwarded = if before.is_empty() {
+        peer.to_string()
+    } else {
+        format!("{before}, {peer}")
+    };
     if let Ok(forwarded) = HeaderValue::from_str(&forwarded) {
         headers.insert(FORWARDED_FOR, forwarded);
     }
-    headers.entry(FORWARDED_HOST).or_insert_with(|| host.clone());
-    headers.entry(FORWARDED_PROTO).or_insert(HeaderValue::from_static("http"));
+    headers
+        .entry(FORWARDED_HOST)
+        .or_insert_with(|| host.clone());
+    headers
+        .entry(FORWARDED_PROTO)
+        .or_insert(HeaderValue::from_static("http"));
     headers.insert(HOST, rewritten.unwrap_or_else(|| host.clone()));
 }
 
@@ -156,12 +177,16 @@ pub(crate) fn is_plain_html(status: StatusCode, headers: &HeaderMap) -> bool {
 
 /// A stream that stays open for news: like a socket, it is no sign that somebody is there.
 pub(crate) fn is_event_stream(headers: &HeaderMap) -> bool {
-    headers.get(CONTENT_TYPE).is_some_and(|v| v.as_bytes().starts_with(b"text/event-stream"))
+    headers
+        .get(CONTENT_TYPE)
+        .is_some_and(|v| v.as_bytes().starts_with(b"text/event-stream"))
 }
 
 /// Adds to the length that the answer declares, if it declares one.
 pub(crate) fn lengthen(headers: &mut HeaderMap, by: usize) {
-    let length = headers.get(CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
+    let length = headers
+        .get(CONTENT_LENGTH)
+        .and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
     if let Some(length) = length {
         headers.insert(CONTENT_LENGTH, HeaderValue::from(length + by as u64));
     }
@@ -188,10 +213,18 @@ mod tests {
     #[test]
     fn what_belongs_to_the_connection_is_not_passed_on() {
         let mut headers = map(&[
-            ("connection", "keep-alive, X-One"), ("connection", "x-two"), ("x-one", "1"),
-            ("x-two", "2"), ("x-three", "3"), ("keep-alive", "timeout=5"), ("te", "trailers"),
-            ("proxy-authorization", "x"), ("proxy-connection", "x"), ("upgrade", "h2c"),
-            ("trailer", "x-sum"), ("host", "a"),
+            ("connection", "keep-alive, X-One"),
+            ("connection", "x-two"),
+            ("x-one", "1"),
+            ("x-two", "2"),
+            ("x-three", "3"),
+            ("keep-alive", "timeout=5"),
+            ("te", "trailers"),
+            ("proxy-authorization", "x"),
+            ("proxy-connection", "x"),
+            ("upgrade", "h2c"),
+            ("trailer", "x-sum"),
+            ("host", "a"),
         ]);
         strip_hop_by_hop(&mut headers);
         assert_eq!(names(&headers), ["host", "trailer", "x-three"]);
@@ -202,14 +235,26 @@ mod tests {
         let protected = "Host, Cookie, Authorization, Content-Length, Content-Type, Range, Origin, \
                          Sec-WebSocket-Key, Sec-Fetch-Site, If-None-Match, X-Forwarded-For";
         let mut headers = map(&[
-            ("connection", protected), ("host", "a"), ("cookie", "b=c"), ("authorization", "d"),
-            ("content-length", "3"), ("content-type", "e"), ("range", "f"), ("origin", "g"),
-            ("sec-websocket-key", "h"), ("sec-fetch-site", "i"), ("if-none-match", "j"),
+            ("connection", protected),
+            ("host", "a"),
+            ("cookie", "b=c"),
+            ("authorization", "d"),
+            ("content-length", "3"),
+            ("content-type", "e"),
+            ("range", "f"),
+            ("origin", "g"),
+            ("sec-websocket-key", "h"),
+            ("sec-fetch-site", "i"),
+            ("if-none-match", "j"),
             ("x-forwarded-for", "k"),
         ]);
         let before = headers.len();
         strip_hop_by_hop(&mut headers);
-        assert_eq!(headers.len(), before - 1, "all but Connection itself: {headers:?}");
+        assert_eq!(
+            headers.len(),
+            before - 1,
+            "all but Connection itself: {headers:?}"
+        );
         for odd in ["", ",,", "close,", "a b", "\u{e9}", "connection"] {
             let mut headers = map(&[("host", "a")]);
             headers.insert(CONNECTION, HeaderValue::from_bytes(odd.as_bytes()).unwrap());
@@ -238,11 +283,19 @@ mod tests {
         assert!(!headers.contains_key("expect"));
 
         let mut headers = map(&[
-            ("host", "x.example"), ("x-forwarded-for", "1.1.1.1"), ("x-forwarded-for", "2.2.2.2"),
-            ("x-forwarded-proto", "https"), ("sec-fetch-site", "cross-site"),
+            ("host", "x.example"),
+            ("x-forwarded-for", "1.1.1.1"),
+            ("x-forwarded-for", "2.2.2.2"),
+            ("x-forwarded-proto", "https"),
+            ("sec-fetch-site", "cross-site"),
         ]);
         let rewritten = Some(HeaderValue::from_static("localhost:20001"));
-        to_upstream(&mut headers, peer, &HeaderValue::from_static("x.example"), rewritten);
+        to_upstream(
+            &mut headers,
+            peer,
+            &HeaderValue::from_static("x.example"),
+            rewritten,
+        );
         assert_eq!(headers["host"], "localhost:20001");
         assert_eq!(headers["x-forwarded-for"], "1.1.1.1, 2.2.2.2, 10.1.2.3");
         assert_eq!(headers["x-forwarded-host"], "x.example");
@@ -252,7 +305,10 @@ mod tests {
 
     #[test]
     fn only_a_websocket_handshake_is_one() {
-        let good = map(&[("connection", "keep-alive, Upgrade"), ("upgrade", "WebSocket")]);
+        let good = map(&[
+            ("connection", "keep-alive, Upgrade"),
+            ("upgrade", "WebSocket"),
+        ]);
         assert!(is_websocket(&Method::GET, Version::HTTP_11, &good));
         assert!(!is_websocket(&Method::POST, Version::HTTP_11, &good));
         assert!(!is_websocket(&Method::GET, Version::HTTP_10, &good));
@@ -262,20 +318,41 @@ mod tests {
             map(&[("upgrade", "websocket")]),
             map(&[("connection", "upgrade")]),
         ] {
-            assert!(!is_websocket(&Method::GET, Version::HTTP_11, &bad), "{bad:?}");
+            assert!(
+                !is_websocket(&Method::GET, Version::HTTP_11, &bad),
+                "{bad:?}"
+            );
         }
-        assert!(is_vite_ping(&map(&[("sec-websocket-protocol", "vite-ping")])));
-        assert!(!is_vite_ping(&map(&[("sec-websocket-protocol", "vite-hmr")])));
+        assert!(is_vite_ping(&map(&[(
+            "sec-websocket-protocol",
+            "vite-ping"
+        )])));
+        assert!(!is_vite_ping(&map(&[(
+            "sec-websocket-protocol",
+            "vite-hmr"
+        )])));
     }
 
     #[test]
     fn navigations_and_documents() {
         let nav = |lines: &[(&'static str, &str)]| is_navigation(&Method::GET, &map(lines));
-        assert!(nav(&[("accept", "text/html,*/*"), ("sec-fetch-dest", "document")]));
-        assert!(nav(&[("accept", "text/html")]), "a browser that doesn't say");
-        assert!(!nav(&[("accept", "text/html"), ("sec-fetch-dest", "empty")]), "a fetch");
+        assert!(nav(&[
+            ("accept", "text/html,*/*"),
+            ("sec-fetch-dest", "document")
+        ]));
+        assert!(
+            nav(&[("accept", "text/html")]),
+            "a browser that doesn't say"
+        );
+        assert!(
+            !nav(&[("accept", "text/html"), ("sec-fetch-dest", "empty")]),
+            "a fetch"
+        );
         assert!(!nav(&[("accept", "*/*"), ("sec-fetch-dest", "script")]));
-        assert!(!is_navigation(&Method::POST, &map(&[("accept", "text/html")])));
+        assert!(!is_navigation(
+            &Method::POST,
+            &map(&[("accept", "text/html")])
+        ));
 
         let doc = |lines: &[(&'static str, &str)]| asks_for_document(&Method::GET, &map(lines));
         assert!(doc(&[("sec-fetch-dest", "document")]) && doc(&[("sec-fetch-dest", "iframe")]));
@@ -285,8 +362,14 @@ mod tests {
     #[test]
     fn a_script_is_added_to_plain_html_alone() {
         let ok = StatusCode::OK;
-        assert!(is_plain_html(ok, &map(&[("content-type", "text/html; charset=utf-8")])));
-        let encoded = [("content-type", "text/html"), ("content-encoding", "identity")];
+        assert!(is_plain_html(
+            ok,
+            &map(&[("content-type", "text/html; charset=utf-8")])
+        ));
+        let encoded = [
+            ("content-type", "text/html"),
+            ("content-encoding", "identity"),
+        ];
         assert!(is_plain_html(ok, &map(&encoded)));
         assert!(!is_plain_html(StatusCode::PARTIAL_CONTENT, &map(&encoded)));
         assert!(!is_plain_html(StatusCode::NOT_FOUND, &map(&encoded)));

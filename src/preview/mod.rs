@@ -104,7 +104,9 @@ struct Registry {
 
 impl fmt::Debug for Previews {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Previews").field("settings", &self.shared.settings).finish_non_exhaustive()
+        f.debug_struct("Previews")
+            .field("settings", &self.shared.settings)
+            .finish_non_exhaustive()
     }
 }
 
@@ -112,8 +114,15 @@ impl Previews {
     /// No previews yet. The drivers run in `tasks`; when those are stopped each ends its child.
     pub fn new(launcher: Launcher, settings: PreviewSettings, tasks: Tasks) -> Self {
         let settings = Arc::new(settings);
-        let shared = Shared { launcher, settings, tasks, registry: Mutex::default() };
-        Self { shared: Arc::new(shared) }
+        let shared = Shared {
+            launcher,
+            settings,
+            tasks,
+            registry: Mutex::default(),
+        };
+        Self {
+            shared: Arc::new(shared),
+        }
     }
 
     /// The preview of a site: the one that is there, else a new one in the state `Off`.
@@ -122,7 +131,12 @@ impl Previews {
         if let Some(handle) = registry.by_slug.get(&site.slug) {
             return handle.clone();
         }
-        let Shared { launcher, settings, tasks, .. } = &*self.shared;
+        let Shared {
+            launcher,
+            settings,
+            tasks,
+            ..
+        } = &*self.shared;
         let slug = site.slug.clone();
         let handle = PreviewHandle::spawn(site, settings.clone(), launcher.clone(), tasks);
         registry.by_slug.insert(slug, handle.clone());
@@ -131,14 +145,20 @@ impl Previews {
 
     /// A preview whose dev server somebody else runs and reports on: the proxy serves it, asking
     /// it to start or stop does nothing.
-    pub fn adopt(&self, site: PreviewSite, status: watch::Receiver<PreviewStatus>) -> PreviewHandle {
+    pub fn adopt(
+        &self,
+        site: PreviewSite,
+        status: watch::Receiver<PreviewStatus>,
+    ) -> PreviewHandle {
         let handle = PreviewHandle {
             site: Arc::new(site),
             intents: mpsc::channel(1).0,
             retry: Arc::new(Notify::new()),
             status,
         };
-        self.registry().by_slug.insert(handle.slug().to_owned(), handle.clone());
+        self.registry()
+            .by_slug
+            .insert(handle.slug().to_owned(), handle.clone());
         handle
     }
 
@@ -186,7 +206,10 @@ impl Previews {
     }
 
     fn registry(&self) -> std::sync::MutexGuard<'_, Registry> {
-        self.shared.registry.lock().expect("no panic while the registry is held")
+        self.shared
+            .registry
+            .lock()
+            .expect("no panic while the registry is held")
     }
 }
 
@@ -219,11 +242,19 @@ impl PreviewHandle {
             settings,
             launcher,
             tasks.clone(),
-            dev_server::Inbox { intents: inbox, retry: retry.clone() },
+            dev_server::Inbox {
+                intents: inbox,
+                retry: retry.clone(),
+            },
             publish,
         );
         tasks.spawn("preview", driver.drive());
-        Self { site, intents, retry, status }
+        Self {
+            site,
+            intents,
+            retry,
+            status,
+        }
     }
 
     /// The host label.
@@ -249,7 +280,9 @@ impl PreviewHandle {
     /// Ends the dev server, if there is one, and starts it again with a fresh count of failures.
     /// `reason` is for the log and the holding page ("astro.config.mjs changed").
     pub fn restart(&self, reason: &str) {
-        self.send(Intent::Restart { reason: reason.to_owned() });
+        self.send(Intent::Restart {
+            reason: reason.to_owned(),
+        });
     }
 
     /// Tries once more if the dev server is down after a failure; else does nothing.
@@ -272,7 +305,12 @@ impl PreviewHandle {
     pub async fn stop(&self, grace: Duration) {
         let (done, ended) = oneshot::channel();
         // A driver that is gone has ended its child.
-        if self.intents.send(Intent::Stop { grace, done }).await.is_ok() {
+        if self
+            .intents
+            .send(Intent::Stop { grace, done })
+            .await
+            .is_ok()
+        {
             ended.await.ok();
         }
     }

@@ -39,7 +39,11 @@ pub(crate) enum Stream {
 impl Output {
     pub(crate) fn new() -> Self {
         let tail = || Arc::new(Mutex::new(Tail::new(KEPT_LINES)));
-        Self { stdout: tail(), stderr: tail(), moved: Arc::default() }
+        Self {
+            stdout: tail(),
+            stderr: tail(),
+            moved: Arc::default(),
+        }
     }
 
     /// Reads a stream to its end. Cancel safe as a task: what was read is kept.
@@ -61,7 +65,9 @@ impl Output {
             Stream::Stdout => &self.stdout,
             Stream::Stderr => &self.stderr,
         };
-        tail.lock().expect("no panic while a line is added").push(line);
+        tail.lock()
+            .expect("no panic while a line is added")
+            .push(line);
     }
 
     /// Did the server say that it went to another port?
@@ -73,7 +79,11 @@ impl Output {
     pub(crate) fn last_words(&self) -> String {
         [&self.stderr, &self.stdout]
             .iter()
-            .map(|tail| tail.lock().expect("no panic while a line is added").text(MAX_MESSAGE))
+            .map(|tail| {
+                tail.lock()
+                    .expect("no panic while a line is added")
+                    .text(MAX_MESSAGE)
+            })
             .find(|text| !text.is_empty())
             .unwrap_or_default()
     }
@@ -85,7 +95,9 @@ async fn next_line<R: AsyncBufRead + Unpin>(source: &mut R, line: &mut Vec<u8>) 
     line.clear();
     let mut began = false;
     loop {
-        let Ok(chunk) = source.fill_buf().await else { return began };
+        let Ok(chunk) = source.fill_buf().await else {
+            return began;
+        };
         if chunk.is_empty() {
             return began;
         }
@@ -113,16 +125,24 @@ pub(crate) fn error_from(words: &str, worktree: &Path) -> PreviewError {
         .collect();
     let message = message.join("\n");
     match place {
-        Some((file, line, column)) => {
-            PreviewError { file: Some(file), line: Some(line), column: Some(column), message }
-        }
-        None => PreviewError { message, ..PreviewError::default() },
+        Some((file, line, column)) => PreviewError {
+            file: Some(file),
+            line: Some(line),
+            column: Some(column),
+            message,
+        },
+        None => PreviewError {
+            message,
+            ..PreviewError::default()
+        },
     }
 }
 
 /// `path:line:column` of a file of the site, however it is bracketed.
 fn place(word: &str) -> Option<(String, u32, u32)> {
-    let word = word.trim_matches(|c: char| "()[]<>,;\"'`".contains(c)).trim_end_matches(':');
+    let word = word
+        .trim_matches(|c: char| "()[]<>,;\"'`".contains(c))
+        .trim_end_matches(':');
     let mut parts = word.rsplitn(3, ':');
     let column = parts.next()?.parse().ok()?;
     let line = parts.next()?.parse().ok()?;
@@ -148,11 +168,19 @@ mod tests {
         let error = error_from(words, root);
         assert_eq!(error.file.as_deref(), Some("astro.config.mjs"));
         assert_eq!((error.line, error.column), (Some(3), Some(10)));
-        assert!(!error.message.contains("/w/acme") && !error.message.contains("/opt/node"), "{error:?}");
+        assert!(
+            !error.message.contains("/w/acme") && !error.message.contains("/opt/node"),
+            "{error:?}"
+        );
 
         let url = error_from("file:///w/acme/threads/main/src/a.ts:7:1: bad", root);
         assert_eq!((url.file.as_deref(), url.line), (Some("src/a.ts"), Some(7)));
-        for nowhere in ["09:41:07 boom", "http://localhost:4321:1:2", "/etc/x.conf:1:2", "plain"] {
+        for nowhere in [
+            "09:41:07 boom",
+            "http://localhost:4321:1:2",
+            "/etc/x.conf:1:2",
+            "plain",
+        ] {
             assert_eq!(error_from(nowhere, root).file, None, "{nowhere}");
         }
     }

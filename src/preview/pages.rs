@@ -54,9 +54,17 @@ pub(crate) fn holding(status: &PreviewStatus) -> Response<Bytes> {
         "<script src=\"{HOLDING_SCRIPT}\" defer></script>\n<script src=\"{PRESENCE_SCRIPT}\" \
          defer></script>"
     );
-    let page = page(name, title, &status.progress, &errors.join("\n\n"), &scripts);
+    let page = page(
+        name,
+        title,
+        &status.progress,
+        &errors.join("\n\n"),
+        &scripts,
+    );
     let mut response = answer(StatusCode::SERVICE_UNAVAILABLE, HTML, page);
-    response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+    response
+        .headers_mut()
+        .insert(RETRY_AFTER, HeaderValue::from_static("1"));
     response
 }
 
@@ -78,10 +86,16 @@ pub(crate) fn problem(
     let mut response = if as_page {
         answer(status, HTML, page("none", title, text, "", ""))
     } else {
-        answer(status, "text/plain; charset=utf-8", format!("{title}: {text}\n"))
+        answer(
+            status,
+            "text/plain; charset=utf-8",
+            format!("{title}: {text}\n"),
+        )
     };
     if status == StatusCode::SERVICE_UNAVAILABLE {
-        response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+        response
+            .headers_mut()
+            .insert(RETRY_AFTER, HeaderValue::from_static("1"));
     }
     response
 }
@@ -98,14 +112,23 @@ pub(crate) fn status(status: &PreviewStatus) -> Response<Bytes> {
 }
 
 pub(crate) fn presence_script() -> Response<Bytes> {
-    let mut response =
-        answer(StatusCode::OK, SCRIPT, Bytes::from_static(include_bytes!("presence.js")));
-    response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("max-age=300"));
+    let mut response = answer(
+        StatusCode::OK,
+        SCRIPT,
+        Bytes::from_static(include_bytes!("presence.js")),
+    );
+    response
+        .headers_mut()
+        .insert(CACHE_CONTROL, HeaderValue::from_static("max-age=300"));
     response
 }
 
 pub(crate) fn holding_script() -> Response<Bytes> {
-    answer(StatusCode::OK, SCRIPT, Bytes::from_static(include_bytes!("holding.js")))
+    answer(
+        StatusCode::OK,
+        SCRIPT,
+        Bytes::from_static(include_bytes!("holding.js")),
+    )
 }
 
 /// An answer without a body.
@@ -183,10 +206,16 @@ mod tests {
         assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
         assert_eq!(response.headers()["retry-after"], "1");
         let page = String::from_utf8(response.into_body().to_vec()).unwrap();
-        assert!(page.contains("src/a.astro:3\n&lt;/pre&gt;&lt;script&gt;"), "{page}");
+        assert!(
+            page.contains("src/a.astro:3\n&lt;/pre&gt;&lt;script&gt;"),
+            "{page}"
+        );
         assert!(page.contains("Trying {errors} again"));
         assert!(!page.contains("{title}") && !page.contains("<script>alert"));
-        assert!(!page.contains("http://") && !page.contains("https://"), "nothing from elsewhere");
+        assert!(
+            !page.contains("http://") && !page.contains("https://"),
+            "nothing from elsewhere"
+        );
         assert_eq!(page.matches("<script ").count(), 2);
     }
 

@@ -42,10 +42,17 @@ mod tests {
         let port = pick_port(None, &none, "acme-alice-main-0123456789ab");
         assert!((FIRST..FIRST + COUNT).contains(&port));
         assert_eq!(pick_port(None, &none, "acme-alice-main-0123456789ab"), port);
-        assert_eq!(pick_port(Some(port), &none, "other"), port, "what it had comes first");
+        assert_eq!(
+            pick_port(Some(port), &none, "other"),
+            port,
+            "what it had comes first"
+        );
 
         let taken = HashSet::from([port]);
-        assert_ne!(pick_port(Some(port), &taken, "acme-alice-main-0123456789ab"), port);
+        assert_ne!(
+            pick_port(Some(port), &taken, "acme-alice-main-0123456789ab"),
+            port
+        );
 
         let held = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let busy = held.local_addr().unwrap().port();

@@ -34,7 +34,11 @@ async fn get(
             let (head, body) = response.into_parts();
             // A stream without an end still is an answer.
             let body = tokio::time::timeout(deadline / 2, Limited::new(body, MAX_BODY).collect());
-            let body = body.await.ok().and_then(Result::ok).map(Collected::to_bytes);
+            let body = body
+                .await
+                .ok()
+                .and_then(Result::ok)
+                .map(Collected::to_bytes);
             Some((head.status, body.unwrap_or_default()))
         };
         // The connection has to be driven; it may end first, with the last bytes handed over.
@@ -65,7 +69,9 @@ pub(crate) async fn answers(port: u16, proof: Proof) -> bool {
         }
         Proof::AnyAnswer => {
             // It may render a whole page first.
-            get(port, "/", "text/html,*/*", Duration::from_secs(30)).await.is_some()
+            get(port, "/", "text/html,*/*", Duration::from_secs(30))
+                .await
+                .is_some()
         }
     }
 }

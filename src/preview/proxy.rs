@@ -25,7 +25,8 @@ use bytes::Bytes;
 use http::{
     HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version,
     header::{HOST, ORIGIN, SEC_WEBSOCKET_PROTOCOL},
-    request, uri::PathAndQuery,
+    request,
+    uri::PathAndQuery,
 };
 use hyper::{
     body::{Body, Frame, Incoming, SizeHint},
@@ -42,15 +43,12 @@ use tokio::{
 };
 
 use super::{
-    ActivityGuard, ActivitySink, PreviewHandle, Previews, headers,
+    ActivityGuard, ActivitySink, PreviewHandle, Previews,
     header_deadline::{HeaderDeadline, InRequest},
-    pages,
+    headers, pages,
     routing::{SameSite, host_name, is_own_origin, passes_host_check},
 };
-use crate::{
-    domain::PreviewState,
-    task::Tasks,
-};
+use crate::{domain::PreviewState, task::Tasks};
 
 /// Connections at once on one listener, tunnels included; more wait in the kernel's backlog.
 const MAX_CONNECTIONS: usize = 1024;
@@ -90,7 +88,9 @@ pub struct Proxy {
 
 impl fmt::Debug for Proxy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Proxy").field("kind", &self.kind).finish_non_exhaustive()
+        f.debug_struct("Proxy")
+            .field("kind", &self.kind)
+            .finish_non_exhaustive()
     }
 }
 
@@ -103,7 +103,12 @@ impl Proxy {
         activity: Arc<dyn ActivitySink>,
         tasks: &Tasks,
     ) {
-        let proxy = Arc::new(Self { kind, previews, activity, tasks: tasks.clone() });
+        let proxy = Arc::new(Self {
+            kind,
+            previews,
+            activity,
+            tasks: tasks.clone(),
+        });
         tasks.spawn("preview proxy", proxy.accept(listener));
     }
 
@@ -112,8 +117,11 @@ impl Proxy {
         let token = self.tasks.token().clone();
         let accept = async {
             loop {
-                let permit =
-                    permits.clone().acquire_owned().await.expect("the semaphore is never closed");
+                let permit = permits
+                    .clone()
+                    .acquire_owned()
+                    .await
+                    .expect("the semaphore is never closed");
                 match listener.accept().await {
                     Ok((stream, peer)) => {
                         let connection = self.clone().connection(stream, peer, permit);
@@ -152,7 +160,7 @@ impl Proxy {
             async move {
                 let mut response = downstream.answer(request).await;
                 if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-                    in_request.is_last();
+                    in_request.make_last();
                 } else {
                     response.body_mut().in_request = Some(in_request);
                 }
@@ -215,7 +223,7 @@ impl Downstream {
     async fn try_answer(
         &self,
         request: Request<Incoming>,
-    ) -> Result<Response<ResponseBody>, Response<Bytes>> {
+    ) -> Result<Response<ResponseBody>, Own> {
         let host = host_of(&request)?;
         let as_page = headers::is_navigation(request.method(), request.headers());
         let is_websocket =
@@ -223,18 +231,24 @@ impl Downstream {
         if self.proxy.kind == ProxyKind::HmrOnly && !is_websocket {
             return Err(upgrade_required());
         }
-        let host_text = host.to_str().map_err(|_| bad_request("the Host is not plain text"))?;
+        let host_text = host
+            .to_str()
+            .map_err(|_| bad_request("the Host is not plain text"))?;
         // A room for the thread that the access cookie names.
         let cookie = None;
-        let preview = self.proxy.previews.route(Some(host_text), cookie).ok_or_else(|| {
-            pages::problem(
-                StatusCode::NOT_FOUND,
-                "There is no preview here",
-                "This address belongs to no site that is open at the moment. Open the preview \
+        let preview = self
+            .proxy
+            .previews
+            .route(Some(host_text), cookie)
+            .ok_or_else(|| {
+                pages::problem(
+                    StatusCode::NOT_FOUND,
+                    "There is no preview here",
+                    "This address belongs to no site that is open at the moment. Open the preview \
                  again from where you edit the site.",
-                as_page,
-            )
-        })?;
+                    as_page,
+                )
+            })?;
         if is_websocket {
             self.check_origin(request.headers(), host_text)?;
             return self.upgrade(request, host, &preview).await;
@@ -267,18 +281,25 @@ impl Downstream {
                     Err(refused) => refused,
                 }
             }
-            _ => pages::problem(StatusCode::NOT_FOUND, "Not found", "There is nothing here.", false),
+            _ => pages::problem(
+                StatusCode::NOT_FOUND,
+                "Not found",
+                "There is nothing here.",
+                false,
+            ),
         }
     }
 
     /// A page's Origin must be ours; programs send none.
-    fn check_origin(&self, headers: &HeaderMap, host: &str) -> Result<(), Response<Bytes>> {
+    fn check_origin(&self, headers: &HeaderMap, host: &str) -> Result<(), Own> {
         let same = match self.proxy.kind {
             ProxyKind::Preview => SameSite::NameAndPort,
             ProxyKind::HmrOnly => SameSite::Name,
         };
         let is_ours = |origin: &HeaderValue| {
-            origin.to_str().is_ok_and(|origin| is_own_origin(origin, host, same))
+            origin
+                .to_str()
+                .is_ok_and(|origin| is_own_origin(origin, host, same))
         };
         if headers.get_all(ORIGIN).iter().all(is_ours) {
             return Ok(());
@@ -298,7 +319,7 @@ impl Downstream {
         preview: &PreviewHandle,
         as_page: bool,
         guard: ActivityGuard,
-    ) -> Result<Response<ResponseBody>, Response<Bytes>> {
+    ) -> Result<Response<ResponseBody>, Own> {
         let port = match upstream(preview) {
             Some(port) => port,
             None if as_page => return Err(hold(preview)),
@@ -319,12 +340,16 @@ impl Downstream {
         }
         headers::strip_hop_by_hop(&mut head.headers);
         head.version = Version::HTTP_11;
-        let tail = (wants_script && headers::is_plain_html(head.status, &head.headers)).then(|| {
-            headers::lengthen(&mut head.headers, pages::PRESENCE_TAG.len());
-            Bytes::from_static(pages::PRESENCE_TAG.as_bytes())
-        });
+        let tail =
+            (wants_script && headers::is_plain_html(head.status, &head.headers)).then(|| {
+                headers::lengthen(&mut head.headers, pages::PRESENCE_TAG.len());
+                Bytes::from_static(pages::PRESENCE_TAG.as_bytes())
+            });
         let guard = (!headers::is_event_stream(&head.headers)).then_some(guard);
-        Ok(Response::from_parts(head, ResponseBody::streamed(body, tail, guard)))
+        Ok(Response::from_parts(
+            head,
+            ResponseBody::streamed(body, tail, guard),
+        ))
     }
 
     /// Turns the browser's request into the dev server's.
@@ -335,8 +360,9 @@ impl Downstream {
         preview: &PreviewHandle,
         port: u16,
     ) {
-        let passes =
-            host.to_str().is_ok_and(|host| passes_host_check(host, &preview.site().hosts));
+        let passes = host
+            .to_str()
+            .is_ok_and(|host| passes_host_check(host, &preview.site().hosts));
         let rewritten = (!passes).then(|| local_host(port));
         headers::to_upstream(&mut parts.headers, self.peer, host, rewritten);
         parts.version = Version::HTTP_11;
@@ -379,14 +405,19 @@ impl Downstream {
         }
         let mut sender = self.connect(port).await?;
         let sent = timeout_at(deadline, sender.send_request(request)).await;
-        let response =
-            sent.map_err(|_| UpstreamError::TimedOut)?.map_err(|_| UpstreamError::Closed)?;
+        let response = sent
+            .map_err(|_| UpstreamError::TimedOut)?
+            .map_err(|_| UpstreamError::Closed)?;
         self.pin(port, sender);
         Ok(response)
     }
 
     async fn take_pinned(&self, port: u16) -> Option<SendRequest<RequestBody>> {
-        let pinned = self.pinned.lock().expect("no panic while it is held").take()?;
+        let pinned = self
+            .pinned
+            .lock()
+            .expect("no panic while it is held")
+            .take()?;
         let mut sender = pinned.sender;
         if pinned.port != port || sender.is_closed() {
             return None;
@@ -429,7 +460,7 @@ impl Downstream {
         mut request: Request<Incoming>,
         host: HeaderValue,
         preview: &PreviewHandle,
-    ) -> Result<Response<ResponseBody>, Response<Bytes>> {
+    ) -> Result<Response<ResponseBody>, Own> {
         let port = match upstream(preview) {
             Some(port) => port,
             // The browser takes a 101 for "it is back" and reloads.
@@ -454,7 +485,10 @@ impl Downstream {
         let asked = Request::from_parts(parts, RequestBody::Empty);
         let exchange = async {
             let mut sender = self.connect(port).await?;
-            sender.send_request(asked).await.map_err(|_| UpstreamError::Closed)
+            sender
+                .send_request(asked)
+                .await
+                .map_err(|_| UpstreamError::Closed)
         };
         let answered = timeout(UPGRADE_DEADLINE, exchange).await;
         let mut response = answered
@@ -469,17 +503,27 @@ impl Downstream {
             if head.status == StatusCode::SWITCHING_PROTOCOLS {
                 return Err(upstream_problem(&UpstreamError::Closed, false));
             }
-            return Ok(Response::from_parts(head, ResponseBody::streamed(body, None, None)));
+            return Ok(Response::from_parts(
+                head,
+                ResponseBody::streamed(body, None, None),
+            ));
         };
         headers::ask_for_websocket(&mut head.headers);
         if is_bridged {
             // A client that named none must not be given one (RFC 6455 4.1).
             head.headers.remove(SEC_WEBSOCKET_PROTOCOL);
         }
-        let tunnel =
-            tunnel(on_downstream, on_upstream, self.proxy.tasks.clone(), self.permit.clone());
+        let tunnel = tunnel(
+            on_downstream,
+            on_upstream,
+            self.proxy.tasks.clone(),
+            self.permit.clone(),
+        );
         self.proxy.tasks.spawn("preview tunnel", tunnel);
-        Ok(Response::from_parts(head, ResponseBody::whole(Bytes::new())))
+        Ok(Response::from_parts(
+            head,
+            ResponseBody::whole(Bytes::new()),
+        ))
     }
 }
 
@@ -492,7 +536,9 @@ async fn tunnel(
 ) {
     let carry = async {
         let both = async { tokio::try_join!(on_downstream, on_upstream) };
-        let Ok(Ok((down, up))) = timeout(UPGRADE_DEADLINE, both).await else { return };
+        let Ok(Ok((down, up))) = timeout(UPGRADE_DEADLINE, both).await else {
+            return;
+        };
         let (mut down, mut up) = (TokioIo::new(down), TokioIo::new(up));
         tokio::io::copy_bidirectional_with_sizes(&mut down, &mut up, TUNNEL_BUFFER, TUNNEL_BUFFER)
             .await
@@ -504,16 +550,23 @@ async fn tunnel(
 
 /// The one host that a request names (RFC 9112 3.2): a request that is unclear about it could be
 /// routed by one name and served by another.
-fn host_of(request: &Request<Incoming>) -> Result<HeaderValue, Response<Bytes>> {
+fn host_of(request: &Request<Incoming>) -> Result<HeaderValue, Own> {
     if *request.method() == Method::CONNECT {
         let text = "this is no forward proxy";
-        return Err(pages::problem(StatusCode::METHOD_NOT_ALLOWED, "Refused", text, false));
+        return Err(pages::problem(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "Refused",
+            text,
+            false,
+        ));
     }
     let mut hosts = request.headers().get_all(HOST).iter();
     match (hosts.next(), hosts.next(), request.uri().authority()) {
         (Some(_), Some(_), _) => Err(bad_request("the request names two hosts")),
         (Some(host), None, Some(authority))
-            if !host.as_bytes().eq_ignore_ascii_case(authority.as_str().as_bytes()) =>
+            if !host
+                .as_bytes()
+                .eq_ignore_ascii_case(authority.as_str().as_bytes()) =>
         {
             Err(bad_request("the request names two hosts"))
         }
@@ -534,15 +587,23 @@ fn upstream(preview: &PreviewHandle) -> Option<u16> {
 }
 
 /// Waits for a server that starts, wakes or is being repaired.
-async fn await_upstream(preview: &PreviewHandle) -> Result<u16, Response<Bytes>> {
+async fn await_upstream(preview: &PreviewHandle) -> Result<u16, Own> {
     let mut status = preview.status();
     if status.borrow().state == PreviewState::Off {
         return Err(not_yet(false));
     }
     let live = async {
-        status.wait_for(|status| status.upstream.is_some()).await.ok().and_then(|live| live.upstream)
+        status
+            .wait_for(|status| status.upstream.is_some())
+            .await
+            .ok()
+            .and_then(|live| live.upstream)
     };
-    timeout(WAIT_FOR_LIVE, live).await.ok().flatten().ok_or_else(|| not_yet(false))
+    timeout(WAIT_FOR_LIVE, live)
+        .await
+        .ok()
+        .flatten()
+        .ok_or_else(|| not_yet(false))
 }
 
 /// The holding page; a server that failed is tried once more, because somebody looks.
@@ -563,12 +624,14 @@ fn not_yet(as_page: bool) -> Response<Bytes> {
 fn upstream_problem(error: &UpstreamError, as_page: bool) -> Response<Bytes> {
     let (status, text) = match error {
         UpstreamError::Unreachable => return not_yet(as_page),
-        UpstreamError::Closed => {
-            (StatusCode::BAD_GATEWAY, "The site's dev server broke off before it answered.")
-        }
-        UpstreamError::TimedOut => {
-            (StatusCode::GATEWAY_TIMEOUT, "The site's dev server did not answer in time.")
-        }
+        UpstreamError::Closed => (
+            StatusCode::BAD_GATEWAY,
+            "The site's dev server broke off before it answered.",
+        ),
+        UpstreamError::TimedOut => (
+            StatusCode::GATEWAY_TIMEOUT,
+            "The site's dev server did not answer in time.",
+        ),
     };
     pages::problem(status, "The preview has a problem", text, as_page)
 }
@@ -579,8 +642,12 @@ fn bad_request(text: &str) -> Response<Bytes> {
 
 fn upgrade_required() -> Response<Bytes> {
     let text = "this port speaks WebSocket alone";
-    let mut response =
-        pages::problem(StatusCode::UPGRADE_REQUIRED, "Upgrade required", text, false);
+    let mut response = pages::problem(
+        StatusCode::UPGRADE_REQUIRED,
+        "Upgrade required",
+        text,
+        false,
+    );
     headers::ask_for_websocket(response.headers_mut());
     response
 }
@@ -645,11 +712,21 @@ struct ResponseBody {
 impl ResponseBody {
     fn whole(body: Bytes) -> Self {
         let tail = (!body.is_empty()).then_some(body);
-        Self { stream: None, tail, _guard: None, in_request: None }
+        Self {
+            stream: None,
+            tail,
+            _guard: None,
+            in_request: None,
+        }
     }
 
     fn streamed(stream: Incoming, tail: Option<Bytes>, guard: Option<ActivityGuard>) -> Self {
-        Self { stream: Some(stream), tail, _guard: guard, in_request: None }
+        Self {
+            stream: Some(stream),
+            tail,
+            _guard: guard,
+            in_request: None,
+        }
     }
 }
 
@@ -680,7 +757,10 @@ impl Body for ResponseBody {
     }
 
     fn size_hint(&self) -> SizeHint {
-        let mut hint = self.stream.as_ref().map_or(SizeHint::with_exact(0), Body::size_hint);
+        let mut hint = self
+            .stream
+            .as_ref()
+            .map_or(SizeHint::with_exact(0), Body::size_hint);
         if let Some(tail) = &self.tail {
             let more = tail.len() as u64;
             let exact = hint.upper();

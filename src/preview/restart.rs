@@ -54,10 +54,12 @@ impl Restarts {
 
 /// The text without clock times (`09:41:07`), which differ from run to run.
 fn without_times(text: &str) -> String {
-    let is_time = |word: &&str| {
-        word.len() == 8 && word.bytes().all(|b| b.is_ascii_digit() || b == b':')
-    };
-    text.split_whitespace().filter(|word| !is_time(word)).collect::<Vec<_>>().join(" ")
+    let is_time =
+        |word: &&str| word.len() == 8 && word.bytes().all(|b| b.is_ascii_digit() || b == b':');
+    text.split_whitespace()
+        .filter(|word| !is_time(word))
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 #[cfg(test)]
@@ -98,7 +100,10 @@ mod tests {
         let at = |t: &str| failure(1, 1, false, &format!("{t} [config] bad at line 3"));
         assert_eq!(waits(&[at("09:41:07"), at("09:41:09")]), [Some(1), None]);
         let other = failure(1, 1, false, "another error");
-        assert_eq!(waits(&[at("09:41:07"), other.clone(), other]), [Some(1), Some(2), None]);
+        assert_eq!(
+            waits(&[at("09:41:07"), other.clone(), other]),
+            [Some(1), Some(2), None]
+        );
         let slow = failure(5, 1, false, "x");
         assert_eq!(waits(&[slow.clone(), slow]), [Some(1), Some(2)]);
     }

@@ -58,7 +58,10 @@ fn first_label(host: &str) -> Option<String> {
 /// Is this a label that `ThreadKey::slug` makes: a dash and 12 hex digits at its end?
 fn is_slug(label: &str) -> bool {
     label.rsplit_once('-').is_some_and(|(_, digest)| {
-        digest.len() == 12 && digest.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
+        digest.len() == 12
+            && digest
+                .bytes()
+                .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
     })
 }
 
@@ -87,7 +90,9 @@ pub(crate) enum SameSite {
 
 /// Does a page of this Origin belong to this Host? `null` belongs to none (RFC 6454 7.1).
 pub(crate) fn is_own_origin(origin: &str, host: &str, same: SameSite) -> bool {
-    let Some((scheme, authority)) = origin.split_once("://") else { return false };
+    let Some((scheme, authority)) = origin.split_once("://") else {
+        return false;
+    };
     let default_port = match scheme {
         "http" => "80",
         "https" => "443",
@@ -133,18 +138,30 @@ mod tests {
         ] {
             assert_eq!(chosen(&host, Some(B), Some(B)), a, "{host}");
         }
-        for host in ["localhost:4321", "127.0.0.1:4321", "[::1]:4321", "preview.example.com", ""] {
+        for host in [
+            "localhost:4321",
+            "127.0.0.1:4321",
+            "[::1]:4321",
+            "preview.example.com",
+            "",
+        ] {
             assert_eq!(chosen(host, Some(B), Some(A)), b, "{host}");
             assert_eq!(chosen(host, None, Some(A)), a, "{host}");
             assert_eq!(chosen(host, Some("gone"), Some(A)), a, "{host}");
             assert_eq!(chosen(host, None, None), None, "{host}");
         }
-        assert_eq!(choose(None, None, Some(A), |_| true), Choice::Slug(A.to_owned()));
+        assert_eq!(
+            choose(None, None, Some(A), |_| true),
+            Choice::Slug(A.to_owned())
+        );
     }
 
     #[test]
     fn the_address_of_an_unknown_thread_shows_no_other() {
-        assert_eq!(chosen("acme-bob-x-00112233aabb.localhost:4321", Some(A), Some(A)), None);
+        assert_eq!(
+            chosen("acme-bob-x-00112233aabb.localhost:4321", Some(A), Some(A)),
+            None
+        );
         let slug = ThreadKey::parse("a", "b", "c").unwrap().slug();
         assert!(is_slug(&slug));
     }
@@ -152,12 +169,24 @@ mod tests {
     #[test]
     fn hosts_that_vite_serves() {
         let allowed = ["site.preview.example.com".to_owned()];
-        for host in ["localhost", "localhost:4321", "a.localhost:1", "10.0.0.7:80", "[::1]:4321",
-            "[fe80::1]", "Site.preview.example.com:443"]
-        {
+        for host in [
+            "localhost",
+            "localhost:4321",
+            "a.localhost:1",
+            "10.0.0.7:80",
+            "[::1]:4321",
+            "[fe80::1]",
+            "Site.preview.example.com:443",
+        ] {
             assert!(passes_host_check(host, &allowed), "{host}");
         }
-        for host in ["evil.example", "localhost.evil.example", "", "xlocalhost", "[nonsense]"] {
+        for host in [
+            "evil.example",
+            "localhost.evil.example",
+            "",
+            "xlocalhost",
+            "[nonsense]",
+        ] {
             assert!(!passes_host_check(host, &allowed), "{host}");
         }
     }
@@ -170,7 +199,10 @@ mod tests {
             ("https://a.preview.example.com", "a.preview.example.com:443"),
             ("http://[::1]:4321", "[::1]:4321"),
         ] {
-            assert!(is_own_origin(origin, host, SameSite::NameAndPort), "{origin} {host}");
+            assert!(
+                is_own_origin(origin, host, SameSite::NameAndPort),
+                "{origin} {host}"
+            );
         }
         for (origin, host) in [
             ("null", "a.localhost:4321"),
@@ -182,9 +214,20 @@ mod tests {
             ("file://a.localhost:4321", "a.localhost:4321"),
             ("", "a.localhost:4321"),
         ] {
-            assert!(!is_own_origin(origin, host, SameSite::NameAndPort), "{origin} {host}");
+            assert!(
+                !is_own_origin(origin, host, SameSite::NameAndPort),
+                "{origin} {host}"
+            );
         }
-        assert!(is_own_origin("http://a.localhost:4321", "a.localhost:4322", SameSite::Name));
-        assert!(!is_own_origin("http://b.localhost:4321", "a.localhost:4322", SameSite::Name));
+        assert!(is_own_origin(
+            "http://a.localhost:4321",
+            "a.localhost:4322",
+            SameSite::Name
+        ));
+        assert!(!is_own_origin(
+            "http://b.localhost:4321",
+            "a.localhost:4322",
+            SameSite::Name
+        ));
     }
 }

@@ -28,7 +28,10 @@ pub enum ProcessError {
         source: io::Error,
     },
     #[error("{name} did not end within {} s", deadline.as_secs())]
-    TimedOut { name: &'static str, deadline: Duration },
+    TimedOut {
+        name: &'static str,
+        deadline: Duration,
+    },
 }
 
 /// What a child's stdin is.
@@ -116,7 +119,11 @@ pub struct ProcessHandle {
 }
 
 impl Launcher {
-    #[expect(clippy::disallowed_methods, clippy::unused_async, reason = "a stand-in")]
+    #[expect(
+        clippy::disallowed_methods,
+        clippy::unused_async,
+        reason = "a stand-in"
+    )]
     pub async fn spawn(&self, spec: Spec) -> Result<Child, ProcessError> {
         let mut child = Command::new(&spec.program)
             .args(&spec.args)
@@ -131,10 +138,17 @@ impl Launcher {
             .stderr(std::process::Stdio::piped())
             .process_group(0)
             .spawn()
-            .map_err(|source| ProcessError::Spawn { name: spec.name, source })?;
+            .map_err(|source| ProcessError::Spawn {
+                name: spec.name,
+                source,
+            })?;
         let (tell, exit) = watch::channel(None);
-        let handle = ProcessHandle { pid: child.id().expect("just started"), exit };
-        let (stdin, stdout, stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
+        let handle = ProcessHandle {
+            pid: child.id().expect("just started"),
+            exit,
+        };
+        let (stdin, stdout, stderr) =
+            (child.stdin.take(), child.stdout.take(), child.stderr.take());
         tokio::spawn(async move {
             use std::os::unix::process::ExitStatusExt;
             let status = child.wait().await.ok();
@@ -196,7 +210,8 @@ impl ProcessHandle {
 
     fn signal(&self, signal: nix::sys::signal::Signal) {
         if self.try_exit().is_none() {
-            nix::sys::signal::killpg(nix::unistd::Pid::from_raw(self.pid.cast_signed()), signal).ok();
+            nix::sys::signal::killpg(nix::unistd::Pid::from_raw(self.pid.cast_signed()), signal)
+                .ok();
         }
     }
 
@@ -216,7 +231,10 @@ impl ProcessHandle {
     pub async fn wait(&self) -> Exit {
         let mut exit = self.exit.clone();
         let seen = exit.wait_for(Option::is_some).await;
-        seen.ok().and_then(|e| *e).unwrap_or(Exit { code: None, signal: None })
+        seen.ok().and_then(|e| *e).unwrap_or(Exit {
+            code: None,
+            signal: None,
+        })
     }
 
     pub fn try_exit(&self) -> Option<Exit> {
@@ -228,16 +246,28 @@ impl ProcessHandle {
         let mut inodes = HashSet::new();
         let mut by_parent: HashMap<u32, Vec<u32>> = HashMap::new();
         for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
-            let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse::<u32>().ok()) else {
+            let Some(pid) = entry
+                .file_name()
+                .to_str()
+                .and_then(|n| n.parse::<u32>().ok())
+            else {
                 continue;
             };
             let stat = std::fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
             let rest = stat.rsplit(')').next().unwrap_or_default();
-            let group = rest.split_whitespace().nth(2).and_then(|g| g.parse().ok()).unwrap_or(0);
+            let group = rest
+                .split_whitespace()
+                .nth(2)
+                .and_then(|g| g.parse().ok())
+                .unwrap_or(0);
             by_parent.entry(group).or_default().push(pid);
         }
         for pid in by_parent.remove(&self.pid).unwrap_or_default() {
-            for fd in std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten() {
+            for fd in std::fs::read_dir(format!("/proc/{pid}/fd"))
+                .into_iter()
+                .flatten()
+                .flatten()
+            {
                 if let Ok(target) = std::fs::read_link(fd.path())
                     && let Some(inode) = target
                         .to_str()
@@ -249,12 +279,18 @@ impl ProcessHandle {
             }
         }
         ["/proc/net/tcp", "/proc/net/tcp6"].iter().any(|table| {
-            std::fs::read_to_string(table).unwrap_or_default().lines().skip(1).any(|line| {
-                let columns: Vec<&str> = line.split_whitespace().collect();
-                columns.get(3) == Some(&"0A")
-                    && columns.get(1).is_some_and(|a| a.ends_with(&format!(":{port:04X}")))
-                    && columns.get(9).is_some_and(|inode| inodes.contains(*inode))
-            })
+            std::fs::read_to_string(table)
+                .unwrap_or_default()
+                .lines()
+                .skip(1)
+                .any(|line| {
+                    let columns: Vec<&str> = line.split_whitespace().collect();
+                    columns.get(3) == Some(&"0A")
+                        && columns
+                            .get(1)
+                            .is_some_and(|a| a.ends_with(&format!(":{port:04X}")))
+                        && columns.get(9).is_some_and(|inode| inodes.contains(*inode))
+                })
         })
     }
 }

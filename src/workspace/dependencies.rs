@@ -21,10 +21,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use self::{
-    manifest::Need,
-    tree::AttachError,
-};
+use self::{manifest::Need, tree::AttachError};
 use crate::{
     process::{Exit, Launcher, Ports, ProcessError, Profile, Spec, Stdin},
     task::{BlockingError, blocking},
@@ -69,12 +66,19 @@ pub enum InstallError {
     /// The package manager, or a script of a package, ended badly. `output` is the end of what
     /// it wrote, without colours, at most 4 kB.
     #[error("{manager} ended with {exit}\n{output}")]
-    Failed { manager: &'static str, exit: Exit, output: String },
+    Failed {
+        manager: &'static str,
+        exit: Exit,
+        output: String,
+    },
 }
 
 impl From<AttachError> for InstallError {
     fn from(error: AttachError) -> Self {
-        Self::Disk { what: error.what, source: error.source }
+        Self::Disk {
+            what: error.what,
+            source: error.source,
+        }
     }
 }
 
@@ -107,7 +111,9 @@ pub struct DependencyRequest<E> {
 
 impl<E> fmt::Debug for DependencyRequest<E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("DependencyRequest").field("worktree", &self.worktree).finish_non_exhaustive()
+        f.debug_struct("DependencyRequest")
+            .field("worktree", &self.worktree)
+            .finish_non_exhaustive()
     }
 }
 
@@ -145,7 +151,11 @@ pub struct Dependencies {
 impl Dependencies {
     /// An installer that starts its children through `launcher`.
     pub fn new(launcher: Launcher, tools: NodeTools) -> Self {
-        Self { launcher, tools: Arc::new(tools), locks: Arc::default() }
+        Self {
+            launcher,
+            tools: Arc::new(tools),
+            locks: Arc::default(),
+        }
     }
 
     /// Makes sure that a worktree has the `node_modules` that its lockfile and package.json ask
@@ -163,8 +173,16 @@ impl Dependencies {
         E: FnOnce(&Path) -> io::Result<()> + Send + 'static,
     {
         let began = Instant::now();
-        let DependencyRequest { worktree, export, cache } = request;
-        let done = |kind, linked_to| Attached { took: began.elapsed(), kind, linked_to };
+        let DependencyRequest {
+            worktree,
+            export,
+            cache,
+        } = request;
+        let done = |kind, linked_to| Attached {
+            took: began.elapsed(),
+            kind,
+            linked_to,
+        };
         let (from, major) = (worktree.clone(), self.tools.node_major);
         let read = move || Need::read(&from, major);
         let Some(need) = blocking("reading package.json", DISK_DEADLINE, read).await?? else {
@@ -172,8 +190,7 @@ impl Dependencies {
         };
         let (at, key) = (worktree.clone(), need.key.clone());
         let current = move || tree::current(&at, &key);
-        if let Some(linked_to) =
-            blocking("looking at node_modules", DISK_DEADLINE, current).await?
+        if let Some(linked_to) = blocking("looking at node_modules", DISK_DEADLINE, current).await?
         {
             return Ok(done(AttachedKind::Current, linked_to));
         }
@@ -183,7 +200,8 @@ impl Dependencies {
         let is_cached = tree::is_master(&master);
         if !is_cached {
             on_progress("Installing dependencies");
-            self.install(&need, export, &cache, &master, &mut on_progress).await?;
+            self.install(&need, export, &cache, &master, &mut on_progress)
+                .await?;
         }
         drop(held);
         if tree::is_committed(&master) {
@@ -192,12 +210,19 @@ impl Dependencies {
         on_progress("Linking dependencies");
         let attach = move || tree::attach(&master, &worktree, &cache, &need.key);
         let linked_to = blocking("linking dependencies", DISK_DEADLINE, attach).await??;
-        let kind = if is_cached { AttachedKind::Cached } else { AttachedKind::Installed };
+        let kind = if is_cached {
+            AttachedKind::Cached
+        } else {
+            AttachedKind::Installed
+        };
         Ok(done(kind, linked_to))
     }
 
     fn lock_of(&self, master: &Path) -> Arc<tokio::sync::Mutex<()>> {
-        let mut locks = self.locks.lock().expect("no panic while the locks are held");
+        let mut locks = self
+            .locks
+            .lock()
+            .expect("no panic while the locks are held");
         locks.retain(|_, lock| lock.strong_count() > 0);
         if let Some(lock) = locks.get(master).and_then(Weak::upgrade) {
             return lock;
@@ -223,7 +248,12 @@ impl Dependencies {
         let (folders, files) = (staging.clone(), need.files.clone());
         let fill = move || {
             let disk = |what| move |source| InstallError::Disk { what, source };
-            for folder in [&folders.site, &folders.home, &folders.tmp, &folders.downloads] {
+            for folder in [
+                &folders.site,
+                &folders.home,
+                &folders.tmp,
+                &folders.downloads,
+            ] {
                 std::fs::create_dir_all(folder).map_err(disk("make the installer's folders"))?;
             }
             export(&folders.site).map_err(InstallError::Export)?;
@@ -260,7 +290,11 @@ impl Dependencies {
             }
             if attempts.peek().is_none() || !run.is_lock_refused {
                 let output = run.tail.text(SHOWN_BYTES);
-                return Err(InstallError::Failed { manager, exit: run.exit, output });
+                return Err(InstallError::Failed {
+                    manager,
+                    exit: run.exit,
+                    output,
+                });
             }
             on_progress("Installing dependencies (the lockfile doesn't fit package.json)");
         }
@@ -274,13 +308,24 @@ impl Dependencies {
         args: Vec<OsString>,
     ) -> Result<Run, InstallError> {
         let tools = &self.tools;
-        let npm = tools.npm.canonicalize().unwrap_or_else(|_| tools.npm.clone());
+        let npm = tools
+            .npm
+            .canonicalize()
+            .unwrap_or_else(|_| tools.npm.clone());
         // Started by Node, so that no `env node` on PATH decides which one.
         let mut all: Vec<OsString> = vec![npm.clone().into()];
         all.extend(args);
         let mut read: Vec<PathBuf> = SYSTEM.iter().map(PathBuf::from).collect();
-        let node = tools.node.canonicalize().unwrap_or_else(|_| tools.node.clone());
-        read.extend([&tools.node, &node].iter().filter_map(|n| n.parent()).map(Path::to_owned));
+        let node = tools
+            .node
+            .canonicalize()
+            .unwrap_or_else(|_| tools.node.clone());
+        read.extend(
+            [&tools.node, &node]
+                .iter()
+                .filter_map(|n| n.parent())
+                .map(Path::to_owned),
+        );
         // `npm/bin/npm-cli.js` needs all of `npm/`.
         read.extend(npm.parent().and_then(Path::parent).map(Path::to_owned));
         read.extend(tools.readable.iter().cloned());
@@ -309,15 +354,25 @@ impl Dependencies {
             tail.push(line);
         };
         let run = self.launcher.run(spec, INSTALL_DEADLINE, on_line).await;
-        let exit = run.map_err(|source| InstallError::Run { manager, source })?.exit;
-        Ok(Run { exit, tail, is_lock_refused })
+        let exit = run
+            .map_err(|source| InstallError::Run { manager, source })?
+            .exit;
+        Ok(Run {
+            exit,
+            tail,
+            is_lock_refused,
+        })
     }
 
     fn environment(&self, staging: &Staging) -> Vec<(OsString, OsString)> {
         let mut path = OsString::new();
-        for folder in self.tools.node.parent().into_iter().chain(
-            ["/usr/local/bin", "/usr/bin", "/bin"].iter().map(Path::new),
-        ) {
+        for folder in self
+            .tools
+            .node
+            .parent()
+            .into_iter()
+            .chain(["/usr/local/bin", "/usr/bin", "/bin"].iter().map(Path::new))
+        {
             if !path.is_empty() {
                 path.push(":");
             }
@@ -330,8 +385,14 @@ impl Dependencies {
             ("TMPDIR".into(), staging.tmp.clone().into()),
             ("npm_config_cache".into(), staging.downloads.clone().into()),
             // pnpm and yarn keep their downloads there too.
-            ("npm_config_store_dir".into(), staging.downloads.join("pnpm").into()),
-            ("YARN_CACHE_FOLDER".into(), staging.downloads.join("yarn").into()),
+            (
+                "npm_config_store_dir".into(),
+                staging.downloads.join("pnpm").into(),
+            ),
+            (
+                "YARN_CACHE_FOLDER".into(),
+                staging.downloads.join("yarn").into(),
+            ),
         ]);
         env.extend(
             [
@@ -382,7 +443,9 @@ impl Drop for RemoveOnDrop {
 
 impl Staging {
     fn new(cache: &Path) -> Self {
-        let root = cache.join("staging").join(uuid::Uuid::new_v4().simple().to_string());
+        let root = cache
+            .join("staging")
+            .join(uuid::Uuid::new_v4().simple().to_string());
         Self {
             site: root.join("site"),
             home: root.join("home"),

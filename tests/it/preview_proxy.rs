@@ -74,8 +74,10 @@ struct Bench {
 impl Bench {
     async fn new() -> Self {
         let tasks = Tasks::new();
-        let settings =
-            PreviewSettings { node: "/nowhere/node".into(), private_root: "/nowhere".into() };
+        let settings = PreviewSettings {
+            node: "/nowhere/node".into(),
+            private_root: "/nowhere".into(),
+        };
         let previews = Previews::new(Launcher::default(), settings, tasks.clone());
         let seen = Arc::new(Seen::default());
         let mut addresses = Vec::new();
@@ -84,7 +86,13 @@ impl Bench {
             addresses.push(listener.local_addr().unwrap());
             Proxy::serve(listener, kind, previews.clone(), seen.clone(), &tasks);
         }
-        Self { previews, tasks, seen, proxy: addresses[0], hmr: addresses[1] }
+        Self {
+            previews,
+            tasks,
+            seen,
+            proxy: addresses[0],
+            hmr: addresses[1],
+        }
     }
 
     fn adopt(&self, slug: &str, status: PreviewStatus) -> watch::Sender<PreviewStatus> {
@@ -137,7 +145,11 @@ impl Bench {
 }
 
 fn live(port: u16) -> PreviewStatus {
-    PreviewStatus { state: PreviewState::Live, upstream: Some(port), ..PreviewStatus::off() }
+    PreviewStatus {
+        state: PreviewState::Live,
+        upstream: Some(port),
+        ..PreviewStatus::off()
+    }
 }
 
 fn starting(progress: &str) -> PreviewStatus {
@@ -158,7 +170,10 @@ struct Client(TcpStream);
 
 impl Client {
     async fn send(&mut self, text: &str) {
-        timeout(SOON, self.0.write_all(text.as_bytes())).await.unwrap().unwrap();
+        timeout(SOON, self.0.write_all(text.as_bytes()))
+            .await
+            .unwrap()
+            .unwrap();
     }
 
     /// Reads until the text has been seen.
@@ -179,8 +194,14 @@ impl Client {
 
     async fn answer(&mut self, with_body: bool) -> Answer {
         let head = self.until("\r\n\r\n").await.to_ascii_lowercase();
-        let status = head.split(' ').nth(1).and_then(|s| s.parse().ok()).unwrap_or(0);
-        let length = head.lines().find_map(|l| l.strip_prefix("content-length: "));
+        let status = head
+            .split(' ')
+            .nth(1)
+            .and_then(|s| s.parse().ok())
+            .unwrap_or(0);
+        let length = head
+            .lines()
+            .find_map(|l| l.strip_prefix("content-length: "));
         let mut body = String::new();
         if with_body && head.contains("transfer-encoding: chunked") {
             loop {
@@ -200,7 +221,10 @@ impl Client {
 
     async fn exactly(&mut self, length: usize) -> String {
         let mut bytes = vec![0; length];
-        timeout(SOON, self.0.read_exact(&mut bytes)).await.unwrap().unwrap();
+        timeout(SOON, self.0.read_exact(&mut bytes))
+            .await
+            .unwrap()
+            .unwrap();
         String::from_utf8(bytes).unwrap()
     }
 }
@@ -214,7 +238,9 @@ async fn echo_heads(stream: TcpStream) {
             return;
         }
         let length = head.to_ascii_lowercase();
-        let length = length.lines().find_map(|l| l.strip_prefix("content-length: "));
+        let length = length
+            .lines()
+            .find_map(|l| l.strip_prefix("content-length: "));
         if let Some(length) = length {
             stream.exactly(length.parse().unwrap()).await;
         }
@@ -241,7 +267,9 @@ async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    timeout(SOON, all).await.unwrap_or_else(|_| panic!("{what}"));
+    timeout(SOON, all)
+        .await
+        .unwrap_or_else(|_| panic!("{what}"));
 }
 
 #[tokio::test]
@@ -252,7 +280,9 @@ async fn bodies_stream_both_ways_before_they_end() {
             let mut stream = Client(stream);
             stream.until("\r\n\r\n").await;
             stream.until("one\r\n").await;
-            stream.send("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n7\r\ngot one\r\n").await;
+            stream
+                .send("HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n7\r\ngot one\r\n")
+                .await;
             stream.until("two\r\n0\r\n\r\n").await;
             stream.send("7\r\ngot two\r\n0\r\n\r\n").await;
         })
@@ -260,7 +290,11 @@ async fn bodies_stream_both_ways_before_they_end() {
     let mut client = bench.connect().await;
     client.send("POST /up HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n3\r\none\r\n").await;
     client.until("got one\r\n").await;
-    assert_eq!(bench.seen.in_flight.load(Ordering::SeqCst), 1, "somebody is served");
+    assert_eq!(
+        bench.seen.in_flight.load(Ordering::SeqCst),
+        1,
+        "somebody is served"
+    );
     client.send("3\r\ntwo\r\n0\r\n\r\n").await;
     client.until("got two\r\n0\r\n\r\n").await;
     eventually("nobody is served any more", || {
@@ -279,14 +313,18 @@ async fn events_arrive_as_they_are_sent_and_hold_nobody_awake() {
             async move {
                 let mut stream = Client(stream);
                 stream.until("\r\n\r\n").await;
-                stream.send("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: 1\n\n").await;
+                stream
+                    .send("HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: 1\n\n")
+                    .await;
                 gone.wait_for(|go| *go).await.unwrap();
                 stream.send("data: 2\n\n").await;
             }
         })
         .await;
     let mut client = bench.connect().await;
-    client.send("GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
+    client
+        .send("GET /events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        .await;
     client.until("data: 1\n\n").await;
     assert_eq!(bench.seen.in_flight.load(Ordering::SeqCst), 0);
     go.send_replace(true);
@@ -296,12 +334,20 @@ async fn events_arrive_as_they_are_sent_and_hold_nobody_awake() {
 async fn echo_websocket(stream: TcpStream) {
     #[expect(clippy::result_large_err, reason = "tungstenite's own type")]
     let answer = |request: &WsRequest, mut response: WsResponse| {
-        assert_eq!(request.uri().to_string(), "/socket?token=a%20b", "path and query as sent");
+        assert_eq!(
+            request.uri().to_string(),
+            "/socket?token=a%20b",
+            "path and query as sent"
+        );
         let protocol = request.headers()["sec-websocket-protocol"].clone();
-        response.headers_mut().insert("sec-websocket-protocol", protocol);
+        response
+            .headers_mut()
+            .insert("sec-websocket-protocol", protocol);
         Ok(response)
     };
-    let big = WebSocketConfig::default().max_message_size(None).max_frame_size(None);
+    let big = WebSocketConfig::default()
+        .max_message_size(None)
+        .max_frame_size(None);
     let socket = tokio_tungstenite::accept_hdr_async_with_config(stream, answer, Some(big)).await;
     let Ok(mut socket) = socket else { return };
     while let Some(Ok(message)) = socket.next().await {
@@ -315,23 +361,47 @@ async fn echo_websocket(stream: TcpStream) {
 async fn a_websocket_is_a_tunnel_for_frames_of_any_size() {
     let bench = Bench::new().await;
     bench.upstream(A, echo_websocket).await;
-    let mut request =
-        format!("ws://{}/socket?token=a%20b", bench.proxy).into_client_request().unwrap();
-    request.headers_mut().insert("sec-websocket-protocol", "vite-hmr".parse().unwrap());
+    let mut request = format!("ws://{}/socket?token=a%20b", bench.proxy)
+        .into_client_request()
+        .unwrap();
+    request
+        .headers_mut()
+        .insert("sec-websocket-protocol", "vite-hmr".parse().unwrap());
     let origin = format!("http://{}", bench.proxy);
-    request.headers_mut().insert("origin", origin.parse().unwrap());
-    let big = WebSocketConfig::default().max_message_size(None).max_frame_size(None);
+    request
+        .headers_mut()
+        .insert("origin", origin.parse().unwrap());
+    let big = WebSocketConfig::default()
+        .max_message_size(None)
+        .max_frame_size(None);
     let stream = TcpStream::connect(bench.proxy).await.unwrap();
     let (mut socket, response) =
-        tokio_tungstenite::client_async_with_config(request, stream, Some(big)).await.unwrap();
+        tokio_tungstenite::client_async_with_config(request, stream, Some(big))
+            .await
+            .unwrap();
     assert_eq!(response.headers()["sec-websocket-protocol"], "vite-hmr");
     let large = "x".repeat(17_000_000);
     for text in ["hello", &large] {
-        timeout(SOON, socket.send(Message::text(text))).await.unwrap().unwrap();
-        let back = timeout(SOON * 3, socket.next()).await.unwrap().unwrap().unwrap();
-        assert!(back.to_text().unwrap() == text, "{} bytes came back", back.len());
+        timeout(SOON, socket.send(Message::text(text)))
+            .await
+            .unwrap()
+            .unwrap();
+        let back = timeout(SOON * 3, socket.next())
+            .await
+            .unwrap()
+            .unwrap()
+            .unwrap();
+        assert!(
+            back.to_text().unwrap() == text,
+            "{} bytes came back",
+            back.len()
+        );
     }
-    assert_eq!(bench.seen.requests.load(Ordering::SeqCst), 0, "a socket holds nobody awake");
+    assert_eq!(
+        bench.seen.requests.load(Ordering::SeqCst),
+        0,
+        "a socket holds nobody awake"
+    );
     // The program stops: the tunnel ends with it.
     assert!(bench.tasks.stop(SOON).await, "every task ended");
     let end = timeout(SOON, socket.next()).await.unwrap();
@@ -355,13 +425,26 @@ async fn sockets_of_other_sites_are_refused() {
     let host = format!("{A}.localhost:4321");
     for (origin, status) in [
         ("", 101),
-        ("Origin: http://acme-alice-main-0123456789ab.localhost:4321\r\n", 101),
+        (
+            "Origin: http://acme-alice-main-0123456789ab.localhost:4321\r\n",
+            101,
+        ),
         ("Origin: null\r\n", 403),
         ("Origin: http://evil.example\r\n", 403),
-        ("Origin: http://acme-alice-blue-ba9876543210.localhost:4321\r\n", 403),
-        ("Origin: http://acme-alice-main-0123456789ab.localhost:4321\r\nOrigin: null\r\n", 403),
+        (
+            "Origin: http://acme-alice-blue-ba9876543210.localhost:4321\r\n",
+            403,
+        ),
+        (
+            "Origin: http://acme-alice-main-0123456789ab.localhost:4321\r\nOrigin: null\r\n",
+            403,
+        ),
     ] {
-        assert_eq!(bench.ask(&handshake(&host, origin)).await.status, status, "{origin:?}");
+        assert_eq!(
+            bench.ask(&handshake(&host, origin)).await.status,
+            status,
+            "{origin:?}"
+        );
     }
 }
 
@@ -371,8 +454,15 @@ async fn a_ping_of_vite_is_answered_by_a_server_that_is_there_alone() {
     let preview = bench.upstream(A, |stream| say(stream, SWITCHED)).await;
     let ping = handshake("localhost", "Sec-WebSocket-Protocol: vite-ping\r\n");
     assert_eq!(bench.ask(&ping).await.status, 101);
-    for state in [PreviewState::Starting, PreviewState::Error, PreviewState::Asleep] {
-        preview.send_replace(PreviewStatus { state, ..PreviewStatus::off() });
+    for state in [
+        PreviewState::Starting,
+        PreviewState::Error,
+        PreviewState::Asleep,
+    ] {
+        preview.send_replace(PreviewStatus {
+            state,
+            ..PreviewStatus::off()
+        });
         assert_eq!(bench.ask(&ping).await.status, 503, "{state:?}");
     }
 }
@@ -382,7 +472,10 @@ async fn what_is_no_101_becomes_no_tunnel() {
     let bench = Bench::new().await;
     bench
         .upstream(A, |stream| {
-            say(stream, "HTTP/1.1 426 Upgrade Required\r\nContent-Length: 2\r\n\r\nno")
+            say(
+                stream,
+                "HTTP/1.1 426 Upgrade Required\r\nContent-Length: 2\r\n\r\nno",
+            )
         })
         .await;
     let answer = bench.ask(&handshake("localhost", "")).await;
@@ -395,7 +488,10 @@ async fn what_is_no_101_becomes_no_tunnel() {
     let answer = bench.ask(h2c).await;
     assert_eq!(answer.status, 200);
     let seen = answer.body.to_ascii_lowercase();
-    assert!(!seen.contains("upgrade") && !seen.contains("http2-settings"), "{seen}");
+    assert!(
+        !seen.contains("upgrade") && !seen.contains("http2-settings"),
+        "{seen}"
+    );
 }
 
 #[tokio::test]
@@ -428,15 +524,29 @@ async fn the_hmr_port_bridges_clients_that_name_no_subprotocol() {
     let bridged = handshake("a.localhost:4322", page).replace("GET /", "GET /any/path?x=1");
     let answer = ask(bridged).await;
     assert_eq!(answer.status, 101);
-    assert!(!answer.head.contains("sec-websocket-protocol"), "{}", answer.head);
+    assert!(
+        !answer.head.contains("sec-websocket-protocol"),
+        "{}",
+        answer.head
+    );
     let head = heads.lock().unwrap().pop().unwrap();
     assert!(head.starts_with("get /?x=1 http/1.1\r\n"), "{head}");
-    assert!(head.contains("sec-websocket-protocol: vite-hmr") && !head.contains("origin:"), "{head}");
+    assert!(
+        head.contains("sec-websocket-protocol: vite-hmr") && !head.contains("origin:"),
+        "{head}"
+    );
 
     let named = format!("{page}Sec-WebSocket-Protocol: vite-hmr\r\n");
     let answer = ask(handshake("a.localhost:4322", &named)).await;
     assert!(answer.head.contains("sec-websocket-protocol: vite-hmr"));
-    assert!(heads.lock().unwrap().pop().unwrap().contains("origin: http://a.localhost:4321"));
+    assert!(
+        heads
+            .lock()
+            .unwrap()
+            .pop()
+            .unwrap()
+            .contains("origin: http://a.localhost:4321")
+    );
 
     let foreign = handshake("a.localhost:4322", "Origin: http://evil.example\r\n");
     assert_eq!(ask(foreign).await.status, 403);
@@ -468,9 +578,15 @@ async fn head_and_ranges_pass_untouched() {
         .await;
     let mut client = bench.connect().await;
     for _ in 0..2 {
-        client.send("HEAD / HTTP/1.1\r\nHost: localhost\r\nSec-Fetch-Dest: document\r\n\r\n").await;
+        client
+            .send("HEAD / HTTP/1.1\r\nHost: localhost\r\nSec-Fetch-Dest: document\r\n\r\n")
+            .await;
         let answer = client.answer(false).await;
-        assert!(answer.head.contains("content-length: 1234"), "{}", answer.head);
+        assert!(
+            answer.head.contains("content-length: 1234"),
+            "{}",
+            answer.head
+        );
         client
             .send("GET / HTTP/1.1\r\nHost: localhost\r\nSec-Fetch-Dest: document\r\nRange: bytes=0-3\r\n\r\n")
             .await;
@@ -492,13 +608,20 @@ async fn connection_takes_nothing_from_the_site() {
         .await;
     let seen = answer.body.to_ascii_lowercase();
     for kept in [
-        "get /p?q=1 http/1.1\r\n", "host: a.localhost:4321\r\n", "cookie: c=d\r\n",
-        "sec-fetch-site: cross-site\r\n", "x-forwarded-for: 127.0.0.1\r\n",
-        "x-forwarded-host: a.localhost:4321\r\n", "x-forwarded-proto: http\r\n",
+        "get /p?q=1 http/1.1\r\n",
+        "host: a.localhost:4321\r\n",
+        "cookie: c=d\r\n",
+        "sec-fetch-site: cross-site\r\n",
+        "x-forwarded-for: 127.0.0.1\r\n",
+        "x-forwarded-host: a.localhost:4321\r\n",
+        "x-forwarded-proto: http\r\n",
     ] {
         assert!(seen.contains(kept), "{kept:?} in {seen}");
     }
-    assert!(!seen.contains("x-mine") && !seen.contains("\r\nconnection:"), "{seen}");
+    assert!(
+        !seen.contains("x-mine") && !seen.contains("\r\nconnection:"),
+        "{seen}"
+    );
 }
 
 #[tokio::test]
@@ -519,23 +642,49 @@ async fn unclear_requests_reach_the_site_once_or_not_at_all() {
                     text.push(char::from(byte));
                 }
                 counted.fetch_add(text.matches("HTTP/1.1\r\n").count(), Ordering::SeqCst);
-                stream.send("HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n").await;
+                stream
+                    .send("HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                    .await;
             }
         })
         .await;
     let smuggled = "GET /smuggled HTTP/1.1\r\nHost: localhost\r\n\r\n";
     for (fields, body) in [
-        ("Content-Length: 48\r\nTransfer-Encoding: chunked", format!("0\r\n\r\n{smuggled}")),
-        ("Transfer-Encoding: chunked\r\nContent-Length: 4", format!("0\r\n\r\n{smuggled}")),
-        ("Content-Length: 5\r\nContent-Length: 6", "abcdef".to_owned()),
+        (
+            "Content-Length: 48\r\nTransfer-Encoding: chunked",
+            format!("0\r\n\r\n{smuggled}"),
+        ),
+        (
+            "Transfer-Encoding: chunked\r\nContent-Length: 4",
+            format!("0\r\n\r\n{smuggled}"),
+        ),
+        (
+            "Content-Length: 5\r\nContent-Length: 6",
+            "abcdef".to_owned(),
+        ),
         ("Content-Length: +5", "abcde".to_owned()),
         ("Content-Length: -1", String::new()),
         ("Content-Length: 0x5", "abcde".to_owned()),
-        ("Transfer-Encoding: chunked, identity", format!("0\r\n\r\n{smuggled}")),
-        ("Transfer-Encoding: xchunked", format!("0\r\n\r\n{smuggled}")),
-        ("Transfer-Encoding: \u{b}chunked", format!("0\r\n\r\n{smuggled}")),
-        ("Transfer-Encoding : chunked", format!("0\r\n\r\n{smuggled}")),
-        ("X: a\r\n Transfer-Encoding: chunked", format!("0\r\n\r\n{smuggled}")),
+        (
+            "Transfer-Encoding: chunked, identity",
+            format!("0\r\n\r\n{smuggled}"),
+        ),
+        (
+            "Transfer-Encoding: xchunked",
+            format!("0\r\n\r\n{smuggled}"),
+        ),
+        (
+            "Transfer-Encoding: \u{b}chunked",
+            format!("0\r\n\r\n{smuggled}"),
+        ),
+        (
+            "Transfer-Encoding : chunked",
+            format!("0\r\n\r\n{smuggled}"),
+        ),
+        (
+            "X: a\r\n Transfer-Encoding: chunked",
+            format!("0\r\n\r\n{smuggled}"),
+        ),
         ("X: a\rTransfer-Encoding: chunked", String::new()),
         ("X(: a", String::new()),
         ("X: a\0b", String::new()),
@@ -544,7 +693,9 @@ async fn unclear_requests_reach_the_site_once_or_not_at_all() {
         count.store(0, Ordering::SeqCst);
         let mut client = bench.connect().await;
         client
-            .send(&format!("POST / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{fields}\r\n\r\n{body}"))
+            .send(&format!(
+                "POST / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n{fields}\r\n\r\n{body}"
+            ))
             .await;
         let answer = client.answer(true).await;
         let reached = count.load(Ordering::SeqCst);
@@ -552,7 +703,8 @@ async fn unclear_requests_reach_the_site_once_or_not_at_all() {
         // closed: then no status is seen, and one request at most got through.
         assert!(
             matches!((answer.status, reached), (400, 0) | (200, 1) | (0, 0 | 1)),
-            "{fields:?}: status {}, {reached} requests", answer.status
+            "{fields:?}: status {}, {reached} requests",
+            answer.status
         );
     }
     for (line, host) in [
@@ -560,14 +712,26 @@ async fn unclear_requests_reach_the_site_once_or_not_at_all() {
         ("GET / HTTP/1.1", ""),
         ("GET / HTTP/1.1", "Host:\r\n"),
     ] {
-        assert_eq!(bench.ask(&format!("{line}\r\n{host}\r\n")).await.status, 400, "{line} {host}");
+        assert_eq!(
+            bench.ask(&format!("{line}\r\n{host}\r\n")).await.status,
+            400,
+            "{line} {host}"
+        );
     }
-    let connect = bench.ask("CONNECT other:443 HTTP/1.1\r\nHost: other:443\r\n\r\n").await;
+    let connect = bench
+        .ask("CONNECT other:443 HTTP/1.1\r\nHost: other:443\r\n\r\n")
+        .await;
     assert_eq!(connect.status, 405);
-    let long = format!("GET / HTTP/1.1\r\nHost: a\r\nX: {}\r\n\r\n", "x".repeat(70_000));
+    let long = format!(
+        "GET / HTTP/1.1\r\nHost: a\r\nX: {}\r\n\r\n",
+        "x".repeat(70_000)
+    );
     count.store(0, Ordering::SeqCst);
     assert!(matches!(bench.ask(&long).await.status, 431 | 0), "too long");
-    let many = format!("GET / HTTP/1.1\r\nHost: a\r\n{}\r\n", "X: y\r\n".repeat(1000));
+    let many = format!(
+        "GET / HTTP/1.1\r\nHost: a\r\n{}\r\n",
+        "X: y\r\n".repeat(1000)
+    );
     assert!(matches!(bench.ask(&many).await.status, 431 | 0), "too many");
     assert_eq!(count.load(Ordering::SeqCst), 0);
 }
@@ -585,20 +749,29 @@ async fn a_connection_that_the_site_closed_is_replaced_unseen() {
                 let mut stream = Client(stream);
                 stream.until("\r\n\r\n").await;
                 counted.fetch_add(1, Ordering::SeqCst);
-                stream.send("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok").await;
+                stream
+                    .send("HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+                    .await;
                 stream.until("\r\n\r\n").await;
             }
         })
         .await;
     let mut client = bench.connect().await;
     for _ in 0..5 {
-        client.send("GET / HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
+        client
+            .send("GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            .await;
         assert_eq!(client.answer(true).await.body, "ok");
     }
     assert_eq!(count.load(Ordering::SeqCst), 5);
-    client.send("POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\nhi").await;
+    client
+        .send("POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\nhi")
+        .await;
     let answer = client.answer(true).await;
-    assert_eq!(answer.status, 502, "what may have had an effect is not repeated");
+    assert_eq!(
+        answer.status, 502,
+        "what may have had an effect is not repeated"
+    );
     assert_eq!(count.load(Ordering::SeqCst), 5);
 }
 
@@ -615,7 +788,9 @@ async fn one_upstream_connection_serves_one_downstream_connection() {
         .await;
     let mut client = bench.connect().await;
     for _ in 0..50 {
-        client.send("POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\nhi").await;
+        client
+            .send("POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\nhi")
+            .await;
         assert_eq!(client.answer(true).await.status, 200);
     }
     assert_eq!(count.load(Ordering::SeqCst), 1);
@@ -631,22 +806,48 @@ async fn the_holding_page_becomes_the_site() {
     let answer = bench.ask(page).await;
     assert_eq!(answer.status, 503);
     assert!(answer.head.contains("retry-after: 1"), "{}", answer.head);
-    assert!(answer.body.contains("Installing &lt;dependencies&gt;"), "{}", answer.body);
-    let script = bench.ask("GET /__greenroom/holding.js HTTP/1.1\r\nHost: localhost\r\n\r\n").await;
+    assert!(
+        answer.body.contains("Installing &lt;dependencies&gt;"),
+        "{}",
+        answer.body
+    );
+    let script = bench
+        .ask("GET /__greenroom/holding.js HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        .await;
     assert!(script.body.contains("/__greenroom/status"));
     let status = "GET /__greenroom/status HTTP/1.1\r\nHost: localhost\r\n\r\n";
-    assert!(bench.ask(status).await.body.contains("\"state\":\"starting\""));
+    assert!(
+        bench
+            .ask(status)
+            .await
+            .body
+            .contains("\"state\":\"starting\"")
+    );
 
     // What can't be shown a page waits for the site.
     let mut waiting = bench.connect().await;
-    waiting.send("GET /data.json HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\r\n").await;
-    eventually("the request waits", || bench.seen.in_flight.load(Ordering::SeqCst) == 1).await;
+    waiting
+        .send("GET /data.json HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\r\n")
+        .await;
+    eventually("the request waits", || {
+        bench.seen.in_flight.load(Ordering::SeqCst) == 1
+    })
+    .await;
     site.send_replace(live);
-    assert!(waiting.answer(true).await.body.starts_with("GET /data.json"));
+    assert!(
+        waiting
+            .answer(true)
+            .await
+            .body
+            .starts_with("GET /data.json")
+    );
     assert!(bench.ask(status).await.body.contains("\"state\":\"live\""));
     assert!(bench.ask(page).await.body.starts_with("GET /about"));
 
-    let broken = PreviewError { message: "no <such> file".to_owned(), ..PreviewError::default() };
+    let broken = PreviewError {
+        message: "no <such> file".to_owned(),
+        ..PreviewError::default()
+    };
     site.send_replace(PreviewStatus {
         state: PreviewState::Error,
         errors: vec![broken],
@@ -655,7 +856,13 @@ async fn the_holding_page_becomes_the_site() {
     let answer = bench.ask(page).await;
     assert!(answer.status == 503 && answer.body.contains("no &lt;such&gt; file"));
     site.send_replace(PreviewStatus::off());
-    assert_eq!(bench.ask("GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n").await.status, 503);
+    assert_eq!(
+        bench
+            .ask("GET /x HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            .await
+            .status,
+        503
+    );
 }
 
 #[tokio::test]
@@ -673,26 +880,47 @@ async fn a_server_that_is_gone_before_its_news_gets_the_holding_page() {
 #[tokio::test]
 async fn threads_live_side_by_side_under_their_names() {
     let bench = Bench::new().await;
-    let _a = bench.upstream(A, |s| say(s, "HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nA")).await;
-    let _b = bench.upstream(B, |s| say(s, "HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nB")).await;
+    let _a = bench
+        .upstream(A, |s| {
+            say(s, "HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nA")
+        })
+        .await;
+    let _b = bench
+        .upstream(B, |s| {
+            say(s, "HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nB")
+        })
+        .await;
     let body = async |host: &str| {
-        let answer = bench.ask(&format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n")).await;
+        let answer = bench
+            .ask(&format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n"))
+            .await;
         (answer.status, answer.body)
     };
     let page = |text: &str| (200, text.to_owned());
     assert_eq!(body(&format!("{A}.localhost:4321")).await, page("A"));
     assert_eq!(body(&format!("{B}.localhost:4321")).await, page("B"));
-    assert_eq!(body("localhost:4321").await, page("B"), "the thread last initialised");
+    assert_eq!(
+        body("localhost:4321").await,
+        page("B"),
+        "the thread last initialised"
+    );
     assert_eq!(body(&format!("{A}.preview.example.com")).await, page("A"));
     // One connection, several threads (a load balancer does that).
     let mut client = bench.connect().await;
     for (slug, text) in [(A, "A"), (B, "B"), (A, "A")] {
-        client.send(&format!("GET / HTTP/1.1\r\nHost: {slug}.localhost\r\n\r\n")).await;
+        client
+            .send(&format!("GET / HTTP/1.1\r\nHost: {slug}.localhost\r\n\r\n"))
+            .await;
         assert_eq!(client.answer(true).await.body, text);
     }
-    let unknown = "GET / HTTP/1.1\r\nHost: acme-bob-x-00112233aabb.localhost\r\nAccept: text/html\r\n\r\n";
+    let unknown =
+        "GET / HTTP/1.1\r\nHost: acme-bob-x-00112233aabb.localhost\r\nAccept: text/html\r\n\r\n";
     let answer = bench.ask(unknown).await;
-    assert!(answer.status == 404 && answer.body.contains("<h1"), "{}", answer.body);
+    assert!(
+        answer.status == 404 && answer.body.contains("<h1"),
+        "{}",
+        answer.body
+    );
 }
 
 #[tokio::test]
@@ -702,13 +930,24 @@ async fn vite_gets_a_host_that_it_serves() {
     let port = site.borrow().upstream.unwrap();
     for (host, upstream) in [
         ("x.localhost:4321", "x.localhost:4321".to_owned()),
-        ("site.preview.example.com", "site.preview.example.com".to_owned()),
+        (
+            "site.preview.example.com",
+            "site.preview.example.com".to_owned(),
+        ),
         ("rebound.evil.example", format!("localhost:{port}")),
     ] {
-        let answer = bench.ask(&format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n")).await;
+        let answer = bench
+            .ask(&format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n"))
+            .await;
         let seen = answer.body.to_ascii_lowercase();
-        assert!(seen.contains(&format!("\r\nhost: {upstream}\r\n")), "{host}: {seen}");
-        assert!(seen.contains(&format!("x-forwarded-host: {host}\r\n")), "{host}: {seen}");
+        assert!(
+            seen.contains(&format!("\r\nhost: {upstream}\r\n")),
+            "{host}: {seen}"
+        );
+        assert!(
+            seen.contains(&format!("x-forwarded-host: {host}\r\n")),
+            "{host}: {seen}"
+        );
     }
 }
 
@@ -737,18 +976,29 @@ async fn pages_tell_that_a_person_looks() {
         })
         .await;
     let get = async |path: &str, dest: &str| {
-        let text = format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nSec-Fetch-Dest: {dest}\r\n\r\n");
+        let text =
+            format!("GET {path} HTTP/1.1\r\nHost: localhost\r\nSec-Fetch-Dest: {dest}\r\n\r\n");
         bench.ask(&text).await.body
     };
     let with_script = "<html></html>\n<script src=\"/__greenroom/presence.js\" defer></script>\n";
     assert_eq!(get("/", "document").await, with_script);
     assert_eq!(get("/chunked", "iframe").await, with_script);
-    assert_eq!(get("/", "empty").await, "<html></html>", "a fetch gets the bytes as they are");
+    assert_eq!(
+        get("/", "empty").await,
+        "<html></html>",
+        "a fetch gets the bytes as they are"
+    );
     assert_eq!(get("/zipped", "document").await, "zip");
-    assert!(get("/__greenroom/presence.js", "script").await.contains("visibilityState"));
+    assert!(
+        get("/__greenroom/presence.js", "script")
+            .await
+            .contains("visibilityState")
+    );
 
     let say = async |origin: &str| {
-        let text = format!("POST /__greenroom/presence HTTP/1.1\r\nHost: localhost:4321\r\n{origin}Content-Length: 0\r\n\r\n");
+        let text = format!(
+            "POST /__greenroom/presence HTTP/1.1\r\nHost: localhost:4321\r\n{origin}Content-Length: 0\r\n\r\n"
+        );
         bench.ask(&text).await.status
     };
     assert_eq!(say("Origin: http://evil.example\r\n").await, 403);

@@ -34,8 +34,12 @@ const RELEVANT: &[&str] = &[
     "os",
     "cpu",
 ];
-const LISTS: &[&str] =
-    &["dependencies", "devDependencies", "optionalDependencies", "peerDependencies"];
+const LISTS: &[&str] = &[
+    "dependencies",
+    "devDependencies",
+    "optionalDependencies",
+    "peerDependencies",
+];
 /// Scripts that package managers run at install.
 const LIFECYCLE: &[&str] = &["preinstall", "install", "postinstall", "prepare"];
 /// Settings beside the lockfile, of npm, pnpm and yarn.
@@ -44,7 +48,9 @@ const SETTINGS: &[&str] = &[".npmrc", "pnpm-workspace.yaml", ".yarnrc"];
 /// The package managers that a lockfile can belong to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Manager {
-    Npm { locked: bool },
+    Npm {
+        locked: bool,
+    },
     Pnpm,
     /// Yarn 1. Lockfiles of later ones are none to us: npm resolves anew.
     Yarn,
@@ -77,7 +83,9 @@ impl Need {
             read_regular(&worktree.join(name), max)
                 .map_err(|error| InstallError::Site(format!("{name} can't be read: {error}")))
         };
-        let Some(package) = read("package.json", MAX_MANIFEST)? else { return Ok(None) };
+        let Some(package) = read("package.json", MAX_MANIFEST)? else {
+            return Ok(None);
+        };
         let bytes = package.strip_prefix(b"\xef\xbb\xbf").unwrap_or(&package);
         let manifest: Value = serde_json::from_slice(bytes)
             .map_err(|error| InstallError::Site(format!("package.json is no JSON: {error}")))?;
@@ -107,7 +115,11 @@ impl Need {
             }
         }
         let key = key(&manifest, &files[1..], manager, node_major);
-        Ok(Some(Self { manager, key, files }))
+        Ok(Some(Self {
+            manager,
+            key,
+            files,
+        }))
     }
 
     /// npm's arguments, in the order in which they are tried.
@@ -134,7 +146,9 @@ impl Need {
 }
 
 fn lists_metadata(lock: &[u8]) -> bool {
-    lock.split(|b| *b == b'\n').take(50).any(|line| line.starts_with(b"__metadata:"))
+    lock.split(|b| *b == b'\n')
+        .take(50)
+        .any(|line| line.starts_with(b"__metadata:"))
 }
 
 fn needs_install(manifest: &Value) -> bool {
@@ -143,10 +157,10 @@ fn needs_install(manifest: &Value) -> bool {
         Some(Value::Array(list)) => !list.is_empty(),
         _ => false,
     };
-    let has_script = |name: &&str| manifest.pointer(&format!("/scripts/{name}")).is_some();
+    let has_script = |name: &str| manifest.pointer(&format!("/scripts/{name}")).is_some();
     LISTS.iter().any(|field| is_filled(field))
         || is_filled("workspaces")
-        || LIFECYCLE.iter().any(|name| has_script(&name))
+        || LIFECYCLE.iter().any(|name| has_script(name))
 }
 
 /// SHA-256 over what decides the outcome, each part with its length before it.
@@ -244,9 +258,18 @@ mod tests {
         assert_eq!(manager(&[("package-lock.json", "{}")]), npm(true));
         assert_eq!(manager(&[("npm-shrinkwrap.json", "{}")]), npm(true));
         assert_eq!(manager(&[("pnpm-lock.yaml", "")]), Manager::Pnpm);
-        assert_eq!(manager(&[("yarn.lock", "# yarn lockfile v1\n")]), Manager::Yarn);
-        assert_eq!(manager(&[("yarn.lock", "#\n__metadata:\n  version: 8\n")]), npm(false));
-        assert_eq!(manager(&[("yarn.lock", ""), ("package-lock.json", "{}")]), npm(true));
+        assert_eq!(
+            manager(&[("yarn.lock", "# yarn lockfile v1\n")]),
+            Manager::Yarn
+        );
+        assert_eq!(
+            manager(&[("yarn.lock", "#\n__metadata:\n  version: 8\n")]),
+            npm(false)
+        );
+        assert_eq!(
+            manager(&[("yarn.lock", ""), ("package-lock.json", "{}")]),
+            npm(true)
+        );
     }
 
     #[test]
@@ -259,10 +282,23 @@ mod tests {
         assert_eq!(key(&[("package.json", renamed), lock]), base);
         for other in [
             key(&[("package.json", PACKAGE)]),
-            key(&[("package.json", PACKAGE), ("package-lock.json", "{\"a\":2}")]),
-            key(&[("package.json", PACKAGE), lock, (".npmrc", "legacy-peer-deps=true")]),
-            key(&[("package.json", r#"{"dependencies":{"astro":"7.3.4"}}"#), lock]),
-            key(&[("package.json", r#"{"devDependencies":{"astro":"7.3.5"}}"#), lock]),
+            key(&[
+                ("package.json", PACKAGE),
+                ("package-lock.json", "{\"a\":2}"),
+            ]),
+            key(&[
+                ("package.json", PACKAGE),
+                lock,
+                (".npmrc", "legacy-peer-deps=true"),
+            ]),
+            key(&[
+                ("package.json", r#"{"dependencies":{"astro":"7.3.4"}}"#),
+                lock,
+            ]),
+            key(&[
+                ("package.json", r#"{"devDependencies":{"astro":"7.3.5"}}"#),
+                lock,
+            ]),
             key(&[
                 (
                     "package.json",
@@ -276,7 +312,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("package.json"), PACKAGE).unwrap();
         std::fs::write(folder.path().join("package-lock.json"), lock.1).unwrap();
-        assert_ne!(Need::read(folder.path(), 24).unwrap().unwrap().key, base, "another Node");
+        assert_ne!(
+            Need::read(folder.path(), 24).unwrap().unwrap().key,
+            base,
+            "another Node"
+        );
     }
 
     #[test]
@@ -287,6 +327,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join("package.json"), "{").unwrap();
         let error = Need::read(folder.path(), 22).unwrap_err();
-        assert!(error.to_string().contains("package.json is no JSON"), "{error}");
+        assert!(
+            error.to_string().contains("package.json is no JSON"),
+            "{error}"
+        );
     }
 }

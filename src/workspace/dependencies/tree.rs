@@ -37,7 +37,11 @@ pub(super) fn write_fresh(path: &Path, bytes: &[u8]) -> io::Result<()> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o644).open(path)?;
+    let mut file = fs::OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o644)
+        .open(path)?;
     file.write_all(bytes)
 }
 
@@ -89,7 +93,10 @@ pub(super) fn settle(site: &Path, master: &Path, committed: bool) -> Result<(), 
     });
     settled.map_err(|source| {
         remove(&fresh);
-        AttachError { what: "keep the installed dependencies", source }
+        AttachError {
+            what: "keep the installed dependencies",
+            source,
+        }
     })
 }
 
@@ -119,12 +126,18 @@ pub(super) fn current(worktree: &Path, key: &str) -> Option<Option<PathBuf>> {
     let modules = worktree.join(MODULES);
     let kind = modules.symlink_metadata().ok()?;
     let marker = modules.join(MARKER);
-    let is_marked = marker.symlink_metadata().is_ok_and(|m| m.is_file() && m.len() == key.len() as u64)
+    let is_marked = marker
+        .symlink_metadata()
+        .is_ok_and(|m| m.is_file() && m.len() == key.len() as u64)
         && fs::read(&marker).is_ok_and(|text| text == key.as_bytes());
     if !is_marked {
         return None;
     }
-    if kind.is_symlink() { Some(Some(fs::read_link(modules).ok()?)) } else { Some(None) }
+    if kind.is_symlink() {
+        Some(Some(fs::read_link(modules).ok()?))
+    } else {
+        Some(None)
+    }
 }
 
 /// Gives the worktree the master's tree; answers with the folder behind the symlink, where links
@@ -146,7 +159,10 @@ pub(super) fn attach(
         Err(error) => {
             remove(&fresh);
             if error.kind() != io::ErrorKind::CrossesDevices {
-                return Err(AttachError { what: "link the dependencies", source: error });
+                return Err(AttachError {
+                    what: "link the dependencies",
+                    source: error,
+                });
             }
         }
     }
@@ -170,7 +186,11 @@ fn temporary_name() -> String {
 /// What an attach that was killed left behind.
 fn remove_leftovers(worktree: &Path) {
     for entry in fs::read_dir(worktree).into_iter().flatten().flatten() {
-        if entry.file_name().to_str().is_some_and(|name| name.starts_with(TEMPORARY)) {
+        if entry
+            .file_name()
+            .to_str()
+            .is_some_and(|name| name.starts_with(TEMPORARY))
+        {
             remove_any(&entry.path());
         }
     }
@@ -192,7 +212,10 @@ fn replace(worktree: &Path, fresh: &Path) -> Result<(), AttachError> {
     let is_ours = match modules.symlink_metadata() {
         Err(_) => None,
         Ok(kind) => {
-            let marked = modules.join(MARKER).symlink_metadata().is_ok_and(|m| m.is_file());
+            let marked = modules
+                .join(MARKER)
+                .symlink_metadata()
+                .is_ok_and(|m| m.is_file());
             fs::rename(&modules, &old).map_err(failed("move the old dependencies away"))?;
             Some(marked || kind.is_symlink())
         }
@@ -202,7 +225,10 @@ fn replace(worktree: &Path, fresh: &Path) -> Result<(), AttachError> {
             fs::rename(&old, &modules).ok();
         }
         remove_any(fresh);
-        return Err(AttachError { what: "put the dependencies into place", source });
+        return Err(AttachError {
+            what: "put the dependencies into place",
+            source,
+        });
     }
     match is_ours {
         Some(true) => remove_any(&old),
@@ -258,9 +284,7 @@ fn link_tree(source: &Path, target: &Path, key: &str) -> io::Result<()> {
 fn link_file(from: &Path, to: &Path) -> io::Result<()> {
     match fs::hard_link(from, to) {
         // A file has only so many names (65,000 on ext4).
-        Err(error) if error.kind() == io::ErrorKind::TooManyLinks => {
-            fs::copy(from, to).map(|_| ())
-        }
+        Err(error) if error.kind() == io::ErrorKind::TooManyLinks => fs::copy(from, to).map(|_| ()),
         other => other,
     }
 }
@@ -279,14 +303,20 @@ mod tests {
 
     impl Disk {
         fn new() -> Self {
-            let disk = Self { root: tempfile::tempdir().unwrap() };
+            let disk = Self {
+                root: tempfile::tempdir().unwrap(),
+            };
             let modules = disk.at("site/node_modules");
             for folder in [".bin", ".vite/deps", "pkg/lib"] {
                 fs::create_dir_all(modules.join(folder)).unwrap();
             }
             fs::write(modules.join("pkg/lib/a.js"), "a").unwrap();
             fs::write(modules.join("pkg/cli.js"), "#!").unwrap();
-            fs::set_permissions(modules.join("pkg/cli.js"), fs::Permissions::from_mode(0o755)).unwrap();
+            fs::set_permissions(
+                modules.join("pkg/cli.js"),
+                fs::Permissions::from_mode(0o755),
+            )
+            .unwrap();
             symlink("../pkg/cli.js", modules.join(".bin/cli")).unwrap();
             symlink("/etc/passwd", modules.join("pkg/out")).unwrap();
             fs::write(modules.join(".package-lock.json"), "{}").unwrap();
@@ -300,7 +330,13 @@ mod tests {
         }
 
         fn attach(&self, worktree: &Path) -> Option<PathBuf> {
-            attach(&self.at("cache/masters/k"), worktree, &self.at("cache"), KEY).unwrap()
+            attach(
+                &self.at("cache/masters/k"),
+                worktree,
+                &self.at("cache"),
+                KEY,
+            )
+            .unwrap()
         }
     }
 
@@ -318,14 +354,32 @@ mod tests {
 
         assert_eq!(disk.attach(&disk.at("worktree")), None);
         let modules = disk.at("worktree/node_modules");
-        assert_eq!(inode(&modules.join("pkg/lib/a.js")), inode(&master.join("pkg/lib/a.js")));
-        assert_ne!(inode(&modules.join(".package-lock.json")), inode(&master.join(".package-lock.json")));
-        assert_eq!(fs::read_link(modules.join(".bin/cli")).unwrap(), Path::new("../pkg/cli.js"));
-        assert_eq!(fs::read_link(modules.join("pkg/out")).unwrap(), Path::new("/etc/passwd"));
-        assert!(!master.join(MARKER).exists(), "the marker is the tree's own");
+        assert_eq!(
+            inode(&modules.join("pkg/lib/a.js")),
+            inode(&master.join("pkg/lib/a.js"))
+        );
+        assert_ne!(
+            inode(&modules.join(".package-lock.json")),
+            inode(&master.join(".package-lock.json"))
+        );
+        assert_eq!(
+            fs::read_link(modules.join(".bin/cli")).unwrap(),
+            Path::new("../pkg/cli.js")
+        );
+        assert_eq!(
+            fs::read_link(modules.join("pkg/out")).unwrap(),
+            Path::new("/etc/passwd")
+        );
+        assert!(
+            !master.join(MARKER).exists(),
+            "the marker is the tree's own"
+        );
         assert_eq!(current(&disk.at("worktree"), KEY), Some(None));
         assert_eq!(current(&disk.at("worktree"), "another key here"), None);
-        let names: Vec<_> = fs::read_dir(disk.at("worktree")).unwrap().flatten().collect();
+        let names: Vec<_> = fs::read_dir(disk.at("worktree"))
+            .unwrap()
+            .flatten()
+            .collect();
         assert_eq!(names.len(), 1, "{names:?}");
     }
 
@@ -353,7 +407,9 @@ mod tests {
     #[test]
     fn another_file_system_gets_a_symlink_to_a_folder_of_its_own() {
         let disk = Disk::new();
-        let Ok(far) = tempfile::tempdir_in("/dev/shm") else { return };
+        let Ok(far) = tempfile::tempdir_in("/dev/shm") else {
+            return;
+        };
         if far.path().metadata().unwrap().dev() == disk.root.path().metadata().unwrap().dev() {
             return;
         }
@@ -362,7 +418,10 @@ mod tests {
             assert_eq!(fs::read_link(far.path().join(MODULES)).unwrap(), target);
             assert_eq!(current(far.path(), KEY), Some(Some(target.clone())));
             let master = disk.at("cache/masters/k/node_modules/pkg/lib/a.js");
-            assert_eq!(inode(&far.path().join("node_modules/pkg/lib/a.js")), inode(&master));
+            assert_eq!(
+                inode(&far.path().join("node_modules/pkg/lib/a.js")),
+                inode(&master)
+            );
             assert_eq!(fs::read_dir(far.path()).unwrap().count(), 1);
             assert_eq!(fs::read_dir(target.parent().unwrap()).unwrap().count(), 1);
         }
