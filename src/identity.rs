@@ -26,7 +26,9 @@ pub const MAX_ID_LEN: usize = 64;
 fn is_valid_id(id: &str) -> bool {
     (1..=MAX_ID_LEN).contains(&id.len())
         && id.as_bytes()[0].is_ascii_alphanumeric()
-        && id.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+        && id
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
         && !id.contains("..")
         && !id.ends_with('.')
         && !id.ends_with(".lock")
@@ -126,12 +128,19 @@ impl ThreadKey {
     /// # Errors
     /// [`InvalidId`] names the first field that breaks the rules.
     pub fn parse(client: &str, user: &str, thread: &str) -> Result<Self, InvalidId> {
-        Ok(Self { client: client.parse()?, user: user.parse()?, thread: thread.parse()? })
+        Ok(Self {
+            client: client.parse()?,
+            user: user.parse()?,
+            thread: thread.parse()?,
+        })
     }
 
     /// The owner of the thread's repository.
     pub fn user_key(&self) -> UserKey {
-        UserKey { client: self.client.clone(), user: self.user.clone() }
+        UserKey {
+            client: self.client.clone(),
+            user: self.user.clone(),
+        }
     }
 
     /// `thread/{client}/{user}/{thread}`.
@@ -145,7 +154,11 @@ impl ThreadKey {
     pub fn slug(&self) -> String {
         let digest = hex::encode(&Sha256::digest(self.to_string())[..6]);
         let mut readable = String::new();
-        for part in [self.client.as_str(), self.user.as_str(), self.thread.as_str()] {
+        for part in [
+            self.client.as_str(),
+            self.user.as_str(),
+            self.thread.as_str(),
+        ] {
             if !readable.is_empty() {
                 readable.push('-');
             }
@@ -184,7 +197,10 @@ pub struct InvalidTurnId;
 impl TurnId {
     /// A new id, later than every one made before by this process.
     pub fn new(key: &ThreadKey) -> Self {
-        Self { key: key.clone(), sequence: uuid::Uuid::now_v7().simple().to_string() }
+        Self {
+            key: key.clone(),
+            sequence: uuid::Uuid::now_v7().simple().to_string(),
+        }
     }
 
     /// The thread that the turn belongs to.
@@ -202,18 +218,27 @@ impl FromStr for TurnId {
     type Err = InvalidTurnId;
     fn from_str(text: &str) -> Result<Self, InvalidTurnId> {
         let mut parts = text.split('~');
-        let (Some(client), Some(user), Some(thread), Some(sequence), None) =
-            (parts.next(), parts.next(), parts.next(), parts.next(), parts.next())
-        else {
+        let (Some(client), Some(user), Some(thread), Some(sequence), None) = (
+            parts.next(),
+            parts.next(),
+            parts.next(),
+            parts.next(),
+            parts.next(),
+        ) else {
             return Err(InvalidTurnId);
         };
         let key = ThreadKey::parse(client, user, thread).map_err(|_| InvalidTurnId)?;
         let is_sequence = sequence.len() == 32
-            && sequence.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+            && sequence
+                .bytes()
+                .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
         if !is_sequence {
             return Err(InvalidTurnId);
         }
-        Ok(Self { key, sequence: sequence.to_owned() })
+        Ok(Self {
+            key,
+            sequence: sequence.to_owned(),
+        })
     }
 }
 
@@ -232,7 +257,11 @@ impl From<TurnId> for String {
 
 impl fmt::Display for TurnId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ThreadKey { client, user, thread } = &self.key;
+        let ThreadKey {
+            client,
+            user,
+            thread,
+        } = &self.key;
         write!(f, "{client}~{user}~{thread}~{}", self.sequence)
     }
 }
@@ -252,7 +281,11 @@ mod tests {
             "", ".a", "-a", "_a", "a..b", "a.", "a.lock", "a/b", "a b", "ä", "a\0", "a\n", "..",
             "~", "a~b", &too_long,
         ] {
-            assert_eq!(bad.parse::<UserId>(), Err(InvalidId { field: "userId" }), "{bad:?}");
+            assert_eq!(
+                bad.parse::<UserId>(),
+                Err(InvalidId { field: "userId" }),
+                "{bad:?}"
+            );
         }
     }
 
@@ -263,7 +296,9 @@ mod tests {
         assert!(slug.starts_with("acme-co-al-ice-main-"), "{slug}");
         assert_eq!(key("Main").slug(), slug, "it never changes");
         assert_ne!(key("main").slug(), slug);
-        let long = ThreadKey::parse(&"a".repeat(64), &"b".repeat(64), "t").unwrap().slug();
+        let long = ThreadKey::parse(&"a".repeat(64), &"b".repeat(64), "t")
+            .unwrap()
+            .slug();
         assert!(long.len() <= 63 && !long.contains("--"), "{long}");
     }
 
@@ -274,7 +309,14 @@ mod tests {
         let back: TurnId = id.to_string().parse().unwrap();
         assert_eq!((back.key(), back.sequence()), (&key, id.sequence()));
         assert!(TurnId::new(&key) > id, "later turns sort later");
-        for bad in ["", "a~b~c", "a~b~c~../../x", "a~b~c~0~1", "~~~", "a~b~c~XYZ"] {
+        for bad in [
+            "",
+            "a~b~c",
+            "a~b~c~../../x",
+            "a~b~c~0~1",
+            "~~~",
+            "a~b~c~XYZ",
+        ] {
             assert_eq!(bad.parse::<TurnId>(), Err(InvalidTurnId), "{bad:?}");
         }
     }

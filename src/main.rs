@@ -1,3 +1,11 @@
 //! The thin end of the program: see `greenroom::cli`.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    // Before anything else: a child's stages run while there is one thread.
+    if let Some(code) = greenroom::process::run_child_if_asked() {
+        return code;
+    }
+    ExitCode::SUCCESS
+}

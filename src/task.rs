@@ -29,7 +29,10 @@ impl Tasks {
 
     /// A group that is stopped with this one and can be stopped alone.
     pub fn child(&self) -> Self {
-        Self { tracker: self.tracker.clone(), token: self.token.child_token() }
+        Self {
+            tracker: self.tracker.clone(),
+            token: self.token.child_token(),
+        }
     }
 
     /// Cancelled once [`Tasks::stop`] was asked for.
@@ -72,7 +75,9 @@ impl Tasks {
     pub async fn stop(&self, grace: Duration) -> bool {
         self.token.cancel();
         self.tracker.close();
-        tokio::time::timeout(grace, self.tracker.wait()).await.is_ok()
+        tokio::time::timeout(grace, self.tracker.wait())
+            .await
+            .is_ok()
     }
 }
 
@@ -89,7 +94,10 @@ impl Drop for AbortOnDrop {
 pub enum BlockingError {
     /// The disk (or what else the call waits for) is stuck; the call goes on in its thread.
     #[error("{what} took longer than {} s", deadline.as_secs())]
-    TimedOut { what: &'static str, deadline: Duration },
+    TimedOut {
+        what: &'static str,
+        deadline: Duration,
+    },
     /// The closure panicked.
     #[error("{what} failed unexpectedly")]
     Panicked { what: &'static str },
@@ -116,8 +124,11 @@ where
     F: FnOnce() -> T + Send + 'static,
 {
     let run = async {
-        let permit =
-            BLOCKING.clone().acquire_owned().await.expect("the semaphore is never closed");
+        let permit = BLOCKING
+            .clone()
+            .acquire_owned()
+            .await
+            .expect("the semaphore is never closed");
         let span = tracing::Span::current();
         tokio::task::spawn_blocking(move || {
             let _permit = permit;

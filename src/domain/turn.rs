@@ -192,13 +192,24 @@ pub enum TurnEvent {
     #[serde(rename = "turn.started")]
     Started {},
     #[serde(rename = "turn.waiting")]
-    Waiting { until: jiff::Timestamp, reason: String },
+    Waiting {
+        until: jiff::Timestamp,
+        reason: String,
+    },
     #[serde(rename = "text.delta")]
     TextDelta { text: String },
     #[serde(rename = "tool.started")]
-    ToolStarted { id: String, name: String, input: serde_json::Value },
+    ToolStarted {
+        id: String,
+        name: String,
+        input: serde_json::Value,
+    },
     #[serde(rename = "tool.finished")]
-    ToolFinished { id: String, ok: bool, summary: String },
+    ToolFinished {
+        id: String,
+        ok: bool,
+        summary: String,
+    },
     #[serde(rename = "file.changed")]
     FileChanged { path: String, status: FileStatus },
     #[serde(rename = "preview.updated")]

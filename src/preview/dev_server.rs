@@ -8,6 +8,7 @@ use std::{
     ffi::OsString,
     future::Future,
     io::{self, Read},
+    net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     pin::Pin,
     sync::Arc,
@@ -43,9 +44,6 @@ const GRACE: Duration = Duration::from_secs(5);
 const PORT_WAIT: Duration = Duration::from_secs(3);
 const DISK_DEADLINE: Duration = Duration::from_secs(20);
 const MAX_PACKAGE_JSON: u64 = 1024 * 1024;
-
-/// What the system needs to be readable for Node and a shell to run.
-const SYSTEM: &[&str] = &["/usr", "/bin", "/lib", "/lib64", "/etc"];
 
 /// What a handle asks for.
 #[derive(Debug)]
@@ -455,18 +453,18 @@ fn prepare(site: &PreviewSite, settings: &PreviewSettings) -> Result<(Spec, Proo
     let (program, mut args) = program(&command, &site.worktree, &settings.node)?;
     args.extend(command.args(site.port));
     await_port(site.port)?;
-    let mut read: Vec<PathBuf> = SYSTEM.iter().map(PathBuf::from).collect();
+    let mut profile = Profile::system();
     // The program may be a link out of the folder that PATH names.
-    for node in [
-        Some(settings.node.clone()),
-        settings.node.canonicalize().ok(),
-    ] {
-        // `bin` and the `lib` beside it belong together.
-        read.extend(node.iter().filter_map(|n| n.parent()).map(Path::to_owned));
+    for node in [Some(settings.node.clone()), settings.node.canonicalize().ok()] {
+        let folder = node.as_deref().and_then(Path::parent);
+        profile.read.extend(folder.map(Path::to_owned));
     }
-    read.extend(site.readable.iter().cloned());
-    let mut write = vec![site.worktree.clone(), home.clone(), tmp.clone()];
-    write.extend(site.writable.iter().cloned());
+    profile.read.extend(site.readable.iter().cloned());
+    profile.write.extend([site.worktree.clone(), home.clone(), tmp.clone()]);
+    profile.write.extend(site.writable.iter().cloned());
+    // Sites fetch from APIs while they render; they may ask themselves too.
+    profile.connect = Ports::Only(vec![443, site.port]);
+    profile.bind = Ports::Only(vec![site.port]);
     let spec = Spec {
         name: "dev server",
         program,
@@ -474,14 +472,7 @@ fn prepare(site: &PreviewSite, settings: &PreviewSettings) -> Result<(Spec, Proo
         env: environment(site, settings, &home, &tmp),
         cwd: site.worktree.clone(),
         stdin: Stdin::Null,
-        profile: Profile {
-            read,
-            write,
-            // Sites fetch from APIs while they render; they may ask themselves too.
-            connect: Ports::Only(vec![443, site.port]),
-            bind: Ports::Only(vec![site.port]),
-            scoped: true,
-        },
+        profile,
     };
     Ok((spec, command.proof()))
 }
@@ -590,12 +581,13 @@ async fn prove(
     proof: Proof,
     output: Output,
 ) -> Result<(), String> {
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     let deadline = Instant::now() + START_DEADLINE;
     while Instant::now() < deadline {
         if output.moved_port() {
             return Err(format!("the dev server went to another port than {port}"));
         }
-        if TcpStream::connect((std::net::Ipv4Addr::LOCALHOST, port))
+        if TcpStream::connect(address)
             .await
             .is_ok()
         {
@@ -603,7 +595,7 @@ async fn prove(
             let ours = blocking(
                 "looking for the listener's owner",
                 DISK_DEADLINE,
-                move || child.owns_listener(port),
+                move || child.owns_listener(address),
             );
             if ours.await.unwrap_or(false) && probe::answers(port, proof).await {
                 return Ok(());

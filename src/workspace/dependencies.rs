@@ -39,7 +39,8 @@ const INSTALL_DEADLINE: Duration = Duration::from_secs(600);
 const DISK_DEADLINE: Duration = Duration::from_secs(180);
 const SHOWN_LINES: usize = 20;
 const SHOWN_BYTES: usize = 4000;
-const SYSTEM: &[&str] = &["/usr", "/bin", "/lib", "/lib64", "/etc"];
+/// Of each of the installer's streams; npm says at the start of a long list why it refuses.
+const KEPT_BYTES: usize = 256 * 1024;
 
 /// Why a worktree has no dependencies.
 #[derive(Debug, thiserror::Error)]
@@ -315,20 +316,24 @@ impl Dependencies {
         // Started by Node, so that no `env node` on PATH decides which one.
         let mut all: Vec<OsString> = vec![npm.clone().into()];
         all.extend(args);
-        let mut read: Vec<PathBuf> = SYSTEM.iter().map(PathBuf::from).collect();
         let node = tools
             .node
             .canonicalize()
             .unwrap_or_else(|_| tools.node.clone());
-        read.extend(
-            [&tools.node, &node]
-                .iter()
-                .filter_map(|n| n.parent())
-                .map(Path::to_owned),
-        );
+        let mut profile = Profile::system();
+        for program in [&tools.node, &node] {
+            profile.read.extend(program.parent().map(Path::to_owned));
+        }
         // `npm/bin/npm-cli.js` needs all of `npm/`.
-        read.extend(npm.parent().and_then(Path::parent).map(Path::to_owned));
-        read.extend(tools.readable.iter().cloned());
+        let npm_folder = npm.parent().and_then(Path::parent);
+        profile.read.extend(npm_folder.map(Path::to_owned));
+        profile.read.extend(tools.readable.iter().cloned());
+        profile
+            .write
+            .extend([staging.root.clone(), staging.downloads.clone()]);
+        // Registries speak 443 or 80, or the port that the operator's settings name. Not every
+        // port: a package's script must not reach our own API on loopback.
+        profile.connect = Ports::Only(ports(&tools.env));
         let spec = Spec {
             name: "installer",
             program: tools.node.clone(),
@@ -336,31 +341,22 @@ impl Dependencies {
             env: self.environment(staging),
             cwd: staging.site.clone(),
             stdin: Stdin::Null,
-            profile: Profile {
-                read,
-                write: vec![staging.root.clone(), staging.downloads.clone()],
-                // Registries speak 443 or 80, or the port that the operator's settings name. Not
-                // every port: a package's script must not reach our own API on loopback.
-                connect: Ports::Only(ports(&tools.env)),
-                bind: Ports::Only(Vec::new()),
-                scoped: true,
-            },
+            profile,
         };
-        let mut tail = Tail::new(SHOWN_LINES);
-        let mut is_lock_refused = false;
         let manager = need.manager.name();
-        let on_line = |line: &str| {
-            is_lock_refused |= line.contains("EUSAGE");
+        let run = self
+            .launcher
+            .run(spec, INSTALL_DEADLINE, KEPT_BYTES)
+            .await
+            .map_err(|source| InstallError::Run { manager, source })?;
+        let mut tail = Tail::new(SHOWN_LINES);
+        for line in run.stdout.lines().chain(run.stderr.lines()) {
             tail.push(line);
-        };
-        let run = self.launcher.run(spec, INSTALL_DEADLINE, on_line).await;
-        let exit = run
-            .map_err(|source| InstallError::Run { manager, source })?
-            .exit;
+        }
         Ok(Run {
-            exit,
+            exit: run.exit,
             tail,
-            is_lock_refused,
+            is_lock_refused: run.stderr.contains("EUSAGE"),
         })
     }
 

@@ -2,3 +2,4 @@
 
 mod preview_dev_server;
 mod preview_proxy;
+mod process;

@@ -1,4 +1,5 @@
 //! The dev server's driver with real children, and the whole way with a real site.
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail the test")]
 
 use std::{
     any::Any,
@@ -14,7 +15,7 @@ use greenroom::{
         ActivitySink, PreviewHandle, PreviewSettings, PreviewSite, Previews, Proxy, ProxyKind,
         pick_port,
     },
-    process::Launcher,
+    process::{ConfinementMode, Launcher},
     task::Tasks,
 };
 use tokio::{
@@ -29,6 +30,12 @@ const SLUG: &str = "acme-alice-main-0123456789ab";
 /// Answers every path with its environment.
 const SERVER: &str = "require('http').createServer((q, a) => a.end(JSON.stringify(process.env)))
     .listen(process.env.PORT, process.env.HOST)";
+
+/// Confined as far as this kernel can. Its silence is longer than a test.
+fn launcher() -> Launcher {
+    let binary = Path::new(env!("CARGO_BIN_EXE_greenroom"));
+    Launcher::start_with_binary(binary, SOON * 10, ConfinementMode::Auto).unwrap()
+}
 
 struct Nobody;
 
@@ -75,7 +82,7 @@ impl Bench {
             private_root: disk.path().join("private"),
         };
         let tasks = Tasks::new();
-        let previews = Previews::new(Launcher::default(), settings, tasks.clone());
+        let previews = Previews::new(launcher(), settings, tasks.clone());
         let port = free_port();
         let handle = previews.ensure(site(&disk.path().join("site"), port));
         previews.set_default(SLUG);
@@ -252,7 +259,7 @@ async fn a_broken_site_says_what_is_wrong_and_waits_for_somebody_to_look() {
         (Some("src/x.astro"), Some(3), Some(7))
     );
     assert!(
-        error.message.contains("exit code 1") && error.message.contains("oh no"),
+        error.message.contains("exit status 1") && error.message.contains("oh no"),
         "{error:?}"
     );
     assert!(
@@ -384,13 +391,13 @@ async fn an_astro_site_is_installed_served_and_updated() {
         env,
         readable: vec![home.join(".npmrc")],
     };
-    let dependencies = Dependencies::new(Launcher::default(), tools);
+    let dependencies = Dependencies::new(launcher(), tools);
     let settings = PreviewSettings {
         node: node(),
         private_root: disk.path().join("private"),
     };
     let tasks = Tasks::new();
-    let previews = Previews::new(Launcher::default(), settings, tasks.clone());
+    let previews = Previews::new(launcher(), settings, tasks.clone());
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let proxy = listener.local_addr().unwrap().port();
     Proxy::serve(

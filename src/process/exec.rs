@@ -1,0 +1,65 @@
+//! The second stage of a child: confines itself, then becomes the program.
+
+use std::{
+    ffi::{OsStr, OsString},
+    fs, io,
+    os::unix::process::CommandExt,
+    process::ExitCode,
+};
+
+use nix::sys::{
+    prctl,
+    resource::{Resource, setrlimit},
+    signal::{SigSet, Signal},
+};
+
+use super::{
+    sandbox,
+    wire::{Failure, Step, Wire},
+};
+
+/// Children go first when memory runs out, the supervisor last.
+const OOM_SCORE: &str = "500";
+
+/// Becomes the program; comes back only if that failed, having said why over descriptor 0.
+pub(super) fn exec(program: &OsStr, args: impl Iterator<Item = OsString>) -> ExitCode {
+    // Our copy of the socket closes as the program starts: that is how the warden knows it did.
+    let Ok(wire) = Wire::from_stdin() else {
+        return ExitCode::from(2);
+    };
+    let failure = become_program(&wire, program, args);
+    wire.send(&failure).ok();
+    ExitCode::from(127)
+}
+
+fn become_program(wire: &Wire, program: &OsStr, args: impl Iterator<Item = OsString>) -> Failure {
+    let prepared = || -> io::Result<_> {
+        let (setup, stdin) = wire.receive_setup()?;
+        // The warden blocks signals to itself, and that is inherited.
+        SigSet::all().thread_unblock()?;
+        // The last net, should the warden be killed (out of memory, say).
+        prctl::set_pdeathsig(Signal::SIGKILL)?;
+        nix::unistd::setsid()?;
+        nix::unistd::dup2_stdin(stdin)?;
+        setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
+        // A container may hide the file: an order of dying, not a wall.
+        fs::write("/proc/self/oom_score_adj", OOM_SCORE).ok();
+        Ok(setup)
+    };
+    let setup = match prepared() {
+        Ok(setup) => setup,
+        Err(error) => return Failure::new(Step::Launch, &error),
+    };
+    if let Err(error) = std::env::set_current_dir(&setup.cwd) {
+        return Failure::new(Step::EnterFolder, &error);
+    }
+    let confined = prctl::set_no_new_privs()
+        .map_err(io::Error::from)
+        .and_then(|()| setup.profile.as_ref().map_or(Ok(()), sandbox::confine));
+    if let Err(error) = confined {
+        return Failure::new(Step::Confine, &error);
+    }
+    #[expect(clippy::disallowed_methods, reason = "the room that starts processes")]
+    let error = std::process::Command::new(program).args(args).exec();
+    Failure::new(Step::Start, &error)
+}
