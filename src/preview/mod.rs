@@ -125,20 +125,6 @@ impl Previews {
         }
     }
 
-    /// The ports of all dev servers, running or not.
-    pub fn ports(&self) -> HashSet<u16> {
-        self.registry()
-            .by_slug
-            .values()
-            .map(|handle| handle.site().port)
-            .collect()
-    }
-
-    /// A preview's address with what opens it.
-    pub fn with_token(&self, url: &str, _slug: &str) -> String {
-        url.to_owned()
-    }
-
     /// The preview of a site: the one that is there, else a new one in the state `Off`.
     pub fn ensure(&self, site: PreviewSite) -> PreviewHandle {
         let mut registry = self.registry();
@@ -167,7 +153,6 @@ impl Previews {
         let handle = PreviewHandle {
             site: Arc::new(site),
             intents: mpsc::channel(1).0,
-            progress: Arc::new(watch::Sender::new(String::new())),
             retry: Arc::new(Notify::new()),
             status,
         };
@@ -233,7 +218,6 @@ impl Previews {
 pub struct PreviewHandle {
     site: Arc<PreviewSite>,
     intents: mpsc::Sender<Intent>,
-    progress: Arc<watch::Sender<String>>,
     retry: Arc<Notify>,
     status: watch::Receiver<PreviewStatus>,
 }
@@ -251,7 +235,6 @@ impl PreviewHandle {
     ) -> Self {
         let site = Arc::new(site);
         let (intents, inbox) = mpsc::channel(INTENTS);
-        let (progress, progress_seen) = watch::channel(String::new());
         let (publish, status) = watch::channel(PreviewStatus::off());
         let retry = Arc::new(Notify::new());
         let driver = DevServer::new(
@@ -261,7 +244,6 @@ impl PreviewHandle {
             tasks.clone(),
             dev_server::Inbox {
                 intents: inbox,
-                progress: progress_seen,
                 retry: retry.clone(),
             },
             publish,
@@ -270,7 +252,6 @@ impl PreviewHandle {
         Self {
             site,
             intents,
-            progress: Arc::new(progress),
             retry,
             status,
         }
@@ -312,7 +293,7 @@ impl PreviewHandle {
     /// Says what is being prepared before the dev server can start: `Starting` with this text.
     /// Does nothing while a dev server runs.
     pub fn set_progress(&self, text: &str) {
-        self.progress.send_replace(text.to_owned());
+        self.send(Intent::Progress(text.to_owned()));
     }
 
     /// Says that the dev server can't be started and why (the dependencies did not install).
