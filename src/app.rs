@@ -26,7 +26,7 @@ use crate::{
     supervisor::{Supervisor, SupervisorSettings},
     task::{self, Tasks},
     telemetry,
-    workspace::{NodeTools, make_private_dir},
+    workspace::{Dependencies, NodeTools, make_private_dir},
 };
 
 /// What the last steps of a shutdown (stopping children, closing tasks) may take.
@@ -72,6 +72,9 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         launcher.clone(),
         gateway,
         previews.clone(),
+        programs
+            .node_tools()
+            .map(|tools| Dependencies::new(launcher.clone(), tools)),
         activity.clone(),
         tasks.clone(),
     );
@@ -265,6 +268,24 @@ impl Programs {
         }
     }
 
+    fn node_tools(&self) -> Option<NodeTools> {
+        let npm = std::env::split_paths(&self.path)
+            .map(|folder| folder.join("npm"))
+            .find(|npm| npm.is_file());
+        let is_file = |(_, value): &&(OsString, OsString)| Path::new(value).is_absolute();
+        Some(NodeTools {
+            node: self.node.clone()?,
+            npm: npm.unwrap_or_else(|| "npm".into()),
+            readable: self
+                .npm_env
+                .iter()
+                .filter(is_file)
+                .map(|(_, file)| file.into())
+                .collect(),
+            env: self.npm_env.clone(),
+        })
+    }
+
     /// What children may read outside of the system's folders to run what is on `PATH`.
     fn folders(&self) -> Vec<PathBuf> {
         let folders = std::env::split_paths(&self.path).filter(|folder| folder.is_absolute());
@@ -349,12 +370,6 @@ fn supervisor_settings(
             is_confined: launcher.confinement().bash == Bash::All,
         })
     });
-    let node = programs.node.clone().map(|node| NodeTools {
-        node,
-        path: programs.path.clone(),
-        folders: programs.folders(),
-        env: programs.npm_env.clone(),
-    });
     let preview_base_url = settings.preview_url("{slug}", listeners.preview_port());
     SupervisorSettings {
         workspace: settings.workspace_path.clone(),
@@ -382,7 +397,6 @@ fn supervisor_settings(
         max_warm_agents: settings.max_warm_agents,
         turn_timeout: settings.turn_timeout,
         agent,
-        node,
     }
 }
 

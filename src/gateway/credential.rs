@@ -34,7 +34,9 @@ impl Credential {
     pub fn secrets(&self) -> Vec<&Secret> {
         match self {
             Self::ApiKey(key) => vec![key],
-            Self::OAuth { access, refresh, .. } => [access].into_iter().chain(refresh).collect(),
+            Self::OAuth {
+                access, refresh, ..
+            } => [access].into_iter().chain(refresh).collect(),
             Self::Rehearsal => Vec::new(),
         }
     }

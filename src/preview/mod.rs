@@ -125,6 +125,20 @@ impl Previews {
         }
     }
 
+    /// The ports of all dev servers, running or not.
+    pub fn ports(&self) -> HashSet<u16> {
+        self.registry()
+            .by_slug
+            .values()
+            .map(|handle| handle.site().port)
+            .collect()
+    }
+
+    /// A preview's address with what opens it.
+    pub fn with_token(&self, url: &str, _slug: &str) -> String {
+        url.to_owned()
+    }
+
     /// The preview of a site: the one that is there, else a new one in the state `Off`.
     pub fn ensure(&self, site: PreviewSite) -> PreviewHandle {
         let mut registry = self.registry();
@@ -278,11 +292,20 @@ impl PreviewHandle {
     }
 
     /// Ends the dev server, if there is one, and starts it again with a fresh count of failures.
-    /// `reason` is for the log and the holding page ("astro.config.mjs changed").
-    pub fn restart(&self, reason: &str) {
-        self.send(Intent::Restart {
-            reason: reason.to_owned(),
-        });
+    /// `reason` is for the log and the holding page ("astro.config.mjs changed"). Returns once the
+    /// state says what came of the start: `Starting`, or `Error`.
+    pub async fn restart(&self, reason: &str) {
+        let (done, started) = oneshot::channel();
+        let reason = reason.to_owned();
+        // A driver that is gone starts nothing any more.
+        if self
+            .intents
+            .send(Intent::Restart { reason, done })
+            .await
+            .is_ok()
+        {
+            started.await.ok();
+        }
     }
 
     /// Tries once more if the dev server is down after a failure; else does nothing.

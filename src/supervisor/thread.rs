@@ -35,6 +35,9 @@ const AGENT_IDLE: Duration = Duration::from_secs(15 * 60);
 /// Stopping a thread: an interrupted turn commits and writes its outcome in this time.
 const STOP_GRACE: Duration = Duration::from_secs(15);
 
+/// How long a turn that changed files waits for the preview's word, by the contract.
+const PREVIEW_WORD: Duration = Duration::from_millis(700);
+
 type Reply<T> = oneshot::Sender<Result<T, SupervisorError>>;
 
 /// What a driver is asked for.
@@ -500,10 +503,13 @@ async fn preview_after(
         let changed = |name: &&str| commit.files.iter().any(|file| file.path == **name);
         if names.iter().any(|name| changed(&name)) {
             prepared.attach.again();
-        } else if inner.preview_status(&prepared.site.key).state == PreviewState::Error
-            && let Some(preview) = inner.previews.get(&prepared.site.key.slug())
+        } else if let Some(preview) = inner.previews.get(&prepared.site.key.slug())
+            && preview.status().borrow().state == PreviewState::Error
         {
-            preview.start();
+            preview.restart("the site changed").await;
+            let mut status = preview.status();
+            let settled = status.wait_for(|status| status.state != PreviewState::Starting);
+            tokio::time::timeout(PREVIEW_WORD, settled).await.ok();
         }
     }
     let status = inner.preview_status(&prepared.site.key);

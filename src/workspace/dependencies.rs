@@ -21,6 +21,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tokio::sync::OnceCell;
+
+pub use self::tree::linked_folder;
 use self::{manifest::Need, tree::AttachError};
 use crate::{
     process::{Exit, Launcher, Ports, ProcessError, Profile, Spec, Stdin},
@@ -35,6 +38,8 @@ pub const GIT_EXCLUDES: &[&str] = &["/node_modules", "/.node_modules-*"];
 
 /// For one run of the package manager.
 const INSTALL_DEADLINE: Duration = Duration::from_secs(600);
+/// Node starts in 40 ms, on a busy machine in seconds.
+const VERSION_DEADLINE: Duration = Duration::from_secs(30);
 /// For reading, linking and removing trees. A slow disk is given up, not waited for.
 const DISK_DEADLINE: Duration = Duration::from_secs(180);
 const SHOWN_LINES: usize = 20;
@@ -88,8 +93,6 @@ impl From<AttachError> for InstallError {
 pub struct NodeTools {
     /// The Node program.
     pub node: PathBuf,
-    /// Its major version: packages are built for it.
-    pub node_major: u32,
     /// npm's program (a script that Node runs).
     pub npm: PathBuf,
     /// The operator's settings for npm and the network: `NPM_CONFIG_*`, `HTTPS_PROXY`,
@@ -145,6 +148,8 @@ pub enum AttachedKind {
 pub struct Dependencies {
     launcher: Launcher,
     tools: Arc<NodeTools>,
+    /// Node's major version, which packages are built for; asked once.
+    node_major: Arc<OnceCell<u32>>,
     /// One installation at a time for each master.
     locks: Arc<Mutex<HashMap<PathBuf, Weak<tokio::sync::Mutex<()>>>>>,
 }
@@ -155,6 +160,7 @@ impl Dependencies {
         Self {
             launcher,
             tools: Arc::new(tools),
+            node_major: Arc::default(),
             locks: Arc::default(),
         }
     }
@@ -184,7 +190,7 @@ impl Dependencies {
             kind,
             linked_to,
         };
-        let (from, major) = (worktree.clone(), self.tools.node_major);
+        let (from, major) = (worktree.clone(), self.node_major().await?);
         let read = move || Need::read(&from, major);
         let Some(need) = blocking("reading package.json", DISK_DEADLINE, read).await?? else {
             return Ok(done(AttachedKind::None, None));
@@ -217,6 +223,43 @@ impl Dependencies {
             AttachedKind::Installed
         };
         Ok(done(kind, linked_to))
+    }
+
+    async fn node_major(&self) -> Result<u32, InstallError> {
+        let ask = async || {
+            let node = &self.tools.node;
+            let mut profile = Profile::system();
+            for program in [Some(node.clone()), node.canonicalize().ok()]
+                .into_iter()
+                .flatten()
+            {
+                profile.read.extend(program.parent().map(Path::to_owned));
+            }
+            let spec = Spec {
+                name: "node",
+                program: node.clone(),
+                args: vec!["--version".into()],
+                env: Vec::new(),
+                cwd: "/".into(),
+                stdin: Stdin::Null,
+                profile,
+            };
+            let run = self.launcher.run(spec, VERSION_DEADLINE, 4096).await;
+            let output = run.map_err(|source| InstallError::Run {
+                manager: "node",
+                source,
+            })?;
+            let major = output
+                .stdout
+                .trim()
+                .trim_start_matches('v')
+                .split('.')
+                .next();
+            major
+                .and_then(|major| major.parse().ok())
+                .ok_or_else(|| InstallError::Site("node does not tell its version".to_owned()))
+        };
+        self.node_major.get_or_try_init(ask).await.copied()
     }
 
     fn lock_of(&self, master: &Path) -> Arc<tokio::sync::Mutex<()>> {

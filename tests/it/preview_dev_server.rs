@@ -357,9 +357,7 @@ async fn preparations_show_before_the_start() {
 #[ignore = "installs a real site"]
 async fn an_astro_site_is_installed_served_and_updated() {
     use futures_util::StreamExt;
-    use greenroom::workspace::dependencies::{
-        AttachedKind, Dependencies, DependencyRequest, NodeTools,
-    };
+    use greenroom::workspace::{AttachedKind, Dependencies, DependencyRequest, NodeTools};
     use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 
     let source = PathBuf::from(std::env::var_os("GREENROOM_TEST_SITE").expect("a site"));
@@ -386,7 +384,6 @@ async fn an_astro_site_is_installed_served_and_updated() {
     env.push(("NPM_CONFIG_USERCONFIG".into(), home.join(".npmrc").into()));
     let tools = NodeTools {
         node: node(),
-        node_major: 22,
         npm,
         env,
         readable: vec![home.join(".npmrc")],

@@ -140,6 +140,13 @@ pub(super) fn current(worktree: &Path, key: &str) -> Option<Option<PathBuf>> {
     }
 }
 
+/// The folder in the cache that is behind a worktree's `node_modules` where that is a symlink: of
+/// this worktree alone, because Vite keeps its own cache in it.
+pub fn linked_folder(cache: &Path, worktree: &Path) -> PathBuf {
+    let digest = Sha256::digest(worktree.as_os_str().as_encoded_bytes());
+    cache.join("threads").join(hex::encode(&digest[..16]))
+}
+
 /// Gives the worktree the master's tree; answers with the folder behind the symlink, where links
 /// can't reach the worktree.
 pub(super) fn attach(
@@ -166,9 +173,7 @@ pub(super) fn attach(
             }
         }
     }
-    // One folder for each worktree, never for two: Vite keeps its own cache in it.
-    let digest = Sha256::digest(worktree.as_os_str().as_encoded_bytes());
-    let folder = cache.join("threads").join(hex::encode(&digest[..16]));
+    let folder = linked_folder(cache, worktree);
     fs::create_dir_all(&folder).map_err(failed("make the thread's dependency folder"))?;
     let beside = folder.join(temporary_name());
     link_tree(&source, &beside, key).map_err(failed("link the dependencies"))?;
