@@ -1,5 +1,6 @@
 //! End-to-end tests, one binary.
 
+mod dependencies;
 mod preview_dev_server;
 mod preview_proxy;
 mod process;
