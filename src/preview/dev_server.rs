@@ -455,12 +455,17 @@ fn prepare(site: &PreviewSite, settings: &PreviewSettings) -> Result<(Spec, Proo
     await_port(site.port)?;
     let mut profile = Profile::system();
     // The program may be a link out of the folder that PATH names.
-    for node in [Some(settings.node.clone()), settings.node.canonicalize().ok()] {
+    for node in [
+        Some(settings.node.clone()),
+        settings.node.canonicalize().ok(),
+    ] {
         let folder = node.as_deref().and_then(Path::parent);
         profile.read.extend(folder.map(Path::to_owned));
     }
     profile.read.extend(site.readable.iter().cloned());
-    profile.write.extend([site.worktree.clone(), home.clone(), tmp.clone()]);
+    profile
+        .write
+        .extend([site.worktree.clone(), home.clone(), tmp.clone()]);
     profile.write.extend(site.writable.iter().cloned());
     // Sites fetch from APIs while they render; they may ask themselves too.
     profile.connect = Ports::Only(vec![443, site.port]);
@@ -587,10 +592,7 @@ async fn prove(
         if output.moved_port() {
             return Err(format!("the dev server went to another port than {port}"));
         }
-        if TcpStream::connect(address)
-            .await
-            .is_ok()
-        {
+        if TcpStream::connect(address).await.is_ok() {
             let child = process.clone();
             let ours = blocking(
                 "looking for the listener's owner",

@@ -80,12 +80,7 @@ fn error_text(error: &PreviewError) -> String {
 }
 
 /// One problem, as a page for people and as a line for programs.
-pub(crate) fn problem(
-    status: StatusCode,
-    title: &str,
-    text: &str,
-    as_page: bool,
-) -> Page {
+pub(crate) fn problem(status: StatusCode, title: &str, text: &str, as_page: bool) -> Page {
     let mut response = if as_page {
         answer(status, HTML, page("none", title, text, "", ""))
     } else {
