@@ -29,8 +29,11 @@ const SCRIPT: &str = "text/javascript; charset=utf-8";
 const POLICY: &str = "default-src 'none'; script-src 'self'; connect-src 'self'; \
                       style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'";
 
-fn answer(status: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> Response<Bytes> {
-    let mut response = Response::new(body.into());
+/// An answer of the proxy's own. Boxed, because it often stands where an error does.
+pub(crate) type Page = Box<Response<Bytes>>;
+
+fn answer(status: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> Page {
+    let mut response = Box::new(Response::new(body.into()));
     *response.status_mut() = status;
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static(kind));
@@ -43,7 +46,7 @@ fn answer(status: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> Res
 }
 
 /// The page that stands in for a site that isn't there yet, and becomes it by itself.
-pub(crate) fn holding(status: &PreviewStatus) -> Response<Bytes> {
+pub(crate) fn holding(status: &PreviewStatus) -> Page {
     let (name, title) = match status.state {
         PreviewState::Error => ("error", "The preview has a problem"),
         PreviewState::Off => ("off", "This preview is switched off"),
@@ -77,12 +80,7 @@ fn error_text(error: &PreviewError) -> String {
 }
 
 /// One problem, as a page for people and as a line for programs.
-pub(crate) fn problem(
-    status: StatusCode,
-    title: &str,
-    text: &str,
-    as_page: bool,
-) -> Response<Bytes> {
+pub(crate) fn problem(status: StatusCode, title: &str, text: &str, as_page: bool) -> Page {
     let mut response = if as_page {
         answer(status, HTML, page("none", title, text, "", ""))
     } else {
@@ -101,7 +99,7 @@ pub(crate) fn problem(
 }
 
 /// The state as the holding page asks for it.
-pub(crate) fn status(status: &PreviewStatus) -> Response<Bytes> {
+pub(crate) fn status(status: &PreviewStatus) -> Page {
     let body = serde_json::json!({
         "state": status.state,
         "progress": status.progress,
@@ -111,7 +109,7 @@ pub(crate) fn status(status: &PreviewStatus) -> Response<Bytes> {
     answer(StatusCode::OK, "application/json", body.to_string())
 }
 
-pub(crate) fn presence_script() -> Response<Bytes> {
+pub(crate) fn presence_script() -> Page {
     let mut response = answer(
         StatusCode::OK,
         SCRIPT,
@@ -123,7 +121,7 @@ pub(crate) fn presence_script() -> Response<Bytes> {
     response
 }
 
-pub(crate) fn holding_script() -> Response<Bytes> {
+pub(crate) fn holding_script() -> Page {
     answer(
         StatusCode::OK,
         SCRIPT,
@@ -132,8 +130,8 @@ pub(crate) fn holding_script() -> Response<Bytes> {
 }
 
 /// An answer without a body.
-pub(crate) fn empty(status: StatusCode) -> Response<Bytes> {
-    let mut response = Response::new(Bytes::new());
+pub(crate) fn empty(status: StatusCode) -> Page {
+    let mut response = Box::new(Response::new(Bytes::new()));
     *response.status_mut() = status;
     response
 }

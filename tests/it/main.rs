@@ -3,6 +3,7 @@
 mod support;
 
 mod cli;
+#[cfg(test)]
 mod gateway;
 mod init;
 mod preview_dev_server;
