@@ -105,7 +105,7 @@ impl Clone for SupervisorError {
                 present: present.clone(),
             },
             Self::QueueFull { limit } => Self::QueueFull { limit: *limit },
-            Self::Source(error) => Self::Internal(error.to_string()),
+            Self::Source(error) => Self::Source(error.clone()),
             Self::Repository(error) => Self::Repository(error.clone()),
             Self::Install(error) => Self::Install(error.clone()),
             Self::Workspace(error) => Self::Workspace(error.clone()),
