@@ -120,3 +120,27 @@ pub(crate) fn git(folder: impl AsRef<Path>, args: &[&str]) -> String {
     let text = String::from_utf8(output.stdout).expect("git speaks UTF-8 here");
     text.trim_end_matches('\n').to_owned()
 }
+
+/// Every file below a folder; links are not followed.
+pub(crate) fn files_below(folder: &Path) -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+            match entry.file_type() {
+                Ok(kind) if kind.is_dir() => folders.push(entry.path()),
+                Ok(kind) if kind.is_file() => files.push(entry.path()),
+                _ => {}
+            }
+        }
+    }
+    files
+}
+
+/// Does the file hold the text? One that is gone does not.
+pub(crate) fn holds(file: &Path, text: &str) -> bool {
+    let content = fs::read(file).unwrap_or_default();
+    content
+        .windows(text.len())
+        .any(|window| window == text.as_bytes())
+}

@@ -213,7 +213,6 @@ impl Events {
     }
 
     /// The next event of this name.
-    #[track_caller]
     pub(crate) async fn until(&mut self, name: &str) -> ServerEvent {
         loop {
             let event = self

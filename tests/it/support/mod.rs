@@ -31,7 +31,7 @@ use ::greenroom::{
 };
 use serde_json::{Value, json};
 
-pub(crate) use folders::{Folders, SITE, git};
+pub(crate) use folders::{Folders, SITE, files_below, git, holds};
 pub(crate) use greenroom::{Options, TestGreenroom};
 pub(crate) use http::{Answer, Events, Sent, request, stream};
 pub(crate) use tools::tools;
