@@ -19,13 +19,14 @@ use crate::{
     domain::Signature,
     gateway::{Credential, Gateway, GatewayConfig, load_credentials_file},
     lifecycle::{Activity, Guard, HolderKind, StopReason, wait_for_reason},
-    preview::{ActivityGuard, ActivitySink, PreviewSettings, Previews, Proxy, ProxyKind},
+    preview::{self, ActivityGuard, ActivitySink, PreviewSettings, Previews, Proxy, ProxyKind},
     process::{self, Bash, ConfinementMode, Launcher, Profile, Spec, Stdin},
     rehearsal::{Rehearsal, Script},
     repository::{self, Remotes},
     supervisor::{Supervisor, SupervisorSettings},
     task::{self, Tasks},
-    workspace::{NodeTools, make_private_dir},
+    telemetry,
+    workspace::{Dependencies, NodeTools, make_private_dir},
 };
 
 /// What the last steps of a shutdown (stopping children, closing tasks) may take.
@@ -61,6 +62,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         PreviewSettings {
             node: programs.node.clone().unwrap_or_else(|| "node".into()),
             private_root: runtime.join("previews"),
+            access: preview_access(settings),
         },
         tasks.clone(),
     );
@@ -71,6 +73,9 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         launcher.clone(),
         gateway,
         previews.clone(),
+        programs
+            .node_tools()
+            .map(|tools| Dependencies::new(launcher.clone(), tools)),
         activity.clone(),
         tasks.clone(),
     );
@@ -209,10 +214,13 @@ async fn start_gateway(
         CredentialSource::ApiKey(key) => {
             (settings.anthropic_base_url.clone(), Credential::ApiKey(key))
         }
-        CredentialSource::File(path) => (
-            settings.anthropic_base_url.clone(),
-            load_credentials_file(&path)?,
-        ),
+        CredentialSource::File(path) => {
+            let credential = load_credentials_file(&path)?;
+            for secret in credential.secrets() {
+                telemetry::hide(secret);
+            }
+            (settings.anthropic_base_url.clone(), credential)
+        }
         CredentialSource::Rehearsal => {
             let rehearsal = Rehearsal::start(Script::default(), tasks).await?;
             (rehearsal.url(), Credential::Rehearsal)
@@ -259,6 +267,24 @@ impl Programs {
             npm_env: npm_environment(),
             path,
         }
+    }
+
+    fn node_tools(&self) -> Option<NodeTools> {
+        let npm = std::env::split_paths(&self.path)
+            .map(|folder| folder.join("npm"))
+            .find(|npm| npm.is_file());
+        let is_file = |(_, value): &&(OsString, OsString)| Path::new(value).is_absolute();
+        Some(NodeTools {
+            node: self.node.clone()?,
+            npm: npm.unwrap_or_else(|| "npm".into()),
+            readable: self
+                .npm_env
+                .iter()
+                .filter(is_file)
+                .map(|(_, file)| file.into())
+                .collect(),
+            env: self.npm_env.clone(),
+        })
     }
 
     /// What children may read outside of the system's folders to run what is on `PATH`.
@@ -345,12 +371,6 @@ fn supervisor_settings(
             is_confined: launcher.confinement().bash == Bash::All,
         })
     });
-    let node = programs.node.clone().map(|node| NodeTools {
-        node,
-        path: programs.path.clone(),
-        folders: programs.folders(),
-        env: programs.npm_env.clone(),
-    });
     let preview_base_url = settings.preview_url("{slug}", listeners.preview_port());
     SupervisorSettings {
         workspace: settings.workspace_path.clone(),
@@ -378,8 +398,20 @@ fn supervisor_settings(
         max_warm_agents: settings.max_warm_agents,
         turn_timeout: settings.turn_timeout,
         agent,
-        node,
     }
+}
+
+/// Previews are as open as the API is.
+fn preview_access(settings: &Settings) -> preview::Access {
+    if !settings.has_api_secret() {
+        return preview::Access::open();
+    }
+    let secret = settings
+        .preview_token_secret
+        .as_ref()
+        .or(settings.claude_service_secret.as_ref());
+    let is_https = settings.preview_base_url.starts_with("https:");
+    preview::Access::signed(secret.map(config::Secret::expose), is_https)
 }
 
 /// The host names under which browsers open previews, as Vite takes them: a leading dot means

@@ -165,7 +165,11 @@ impl ApiError {
     fn repository(error: &RepositoryError) -> Self {
         use RepositoryError as E;
         match error {
-            E::Remote(_) | E::Empty | E::NoSuchBranch { .. } | E::NoDefaultBranch => Self::new(
+            E::Remote(_)
+            | E::Local { .. }
+            | E::Empty
+            | E::NoSuchBranch { .. }
+            | E::NoDefaultBranch => Self::new(
                 StatusCode::UNPROCESSABLE_ENTITY,
                 "clone_failed",
                 error.to_string(),

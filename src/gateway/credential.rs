@@ -30,6 +30,17 @@ const BETA: HeaderName = HeaderName::from_static("anthropic-beta");
 const OAUTH_BETA: &str = "oauth-2025-04-20";
 
 impl Credential {
+    /// What must never be seen: to be hidden from logs.
+    pub fn secrets(&self) -> Vec<&Secret> {
+        match self {
+            Self::ApiKey(key) => vec![key],
+            Self::OAuth {
+                access, refresh, ..
+            } => [access].into_iter().chain(refresh).collect(),
+            Self::Rehearsal => Vec::new(),
+        }
+    }
+
     /// Puts the credential into the headers of an upstream request, whose own auth headers are
     /// expected to be gone already.
     pub(super) fn apply(&self, headers: &mut HeaderMap) -> Result<(), GatewayError> {

@@ -401,9 +401,11 @@ async fn an_unreachable_upstream_is_502_without_its_address() {
 
 #[tokio::test]
 async fn a_redirect_is_not_followed() {
-    let room = Room::with(key(), |request: Request| async move {
-        assert_eq!(request.uri().path(), "/base/v1/messages");
-        (StatusCode::TEMPORARY_REDIRECT, [("location", "/elsewhere")]).into_response()
+    let (saw, mut seen) = mpsc::unbounded_channel();
+    let room = Room::with(key(), move |request: Request| {
+        saw.send(request.uri().path().to_owned()).unwrap();
+        // 303 asks for a GET, which could be repeated without the streamed body.
+        std::future::ready((StatusCode::SEE_OTHER, [("location", "/elsewhere")]).into_response())
     })
     .await;
     let token = room.gateway.issue();
@@ -413,6 +415,8 @@ async fn a_redirect_is_not_followed() {
         .unwrap();
     assert_eq!(answer.status(), 502);
     assert!(!answer.headers().contains_key("location"));
+    assert_eq!(seen.recv().await.unwrap(), "/base/v1/messages");
+    assert!(seen.try_recv().is_err(), "nothing else was asked for");
 }
 
 #[tokio::test]

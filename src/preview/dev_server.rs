@@ -8,6 +8,7 @@ use std::{
     ffi::OsString,
     future::Future,
     io::{self, Read},
+    net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     pin::Pin,
     sync::Arc,
@@ -44,16 +45,16 @@ const PORT_WAIT: Duration = Duration::from_secs(3);
 const DISK_DEADLINE: Duration = Duration::from_secs(20);
 const MAX_PACKAGE_JSON: u64 = 1024 * 1024;
 
-/// What the system needs to be readable for Node and a shell to run.
-const SYSTEM: &[&str] = &["/usr", "/bin", "/lib", "/lib64", "/etc"];
-
 /// What a handle asks for.
 #[derive(Debug)]
 pub(crate) enum Intent {
     Start,
     Restart {
         reason: String,
+        /// Told when the state says what came of it.
+        done: oneshot::Sender<()>,
     },
+    Progress(String),
     Fail(PreviewError),
     Stop {
         grace: Duration,
@@ -61,12 +62,11 @@ pub(crate) enum Intent {
     },
 }
 
-/// Where the handle's wishes arrive: wishes that must all be seen, and two of which the last one
-/// is enough.
+/// Where wishes arrive: the handle's, in their order, and that somebody wants to see the site,
+/// which the proxy says for every request and which counts once.
 #[derive(Debug)]
 pub(crate) struct Inbox {
     pub(crate) intents: mpsc::Receiver<Intent>,
-    pub(crate) progress: watch::Receiver<String>,
     pub(crate) retry: Arc<Notify>,
 }
 
@@ -100,7 +100,6 @@ type ProofFuture = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
 
 enum Event {
     Intent(Intent),
-    Progress(String),
     Proved(Result<(), String>),
     Ended(Exit),
     StartDue,
@@ -150,11 +149,7 @@ impl DevServer {
     }
 
     async fn next_event(&mut self, phase: &mut Phase) -> Event {
-        let Inbox {
-            intents,
-            progress,
-            retry,
-        } = &mut self.inbox;
+        let Inbox { intents, retry } = &mut self.inbox;
         let child = async {
             match phase {
                 Phase::Idle | Phase::Broken { restart_at: None } => std::future::pending().await,
@@ -179,11 +174,8 @@ impl DevServer {
             () = self.tasks.token().cancelled() => Event::Closing,
             intent = intents.recv() => intent.map_or(Event::Closing, Event::Intent),
             event = child => event,
-            // These two are taken in every phase, so that none is left over for a later one.
+            // Taken in every phase, so that none is left over for a later one.
             () = retry.notified() => Event::Asked,
-            Ok(()) = progress.changed() => {
-                Event::Progress(progress.borrow_and_update().clone())
-            }
         }
     }
 
@@ -192,7 +184,7 @@ impl DevServer {
             (Event::Intent(Intent::Start), running @ Phase::Running(_)) => running,
             (Event::Intent(Intent::Start) | Event::StartDue, _)
             | (Event::Asked, Phase::Broken { .. }) => self.start().await,
-            (Event::Intent(Intent::Restart { reason }), phase) => {
+            (Event::Intent(Intent::Restart { reason, done }), phase) => {
                 tracing::info!(slug = self.site.slug, reason, "restarting the dev server");
                 self.restarts = Restarts::default();
                 self.set(
@@ -202,7 +194,9 @@ impl DevServer {
                     &format!("Restarting: {reason}"),
                 );
                 self.end(phase, GRACE).await;
-                self.start().await
+                let phase = self.start().await;
+                done.send(()).ok();
+                phase
             }
             (Event::Intent(Intent::Fail(error)), phase) => {
                 self.end(phase, GRACE).await;
@@ -221,7 +215,7 @@ impl DevServer {
                 done.send(()).ok();
                 Phase::Idle
             }
-            (Event::Progress(text), Phase::Idle | Phase::Broken { .. }) => {
+            (Event::Intent(Intent::Progress(text)), Phase::Idle | Phase::Broken { .. }) => {
                 self.set(PreviewState::Starting, Vec::new(), None, &text);
                 // What is prepared will be followed by a start; no restart runs into it.
                 Phase::Idle
@@ -250,7 +244,7 @@ impl DevServer {
             (Event::Ended(exit), Phase::Running(run)) => self.broken(*run, Some(exit), None).await,
             (
                 Event::Asked
-                | Event::Progress(_)
+                | Event::Intent(Intent::Progress(_))
                 | Event::Proved(_)
                 | Event::Ended(_)
                 | Event::Closing,
@@ -463,18 +457,23 @@ fn prepare(site: &PreviewSite, settings: &PreviewSettings) -> Result<(Spec, Proo
     let (program, mut args) = program(&command, &site.worktree, &settings.node)?;
     args.extend(command.args(site.port));
     await_port(site.port)?;
-    let mut read: Vec<PathBuf> = SYSTEM.iter().map(PathBuf::from).collect();
+    let mut profile = Profile::system();
     // The program may be a link out of the folder that PATH names.
     for node in [
         Some(settings.node.clone()),
         settings.node.canonicalize().ok(),
     ] {
-        // `bin` and the `lib` beside it belong together.
-        read.extend(node.iter().filter_map(|n| n.parent()).map(Path::to_owned));
+        let folder = node.as_deref().and_then(Path::parent);
+        profile.read.extend(folder.map(Path::to_owned));
     }
-    read.extend(site.readable.iter().cloned());
-    let mut write = vec![site.worktree.clone(), home.clone(), tmp.clone()];
-    write.extend(site.writable.iter().cloned());
+    profile.read.extend(site.readable.iter().cloned());
+    profile
+        .write
+        .extend([site.worktree.clone(), home.clone(), tmp.clone()]);
+    profile.write.extend(site.writable.iter().cloned());
+    // Sites fetch from APIs while they render; they may ask themselves too.
+    profile.connect = Ports::Only(vec![443, site.port]);
+    profile.bind = Ports::Only(vec![site.port]);
     let spec = Spec {
         name: "dev server",
         program,
@@ -482,14 +481,7 @@ fn prepare(site: &PreviewSite, settings: &PreviewSettings) -> Result<(Spec, Proo
         env: environment(site, settings, &home, &tmp),
         cwd: site.worktree.clone(),
         stdin: Stdin::Null,
-        profile: Profile {
-            read,
-            write,
-            // Sites fetch from APIs while they render; they may ask themselves too.
-            connect: Ports::Only(vec![443, site.port]),
-            bind: Ports::Only(vec![site.port]),
-            scoped: true,
-        },
+        profile,
     };
     Ok((spec, command.proof()))
 }
@@ -598,20 +590,18 @@ async fn prove(
     proof: Proof,
     output: Output,
 ) -> Result<(), String> {
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
     let deadline = Instant::now() + START_DEADLINE;
     while Instant::now() < deadline {
         if output.moved_port() {
             return Err(format!("the dev server went to another port than {port}"));
         }
-        if TcpStream::connect((std::net::Ipv4Addr::LOCALHOST, port))
-            .await
-            .is_ok()
-        {
+        if TcpStream::connect(address).await.is_ok() {
             let child = process.clone();
             let ours = blocking(
                 "looking for the listener's owner",
                 DISK_DEADLINE,
-                move || child.owns_listener((std::net::Ipv4Addr::LOCALHOST, port).into()),
+                move || child.owns_listener(address),
             );
             if ours.await.unwrap_or(false) && probe::answers(port, proof).await {
                 return Ok(());

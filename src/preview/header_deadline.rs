@@ -65,7 +65,7 @@ impl RequestSwitch {
 
 impl InRequest {
     /// No request follows on this connection: what comes is a tunnel's.
-    pub(crate) fn is_last(mut self) {
+    pub(crate) fn make_last(mut self) {
         self.is_last = true;
     }
 }

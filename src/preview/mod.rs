@@ -7,6 +7,7 @@
 //! loopback port that the status names; while there is none it serves a holding page (`pages`).
 //! Who looks at a preview is told to an [`ActivitySink`]: the idle decision is not made here.
 
+mod access;
 mod command;
 mod dev_server;
 mod header_deadline;
@@ -32,6 +33,7 @@ use futures_util::future::join_all;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 pub use self::{
+    access::Access,
     command::{DevCommand, PlanError, plan},
     port::pick_port,
     proxy::{Proxy, ProxyKind},
@@ -62,6 +64,8 @@ pub trait ActivitySink: Send + Sync + 'static {
 pub struct PreviewSettings {
     /// The Node program; its folder comes on PATH.
     pub node: PathBuf,
+    /// Who may look.
+    pub access: Access,
     /// Below it each preview gets a private HOME and TMPDIR. Not readable by other threads.
     pub private_root: PathBuf,
 }
@@ -135,8 +139,13 @@ impl Previews {
     }
 
     /// A preview's address with what opens it.
-    pub fn with_token(&self, url: &str, _slug: &str) -> String {
-        url.to_owned()
+    pub fn with_token(&self, url: &str, slug: &str) -> String {
+        self.access()
+            .link(url, slug, jiff::Timestamp::now().as_second())
+    }
+
+    pub(crate) fn access(&self) -> &Access {
+        &self.shared.settings.access
     }
 
     /// The preview of a site: the one that is there, else a new one in the state `Off`.
@@ -167,7 +176,6 @@ impl Previews {
         let handle = PreviewHandle {
             site: Arc::new(site),
             intents: mpsc::channel(1).0,
-            progress: Arc::new(watch::Sender::new(String::new())),
             retry: Arc::new(Notify::new()),
             status,
         };
@@ -233,7 +241,6 @@ impl Previews {
 pub struct PreviewHandle {
     site: Arc<PreviewSite>,
     intents: mpsc::Sender<Intent>,
-    progress: Arc<watch::Sender<String>>,
     retry: Arc<Notify>,
     status: watch::Receiver<PreviewStatus>,
 }
@@ -251,7 +258,6 @@ impl PreviewHandle {
     ) -> Self {
         let site = Arc::new(site);
         let (intents, inbox) = mpsc::channel(INTENTS);
-        let (progress, progress_seen) = watch::channel(String::new());
         let (publish, status) = watch::channel(PreviewStatus::off());
         let retry = Arc::new(Notify::new());
         let driver = DevServer::new(
@@ -261,7 +267,6 @@ impl PreviewHandle {
             tasks.clone(),
             dev_server::Inbox {
                 intents: inbox,
-                progress: progress_seen,
                 retry: retry.clone(),
             },
             publish,
@@ -270,7 +275,6 @@ impl PreviewHandle {
         Self {
             site,
             intents,
-            progress: Arc::new(progress),
             retry,
             status,
         }
@@ -297,11 +301,20 @@ impl PreviewHandle {
     }
 
     /// Ends the dev server, if there is one, and starts it again with a fresh count of failures.
-    /// `reason` is for the log and the holding page ("astro.config.mjs changed").
-    pub fn restart(&self, reason: &str) {
-        self.send(Intent::Restart {
-            reason: reason.to_owned(),
-        });
+    /// `reason` is for the log and the holding page ("astro.config.mjs changed"). Returns once the
+    /// state says what came of the start: `Starting`, or `Error`.
+    pub async fn restart(&self, reason: &str) {
+        let (done, started) = oneshot::channel();
+        let reason = reason.to_owned();
+        // A driver that is gone starts nothing any more.
+        if self
+            .intents
+            .send(Intent::Restart { reason, done })
+            .await
+            .is_ok()
+        {
+            started.await.ok();
+        }
     }
 
     /// Tries once more if the dev server is down after a failure; else does nothing.
@@ -312,7 +325,7 @@ impl PreviewHandle {
     /// Says what is being prepared before the dev server can start: `Starting` with this text.
     /// Does nothing while a dev server runs.
     pub fn set_progress(&self, text: &str) {
-        self.progress.send_replace(text.to_owned());
+        self.send(Intent::Progress(text.to_owned()));
     }
 
     /// Says that the dev server can't be started and why (the dependencies did not install).

@@ -5,7 +5,8 @@ use bytes::Bytes;
 use http::{
     HeaderValue, Response, StatusCode,
     header::{
-        CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, RETRY_AFTER, X_CONTENT_TYPE_OPTIONS,
+        CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, LOCATION, REFERRER_POLICY,
+        RETRY_AFTER, SET_COOKIE, X_CONTENT_TYPE_OPTIONS,
     },
 };
 
@@ -29,8 +30,11 @@ const SCRIPT: &str = "text/javascript; charset=utf-8";
 const POLICY: &str = "default-src 'none'; script-src 'self'; connect-src 'self'; \
                       style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'";
 
-fn answer(status: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> Response<Bytes> {
-    let mut response = Response::new(body.into());
+/// An answer of the proxy's own. Boxed, because it often stands where an error does.
+pub(crate) type Page = Box<Response<Bytes>>;
+
+fn answer(status: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> Page {
+    let mut response = Box::new(Response::new(body.into()));
     *response.status_mut() = status;
     let headers = response.headers_mut();
     headers.insert(CONTENT_TYPE, HeaderValue::from_static(kind));
@@ -43,7 +47,7 @@ fn answer(status: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> Res
 }
 
 /// The page that stands in for a site that isn't there yet, and becomes it by itself.
-pub(crate) fn holding(status: &PreviewStatus) -> Response<Bytes> {
+pub(crate) fn holding(status: &PreviewStatus) -> Page {
     let (name, title) = match status.state {
         PreviewState::Error => ("error", "The preview has a problem"),
         PreviewState::Off => ("off", "This preview is switched off"),
@@ -77,12 +81,7 @@ fn error_text(error: &PreviewError) -> String {
 }
 
 /// One problem, as a page for people and as a line for programs.
-pub(crate) fn problem(
-    status: StatusCode,
-    title: &str,
-    text: &str,
-    as_page: bool,
-) -> Response<Bytes> {
+pub(crate) fn problem(status: StatusCode, title: &str, text: &str, as_page: bool) -> Page {
     let mut response = if as_page {
         answer(status, HTML, page("none", title, text, "", ""))
     } else {
@@ -100,8 +99,26 @@ pub(crate) fn problem(
     response
 }
 
+/// To the same page without the token, with the cookies that it was exchanged for.
+pub(crate) fn redirect(location: &str, cookies: &[String]) -> Page {
+    let mut response = empty(StatusCode::SEE_OTHER);
+    let headers = response.headers_mut();
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    if let Ok(location) = HeaderValue::from_str(location) {
+        headers.insert(LOCATION, location);
+    }
+    for cookie in cookies
+        .iter()
+        .filter_map(|text| HeaderValue::from_str(text).ok())
+    {
+        headers.append(SET_COOKIE, cookie);
+    }
+    response
+}
+
 /// The state as the holding page asks for it.
-pub(crate) fn status(status: &PreviewStatus) -> Response<Bytes> {
+pub(crate) fn status(status: &PreviewStatus) -> Page {
     let body = serde_json::json!({
         "state": status.state,
         "progress": status.progress,
@@ -111,7 +128,7 @@ pub(crate) fn status(status: &PreviewStatus) -> Response<Bytes> {
     answer(StatusCode::OK, "application/json", body.to_string())
 }
 
-pub(crate) fn presence_script() -> Response<Bytes> {
+pub(crate) fn presence_script() -> Page {
     let mut response = answer(
         StatusCode::OK,
         SCRIPT,
@@ -123,7 +140,7 @@ pub(crate) fn presence_script() -> Response<Bytes> {
     response
 }
 
-pub(crate) fn holding_script() -> Response<Bytes> {
+pub(crate) fn holding_script() -> Page {
     answer(
         StatusCode::OK,
         SCRIPT,
@@ -132,8 +149,8 @@ pub(crate) fn holding_script() -> Response<Bytes> {
 }
 
 /// An answer without a body.
-pub(crate) fn empty(status: StatusCode) -> Response<Bytes> {
-    let mut response = Response::new(Bytes::new());
+pub(crate) fn empty(status: StatusCode) -> Page {
+    let mut response = Box::new(Response::new(Bytes::new()));
     *response.status_mut() = status;
     response
 }

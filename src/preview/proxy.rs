@@ -44,8 +44,10 @@ use tokio::{
 
 use super::{
     ActivityGuard, ActivitySink, PreviewHandle, Previews,
+    access::{Verdict, hide_cookies},
     header_deadline::{HeaderDeadline, InRequest},
-    headers, pages,
+    headers,
+    pages::{self, Page},
     routing::{SameSite, host_name, is_own_origin, passes_host_check},
 };
 use crate::{domain::PreviewState, task::Tasks};
@@ -160,7 +162,7 @@ impl Proxy {
             async move {
                 let mut response = downstream.answer(request).await;
                 if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-                    in_request.is_last();
+                    in_request.make_last();
                 } else {
                     response.body_mut().in_request = Some(in_request);
                 }
@@ -173,7 +175,8 @@ impl Proxy {
             .half_close(true)
             .pipeline_flush(true)
             .max_headers(MAX_HEADERS)
-            .max_buf_size(MAX_HEAD)
+            .max_header_size(MAX_HEAD)
+            .max_buf_size(2 * MAX_HEAD)
             .serve_connection(TokioIo::new(stream), service)
             .with_upgrades();
         let mut connection = std::pin::pin!(connection);
@@ -214,15 +217,12 @@ impl Downstream {
     async fn answer(&self, request: Request<Incoming>) -> Response<ResponseBody> {
         match self.try_answer(request).await {
             Ok(response) => response,
-            Err(response) => response.map(ResponseBody::whole),
+            Err(page) => page.map(ResponseBody::whole),
         }
     }
 
     /// `Err` is an answer of our own: no upstream had a part in it.
-    async fn try_answer(
-        &self,
-        request: Request<Incoming>,
-    ) -> Result<Response<ResponseBody>, Response<Bytes>> {
+    async fn try_answer(&self, request: Request<Incoming>) -> Result<Response<ResponseBody>, Page> {
         let host = host_of(&request)?;
         let as_page = headers::is_navigation(request.method(), request.headers());
         let is_websocket =
@@ -233,12 +233,14 @@ impl Downstream {
         let host_text = host
             .to_str()
             .map_err(|_| bad_request("the Host is not plain text"))?;
-        // A room for the thread that the access cookie names.
-        let cookie = None;
+        let now = jiff::Timestamp::now().as_second();
+        let access = self.proxy.previews.access();
+        let query = request.uri().query();
+        let named = access.named(query, request.headers(), now);
         let preview = self
             .proxy
             .previews
-            .route(Some(host_text), cookie)
+            .route(Some(host_text), named)
             .ok_or_else(|| {
                 pages::problem(
                     StatusCode::NOT_FOUND,
@@ -248,6 +250,22 @@ impl Downstream {
                     as_page,
                 )
             })?;
+        let path = request.uri().path();
+        match access.judge(preview.slug(), path, query, request.headers(), now) {
+            Verdict::Open | Verdict::Granted => {}
+            Verdict::Exchange { cookies, location } => {
+                return Err(pages::redirect(&location, &cookies));
+            }
+            Verdict::Refused => {
+                return Err(pages::problem(
+                    StatusCode::UNAUTHORIZED,
+                    "This preview is private",
+                    "Your link to it has expired or is for another site. Open the preview again \
+                     from where you edit the site.",
+                    as_page,
+                ));
+            }
+        }
         if is_websocket {
             self.check_origin(request.headers(), host_text)?;
             return self.upgrade(request, host, &preview).await;
@@ -260,12 +278,7 @@ impl Downstream {
     }
 
     /// The proxy's own paths.
-    fn answer_own(
-        &self,
-        request: &Request<Incoming>,
-        host: &str,
-        preview: &PreviewHandle,
-    ) -> Response<Bytes> {
+    fn answer_own(&self, request: &Request<Incoming>, host: &str, preview: &PreviewHandle) -> Page {
         match (request.method(), request.uri().path()) {
             (&Method::GET, pages::STATUS) => pages::status(&preview.status().borrow()),
             (&Method::GET, pages::PRESENCE_SCRIPT) => pages::presence_script(),
@@ -290,7 +303,7 @@ impl Downstream {
     }
 
     /// A page's Origin must be ours; programs send none.
-    fn check_origin(&self, headers: &HeaderMap, host: &str) -> Result<(), Response<Bytes>> {
+    fn check_origin(&self, headers: &HeaderMap, host: &str) -> Result<(), Page> {
         let same = match self.proxy.kind {
             ProxyKind::Preview => SameSite::NameAndPort,
             ProxyKind::HmrOnly => SameSite::Name,
@@ -318,7 +331,7 @@ impl Downstream {
         preview: &PreviewHandle,
         as_page: bool,
         guard: ActivityGuard,
-    ) -> Result<Response<ResponseBody>, Response<Bytes>> {
+    ) -> Result<Response<ResponseBody>, Page> {
         let port = match upstream(preview) {
             Some(port) => port,
             None if as_page => return Err(hold(preview)),
@@ -364,6 +377,7 @@ impl Downstream {
             .is_ok_and(|host| passes_host_check(host, &preview.site().hosts));
         let rewritten = (!passes).then(|| local_host(port));
         headers::to_upstream(&mut parts.headers, self.peer, host, rewritten);
+        hide_cookies(&mut parts.headers);
         parts.version = Version::HTTP_11;
         if parts.uri.authority().is_some() {
             let path = parts.uri.path_and_query().cloned();
@@ -459,7 +473,7 @@ impl Downstream {
         mut request: Request<Incoming>,
         host: HeaderValue,
         preview: &PreviewHandle,
-    ) -> Result<Response<ResponseBody>, Response<Bytes>> {
+    ) -> Result<Response<ResponseBody>, Page> {
         let port = match upstream(preview) {
             Some(port) => port,
             // The browser takes a 101 for "it is back" and reloads.
@@ -549,7 +563,7 @@ async fn tunnel(
 
 /// The one host that a request names (RFC 9112 3.2): a request that is unclear about it could be
 /// routed by one name and served by another.
-fn host_of(request: &Request<Incoming>) -> Result<HeaderValue, Response<Bytes>> {
+fn host_of(request: &Request<Incoming>) -> Result<HeaderValue, Page> {
     if *request.method() == Method::CONNECT {
         let text = "this is no forward proxy";
         return Err(pages::problem(
@@ -586,7 +600,7 @@ fn upstream(preview: &PreviewHandle) -> Option<u16> {
 }
 
 /// Waits for a server that starts, wakes or is being repaired.
-async fn await_upstream(preview: &PreviewHandle) -> Result<u16, Response<Bytes>> {
+async fn await_upstream(preview: &PreviewHandle) -> Result<u16, Page> {
     let mut status = preview.status();
     if status.borrow().state == PreviewState::Off {
         return Err(not_yet(false));
@@ -606,7 +620,7 @@ async fn await_upstream(preview: &PreviewHandle) -> Result<u16, Response<Bytes>>
 }
 
 /// The holding page; a server that failed is tried once more, because somebody looks.
-fn hold(preview: &PreviewHandle) -> Response<Bytes> {
+fn hold(preview: &PreviewHandle) -> Page {
     let status = preview.status();
     let status = status.borrow();
     if status.state == PreviewState::Error {
@@ -615,12 +629,12 @@ fn hold(preview: &PreviewHandle) -> Response<Bytes> {
     pages::holding(&status)
 }
 
-fn not_yet(as_page: bool) -> Response<Bytes> {
+fn not_yet(as_page: bool) -> Page {
     let text = "the dev server of this site is not running yet";
     pages::problem(StatusCode::SERVICE_UNAVAILABLE, "Not ready", text, as_page)
 }
 
-fn upstream_problem(error: &UpstreamError, as_page: bool) -> Response<Bytes> {
+fn upstream_problem(error: &UpstreamError, as_page: bool) -> Page {
     let (status, text) = match error {
         UpstreamError::Unreachable => return not_yet(as_page),
         UpstreamError::Closed => (
@@ -635,11 +649,11 @@ fn upstream_problem(error: &UpstreamError, as_page: bool) -> Response<Bytes> {
     pages::problem(status, "The preview has a problem", text, as_page)
 }
 
-fn bad_request(text: &str) -> Response<Bytes> {
+fn bad_request(text: &str) -> Page {
     pages::problem(StatusCode::BAD_REQUEST, "Bad request", text, false)
 }
 
-fn upgrade_required() -> Response<Bytes> {
+fn upgrade_required() -> Page {
     let text = "this port speaks WebSocket alone";
     let mut response = pages::problem(
         StatusCode::UPGRADE_REQUIRED,

@@ -3,7 +3,8 @@
 //! Landlock's rules are by open file: a folder that is replaced after the start loses its rule.
 //! It does not hold UDP, `stat`, `chmod` or sockets with a path name; keep those behind a folder
 //! that the program may not read. Don't grant `/proc`: no program of ours needs it, and a root that
-//! has CAP_PERFMON reads every process's environment there (measured on Linux 6.18).
+//! has CAP_PERFMON or CAP_SYS_ADMIN reads every process's environment there, Landlock or not
+//! (measured on Linux 6.18).
 
 use std::{
     fs, io,

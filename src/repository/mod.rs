@@ -39,6 +39,12 @@ pub enum RepositoryError {
     /// The remote could not be fetched from.
     #[error(transparent)]
     Remote(#[from] RemoteError),
+    /// What lies at an allowed local path could not be fetched from.
+    #[error("the local folder holds no git repository that can be read")]
+    Local {
+        #[source]
+        source: git2::Error,
+    },
     #[error("the repository is empty; push a first commit to it, then try again")]
     Empty,
     #[error("the repository has no branch \"{branch}\"")]

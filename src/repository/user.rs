@@ -53,8 +53,8 @@ impl UserRepository {
     /// name; the remote's default branch otherwise.
     ///
     /// # Errors
-    /// [`RepositoryError::Remote`], `Empty`, `NoSuchBranch` and `NoDefaultBranch` are about the
-    /// source; nothing is left behind then.
+    /// [`RepositoryError::Remote`], `Local`, `Empty`, `NoSuchBranch` and `NoDefaultBranch` are
+    /// about the source; nothing is left behind then.
     pub fn create(
         project: &Path,
         scratch: &Path,
@@ -212,7 +212,8 @@ fn build(
         }
         Source::Local(path) => {
             let path = path.to_string_lossy();
-            fetch(&repo, &path, &mut FetchOptions::new()).during("copy the local repository")?;
+            fetch(&repo, &path, &mut FetchOptions::new())
+                .map_err(|source| RepositoryError::Local { source })?;
             first_commit(&repo, key, base_branch)?
         }
     };

@@ -37,7 +37,7 @@ use crate::{
     repository::{Remotes, RepositoryError, SourceError},
     task::{self, BlockingError, Tasks},
     turn::{JournalError, StoredContext, TurnFile, TurnRecord, blank_result},
-    workspace::{Cache, InstallError, ThreadPaths, WorkspaceError},
+    workspace::{Cache, Dependencies, InstallError, ThreadPaths, WorkspaceError},
 };
 
 use thread::{Request, ThreadHandle};
@@ -105,7 +105,7 @@ impl Clone for SupervisorError {
                 present: present.clone(),
             },
             Self::QueueFull { limit } => Self::QueueFull { limit: *limit },
-            Self::Source(error) => Self::Internal(error.to_string()),
+            Self::Source(error) => Self::Source(error.clone()),
             Self::Repository(error) => Self::Repository(error.clone()),
             Self::Install(error) => Self::Install(error.clone()),
             Self::Workspace(error) => Self::Workspace(error.clone()),
@@ -141,8 +141,6 @@ pub struct SupervisorSettings {
     pub turn_timeout: Duration,
     /// `None`: the CLI is missing; turns then fail with a sentence.
     pub agent: Option<Arc<AgentSettings>>,
-    /// `None`: Node is missing; previews then say so.
-    pub node: Option<crate::workspace::NodeTools>,
 }
 
 /// A request to make a thread ready.
@@ -244,6 +242,8 @@ struct Inner {
     launcher: Launcher,
     gateway: Gateway,
     previews: Previews,
+    /// `None`: Node is missing; `/ready` says so.
+    dependencies: Option<Dependencies>,
     activity: Activity,
     tasks: Tasks,
     threads: Mutex<HashMap<ThreadKey, ThreadHandle>>,
@@ -305,6 +305,7 @@ impl Supervisor {
         launcher: Launcher,
         gateway: Gateway,
         previews: Previews,
+        dependencies: Option<Dependencies>,
         activity: Activity,
         tasks: Tasks,
     ) -> Self {
@@ -315,6 +316,7 @@ impl Supervisor {
             launcher,
             gateway,
             previews,
+            dependencies,
             activity,
             tasks,
             threads: Mutex::default(),

@@ -3,7 +3,8 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    path::PathBuf,
+    io,
+    path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
 };
@@ -15,7 +16,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-use super::{DISK_DEADLINE, InitAnswer, InitRequest, Inner, SupervisorError};
+use super::{DISK_DEADLINE, InitAnswer, InitRequest, Inner, PREVIEW_GRACE, SupervisorError};
 use crate::{
     agent::{Agent, AgentSite},
     domain::{Continuity, PreviewError, PreviewState},
@@ -25,17 +26,13 @@ use crate::{
     task,
     turn::{Accepted, Journal, StoredContext, TurnFile, TurnSite},
     workspace::{
-        DependencyRequest, InstallError, Metadata, PreviewPlace, ThreadPaths, ensure_dependencies,
-        make_private_dir, read_bounded, template_files, write_atomic,
+        DependencyRequest, GIT_EXCLUDES, InstallError, Metadata, PreviewPlace, ThreadPaths,
+        linked_folder, make_private_dir, read_bounded, template_files, write_atomic,
     },
 };
 
 /// Cloning a large repository over a slow line, or checking it out on a slow disk.
 const CLONE_DEADLINE: Duration = Duration::from_secs(15 * 60);
-
-/// Where a worktree's `node_modules` is a link, `node_modules/` in a site's `.gitignore` does not
-/// match it (measured with git 2.47).
-const NODE_MODULES_LINK: &str = "/node_modules";
 
 /// A thread that is ready. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -219,7 +216,7 @@ fn check_out(
     .save(&paths.user.metadata())?;
     let state = repository.ensure_thread(key, &paths.worktree())?;
     lap(&mut timings, "worktreeMs");
-    repository.exclude(&[NODE_MODULES_LINK])?;
+    repository.exclude(GIT_EXCLUDES)?;
     let worktree = repository.worktree(key, &paths.worktree());
     let notes = read_notes(&worktree);
     let context = StoredContext::load(&paths.context(), key)?;
@@ -486,39 +483,53 @@ async fn attach(
     site: &TurnSite,
     place: &PreviewPlace,
 ) -> Result<(), InstallError> {
+    let worktree = site.paths.worktree();
+    let cache = site.agent_site.dependencies.clone();
     let preview = inner.previews.ensure(PreviewSite {
         slug: place.slug.clone(),
         port: place.port,
-        worktree: site.paths.worktree(),
         hosts: inner.settings.preview_hosts.clone(),
-        readable: vec![site.agent_site.dependencies.clone()],
-        writable: Vec::new(),
+        readable: vec![cache.clone()],
+        writable: vec![linked_folder(&cache, &worktree)],
+        worktree: worktree.clone(),
     });
-    if let Some(node) = &inner.settings.node {
-        preview.set_progress("Installing dependencies");
-        let worktree = site.worktree.clone();
+    // What a dev server has open must not vanish under it.
+    preview.stop(PREVIEW_GRACE).await;
+    if let Some(dependencies) = &inner.dependencies {
+        preview.set_progress("Looking at the dependencies");
+        let tree = site.worktree.clone();
         let request = DependencyRequest {
-            worktree: site.paths.worktree(),
-            export: Box::new(move |folder| {
-                worktree.export(folder).map_err(|error| error.to_string())
-            }),
-            cache: site.agent_site.dependencies.clone(),
-            tools: node.clone(),
-            launcher: inner.launcher.clone(),
+            worktree,
+            export: move |folder: &Path| tree.export(folder).map_err(io::Error::other),
+            cache,
         };
         let status = preview.clone();
-        let attached =
-            ensure_dependencies(request, move |progress| status.set_progress(progress)).await;
-        if let Err(error) = attached {
-            preview.fail(PreviewError {
-                message: error.to_string(),
-                ..PreviewError::default()
-            });
-            return Err(error);
+        let attached = dependencies
+            .ensure(request, move |progress| status.set_progress(progress))
+            .await;
+        match attached {
+            Ok(attached) => {
+                tracing::info!(
+                    kind = ?attached.kind,
+                    elapsed_ms = attached.took.as_millis() as u64,
+                    "dependencies are in place"
+                );
+            }
+            Err(error) => {
+                tracing::warn!(%error, "dependencies are not in place");
+                let message = error.to_string();
+                preview.fail(PreviewError {
+                    message,
+                    ..PreviewError::default()
+                });
+                return Err(error);
+            }
         }
     }
     if inner.settings.runs_previews {
-        preview.restart("the site was attached");
+        preview.restart("the site was attached").await;
+    } else {
+        preview.stop(PREVIEW_GRACE).await;
     }
     Ok(())
 }

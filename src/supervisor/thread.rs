@@ -35,6 +35,9 @@ const AGENT_IDLE: Duration = Duration::from_secs(15 * 60);
 /// Stopping a thread: an interrupted turn commits and writes its outcome in this time.
 const STOP_GRACE: Duration = Duration::from_secs(15);
 
+/// How long a turn that changed files waits for the preview's word, by the contract.
+const PREVIEW_WORD: Duration = Duration::from_millis(700);
+
 type Reply<T> = oneshot::Sender<Result<T, SupervisorError>>;
 
 /// What a driver is asked for.
@@ -144,8 +147,9 @@ impl Driver {
             tokio::select! {
                 biased;
                 Some(done) = self.work.join_next() => match done {
-                    Ok(done) => self.take_in(done).await,
-                    Err(error) => tracing::error!(%error, "a thread's work broke off"),
+                    Ok(done) => self.take_in(done),
+                    // A panic below is a panic here: it stops the program instead of a thread.
+                    Err(error) => std::panic::resume_unwind(error.into_panic()),
                 },
                 () = sleep_until(agent_idle_at), if self.agent.is_some() => self.rest_agent(),
                 request = inbox.recv() => match request {
@@ -210,7 +214,7 @@ impl Driver {
         self.work.spawn(work.in_current_span());
     }
 
-    async fn take_in(&mut self, done: Done) {
+    fn take_in(&mut self, done: Done) {
         match done {
             Done::Nothing => {}
             Done::Dropped(id, context) => {
@@ -289,10 +293,9 @@ impl Driver {
     /// Writes a turn into its journal and puts it in line.
     async fn admit(&mut self, request: ExecuteRequest) -> Result<TurnRecord, SupervisorError> {
         let paths = self.inner.paths(&self.key);
-        let seen = match request.idempotency_key {
-            None => None,
-            Some(key) => Some(prepare::IdempotencyMark::new(&paths, &key)),
-        };
+        let seen = request
+            .idempotency_key
+            .map(|key| prepare::IdempotencyMark::new(&paths, &key));
         if let Some(mark) = &seen
             && let Some(id) = mark.turn(&self.key).await?
         {
@@ -376,6 +379,8 @@ impl Driver {
             let permit = tokio::select! {
                 permit = inner.turns.clone().acquire_owned() => permit.ok(),
                 () = cancel.cancelled() => None,
+                // It has not begun: it stays in its journal, and in line.
+                () = inner.draining.cancelled() => return Done::Nothing,
             };
             let holder = inner.activity.hold(HolderKind::Turn, id.to_string());
             drop(_guard);
@@ -494,13 +499,16 @@ async fn preview_after(
             "pnpm-lock.yaml",
             "yarn.lock",
         ];
-        let changed = |name: &&str| commit.files.iter().any(|file| file.path == **name);
-        if names.iter().any(|name| changed(&name)) {
+        let changed = |name: &str| commit.files.iter().any(|file| file.path == name);
+        if names.iter().any(|name| changed(name)) {
             prepared.attach.again();
-        } else if inner.preview_status(&prepared.site.key).state == PreviewState::Error
-            && let Some(preview) = inner.previews.get(&prepared.site.key.slug())
+        } else if let Some(preview) = inner.previews.get(&prepared.site.key.slug())
+            && preview.status().borrow().state == PreviewState::Error
         {
-            preview.start();
+            preview.restart("the site changed").await;
+            let mut status = preview.status();
+            let settled = status.wait_for(|status| status.state != PreviewState::Starting);
+            tokio::time::timeout(PREVIEW_WORD, settled).await.ok();
         }
     }
     let status = inner.preview_status(&prepared.site.key);

@@ -1,31 +1,526 @@
-//! Stand-in until the real one is merged.
-use crate::process::Launcher;
+//! Gives a worktree its `node_modules`.
+//!
+//! Per user of a client and per lockfile there is one master on the container's own disk, made
+//! by the site's package manager in a staging folder, then made read-only. A worktree gets a tree
+//! of hard links to it (0.1 to 0.8 s for 10,000 files, against 4 to 20 s for an install). Where
+//! links can't reach the worktree (another file system) the tree stands beside the masters and
+//! the worktree gets a symlink to it.
+//!
+//! What npm is asked for, and under which key the outcome is kept, is decided in `manifest`; the
+//! trees are handled in `tree`. The installer is the only child that sees npm's settings.
+
+mod manifest;
+mod tree;
+
 use std::{
+    collections::HashMap,
     ffi::OsString,
+    fmt, io,
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, Weak},
+    time::{Duration, Instant},
 };
+
+use tokio::sync::OnceCell;
+
+pub use self::tree::linked_folder;
+use self::{manifest::Need, tree::AttachError};
+use crate::{
+    process::{Exit, Launcher, Ports, ProcessError, Profile, Spec, Stdin},
+    task::{BlockingError, blocking},
+    text::Tail,
+};
+
+/// Patterns for `info/exclude` of a worktree's repository, so that installing shows nowhere in
+/// git: `node_modules/` in a site's `.gitignore` does not match a symlink, and a new tree has a
+/// name of its own until it is complete.
+pub const GIT_EXCLUDES: &[&str] = &["/node_modules", "/.node_modules-*"];
+
+/// For one run of the package manager.
+const INSTALL_DEADLINE: Duration = Duration::from_secs(600);
+/// Node starts in 40 ms, on a busy machine in seconds.
+const VERSION_DEADLINE: Duration = Duration::from_secs(30);
+/// For reading, linking and removing trees. A slow disk is given up, not waited for.
+const DISK_DEADLINE: Duration = Duration::from_secs(180);
+const SHOWN_LINES: usize = 20;
+const SHOWN_BYTES: usize = 4000;
+/// Of each of the installer's streams; npm says at the start of a long list why it refuses.
+const KEPT_BYTES: usize = 256 * 1024;
+
+/// Why a worktree has no dependencies.
+#[derive(Debug, thiserror::Error)]
+pub enum InstallError {
+    /// The site has to change first.
+    #[error("{0}")]
+    Site(String),
+    #[error("failed to export the committed files for the installer")]
+    Export(#[source] io::Error),
+    #[error("failed to {what}")]
+    Disk {
+        what: &'static str,
+        #[source]
+        source: io::Error,
+    },
+    #[error(transparent)]
+    Blocking(#[from] BlockingError),
+    #[error("failed to run {manager}")]
+    Run {
+        manager: &'static str,
+        #[source]
+        source: ProcessError,
+    },
+    /// The package manager, or a script of a package, ended badly. `output` is the end of what
+    /// it wrote, without colours, at most 4 kB.
+    #[error("{manager} ended with {exit}\n{output}")]
+    Failed {
+        manager: &'static str,
+        exit: Exit,
+        output: String,
+    },
+}
+
+impl From<AttachError> for InstallError {
+    fn from(error: AttachError) -> Self {
+        Self::Disk {
+            what: error.what,
+            source: error.source,
+        }
+    }
+}
+
+/// Where Node and npm are, and what npm is told.
 #[derive(Debug, Clone)]
 pub struct NodeTools {
+    /// The Node program.
     pub node: PathBuf,
-    pub path: OsString,
-    pub folders: Vec<PathBuf>,
+    /// npm's program (a script that Node runs).
+    pub npm: PathBuf,
+    /// The operator's settings for npm and the network: `NPM_CONFIG_*`, `HTTPS_PROXY`,
+    /// `NO_PROXY`, `NODE_EXTRA_CA_CERTS`, `SSL_CERT_FILE` and so on. They reach the installer
+    /// alone, and with it the scripts of the packages that it installs.
     pub env: Vec<(OsString, OsString)>,
+    /// Files that those settings name (npm's user configuration, certificates).
+    pub readable: Vec<PathBuf>,
 }
-pub struct DependencyRequest {
+
+/// One worktree to provide for.
+pub struct DependencyRequest<E> {
     pub worktree: PathBuf,
-    pub export: Box<dyn FnOnce(&Path) -> Result<(), String> + Send>,
+    /// Writes the committed files into an empty folder; runs on a blocking thread. Scripts that
+    /// the site runs at install find their files there.
+    pub export: E,
+    /// Of this user of this client alone: masters are writable from inside a worktree.
     pub cache: PathBuf,
-    pub tools: NodeTools,
-    pub launcher: Launcher,
 }
-#[derive(Debug, thiserror::Error)]
-#[error("{message}")]
-pub struct InstallError {
-    pub message: String,
+
+impl<E> fmt::Debug for DependencyRequest<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DependencyRequest")
+            .field("worktree", &self.worktree)
+            .finish_non_exhaustive()
+    }
 }
-pub async fn ensure_dependencies(
-    _r: DependencyRequest,
-    _p: impl Fn(&str) + Send + Sync + 'static,
-) -> Result<(), InstallError> {
-    Ok(())
+
+/// What was done for a worktree.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attached {
+    pub took: Duration,
+    pub kind: AttachedKind,
+    /// The folder behind `node_modules` where that is a symlink: the dev server writes there.
+    pub linked_to: Option<PathBuf>,
+}
+
+/// How a worktree came to its dependencies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AttachedKind {
+    /// It needs none, or brings its own in git.
+    None,
+    /// They were there already.
+    Current,
+    /// Linked from a master that was there.
+    Cached,
+    /// Installed, then linked.
+    Installed,
+}
+
+/// Installs and attaches. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Dependencies {
+    launcher: Launcher,
+    tools: Arc<NodeTools>,
+    /// Node's major version, which packages are built for; asked once.
+    node_major: Arc<OnceCell<u32>>,
+    /// One installation at a time for each master.
+    locks: Arc<Mutex<HashMap<PathBuf, Weak<tokio::sync::Mutex<()>>>>>,
+}
+
+impl Dependencies {
+    /// An installer that starts its children through `launcher`.
+    pub fn new(launcher: Launcher, tools: NodeTools) -> Self {
+        Self {
+            launcher,
+            tools: Arc::new(tools),
+            node_major: Arc::default(),
+            locks: Arc::default(),
+        }
+    }
+
+    /// Makes sure that a worktree has the `node_modules` that its lockfile and package.json ask
+    /// for. No agent and no dev server may run in the worktree meanwhile: what they have open
+    /// would vanish. Cancelled, it leaves no half tree under the name `node_modules`.
+    ///
+    /// # Errors
+    /// [`InstallError`]; the worktree keeps what it had.
+    pub async fn ensure<E>(
+        &self,
+        request: DependencyRequest<E>,
+        mut on_progress: impl FnMut(&str) + Send,
+    ) -> Result<Attached, InstallError>
+    where
+        E: FnOnce(&Path) -> io::Result<()> + Send + 'static,
+    {
+        let began = Instant::now();
+        let DependencyRequest {
+            worktree,
+            export,
+            cache,
+        } = request;
+        let done = |kind, linked_to| Attached {
+            took: began.elapsed(),
+            kind,
+            linked_to,
+        };
+        let (from, major) = (worktree.clone(), self.node_major().await?);
+        let read = move || Need::read(&from, major);
+        let Some(need) = blocking("reading package.json", DISK_DEADLINE, read).await?? else {
+            return Ok(done(AttachedKind::None, None));
+        };
+        let (at, key) = (worktree.clone(), need.key.clone());
+        let current = move || tree::current(&at, &key);
+        if let Some(linked_to) = blocking("looking at node_modules", DISK_DEADLINE, current).await?
+        {
+            return Ok(done(AttachedKind::Current, linked_to));
+        }
+        let master = cache.join("masters").join(&need.key);
+        let lock = self.lock_of(&master);
+        let held = lock.lock().await;
+        let is_cached = tree::is_master(&master);
+        if !is_cached {
+            on_progress("Installing dependencies");
+            self.install(&need, export, &cache, &master, &mut on_progress)
+                .await?;
+        }
+        drop(held);
+        if tree::is_committed(&master) {
+            return Ok(done(AttachedKind::None, None));
+        }
+        on_progress("Linking dependencies");
+        let attach = move || tree::attach(&master, &worktree, &cache, &need.key);
+        let linked_to = blocking("linking dependencies", DISK_DEADLINE, attach).await??;
+        let kind = if is_cached {
+            AttachedKind::Cached
+        } else {
+            AttachedKind::Installed
+        };
+        Ok(done(kind, linked_to))
+    }
+
+    async fn node_major(&self) -> Result<u32, InstallError> {
+        let ask = async || {
+            let node = &self.tools.node;
+            let mut profile = Profile::system();
+            for program in [Some(node.clone()), node.canonicalize().ok()]
+                .into_iter()
+                .flatten()
+            {
+                profile.read.extend(program.parent().map(Path::to_owned));
+            }
+            let spec = Spec {
+                name: "node",
+                program: node.clone(),
+                args: vec!["--version".into()],
+                env: Vec::new(),
+                cwd: "/".into(),
+                stdin: Stdin::Null,
+                profile,
+            };
+            let run = self.launcher.run(spec, VERSION_DEADLINE, 4096).await;
+            let output = run.map_err(|source| InstallError::Run {
+                manager: "node",
+                source,
+            })?;
+            let major = output
+                .stdout
+                .trim()
+                .trim_start_matches('v')
+                .split('.')
+                .next();
+            major
+                .and_then(|major| major.parse().ok())
+                .ok_or_else(|| InstallError::Site("node does not tell its version".to_owned()))
+        };
+        self.node_major.get_or_try_init(ask).await.copied()
+    }
+
+    fn lock_of(&self, master: &Path) -> Arc<tokio::sync::Mutex<()>> {
+        let mut locks = self
+            .locks
+            .lock()
+            .expect("no panic while the locks are held");
+        locks.retain(|_, lock| lock.strong_count() > 0);
+        if let Some(lock) = locks.get(master).and_then(Weak::upgrade) {
+            return lock;
+        }
+        let lock = Arc::new(tokio::sync::Mutex::new(()));
+        locks.insert(master.to_owned(), Arc::downgrade(&lock));
+        lock
+    }
+
+    /// Fills a master by way of a staging folder.
+    async fn install<E>(
+        &self,
+        need: &Need,
+        export: E,
+        cache: &Path,
+        master: &Path,
+        on_progress: &mut (impl FnMut(&str) + Send),
+    ) -> Result<(), InstallError>
+    where
+        E: FnOnce(&Path) -> io::Result<()> + Send + 'static,
+    {
+        let staging = Staging::new(cache);
+        let (folders, files) = (staging.clone(), need.files.clone());
+        let fill = move || {
+            let disk = |what| move |source| InstallError::Disk { what, source };
+            for folder in [
+                &folders.site,
+                &folders.home,
+                &folders.tmp,
+                &folders.downloads,
+            ] {
+                std::fs::create_dir_all(folder).map_err(disk("make the installer's folders"))?;
+            }
+            export(&folders.site).map_err(InstallError::Export)?;
+            // The key was made of the files as they are in the worktree.
+            for (name, bytes) in &files {
+                tree::write_fresh(&folders.site.join(name), bytes)
+                    .map_err(disk("write package.json for the installer"))?;
+            }
+            Ok::<_, InstallError>(folders.site.join("node_modules").symlink_metadata().is_ok())
+        };
+        let is_committed = blocking("exporting the site", DISK_DEADLINE, fill).await??;
+        if !is_committed {
+            self.run(need, &staging, on_progress).await?;
+        }
+        let (folders, master) = (staging.clone(), master.to_owned());
+        let settle = move || tree::settle(&folders.site, &master, is_committed);
+        blocking("keeping the dependencies", DISK_DEADLINE, settle).await??;
+        Ok(())
+    }
+
+    async fn run(
+        &self,
+        need: &Need,
+        staging: &Staging,
+        on_progress: &mut (impl FnMut(&str) + Send),
+    ) -> Result<(), InstallError> {
+        let mut attempts = need.attempts().into_iter().peekable();
+        while let Some(args) = attempts.next() {
+            let manager = need.manager.name();
+            tracing::info!(manager, "installing dependencies");
+            let run = self.run_once(need, staging, args).await?;
+            if run.exit.code == Some(0) {
+                return Ok(());
+            }
+            if attempts.peek().is_none() || !run.is_lock_refused {
+                let output = run.tail.text(SHOWN_BYTES);
+                return Err(InstallError::Failed {
+                    manager,
+                    exit: run.exit,
+                    output,
+                });
+            }
+            on_progress("Installing dependencies (the lockfile doesn't fit package.json)");
+        }
+        Ok(())
+    }
+
+    async fn run_once(
+        &self,
+        need: &Need,
+        staging: &Staging,
+        args: Vec<OsString>,
+    ) -> Result<Run, InstallError> {
+        let tools = &self.tools;
+        let npm = tools
+            .npm
+            .canonicalize()
+            .unwrap_or_else(|_| tools.npm.clone());
+        // Started by Node, so that no `env node` on PATH decides which one.
+        let mut all: Vec<OsString> = vec![npm.clone().into()];
+        all.extend(args);
+        let node = tools
+            .node
+            .canonicalize()
+            .unwrap_or_else(|_| tools.node.clone());
+        let mut profile = Profile::system();
+        for program in [&tools.node, &node] {
+            profile.read.extend(program.parent().map(Path::to_owned));
+        }
+        // `npm/bin/npm-cli.js` needs all of `npm/`.
+        let npm_folder = npm.parent().and_then(Path::parent);
+        profile.read.extend(npm_folder.map(Path::to_owned));
+        profile.read.extend(tools.readable.iter().cloned());
+        profile
+            .write
+            .extend([staging.root.clone(), staging.downloads.clone()]);
+        // Registries speak 443 or 80, or the port that the operator's settings name. Not every
+        // port: a package's script must not reach our own API on loopback.
+        profile.connect = Ports::Only(ports(&tools.env));
+        let spec = Spec {
+            name: "installer",
+            program: tools.node.clone(),
+            args: all,
+            env: self.environment(staging),
+            cwd: staging.site.clone(),
+            stdin: Stdin::Null,
+            profile,
+        };
+        let manager = need.manager.name();
+        let run = self
+            .launcher
+            .run(spec, INSTALL_DEADLINE, KEPT_BYTES)
+            .await
+            .map_err(|source| InstallError::Run { manager, source })?;
+        let mut tail = Tail::new(SHOWN_LINES);
+        for line in run.stdout.lines().chain(run.stderr.lines()) {
+            tail.push(line);
+        }
+        Ok(Run {
+            exit: run.exit,
+            tail,
+            is_lock_refused: run.stderr.contains("EUSAGE"),
+        })
+    }
+
+    fn environment(&self, staging: &Staging) -> Vec<(OsString, OsString)> {
+        let mut path = OsString::new();
+        for folder in self
+            .tools
+            .node
+            .parent()
+            .into_iter()
+            .chain(["/usr/local/bin", "/usr/bin", "/bin"].iter().map(Path::new))
+        {
+            if !path.is_empty() {
+                path.push(":");
+            }
+            path.push(folder);
+        }
+        let mut env = self.tools.env.clone();
+        env.extend([
+            ("PATH".into(), path),
+            ("HOME".into(), staging.home.clone().into()),
+            ("TMPDIR".into(), staging.tmp.clone().into()),
+            ("npm_config_cache".into(), staging.downloads.clone().into()),
+            // pnpm and yarn keep their downloads there too.
+            (
+                "npm_config_store_dir".into(),
+                staging.downloads.join("pnpm").into(),
+            ),
+            (
+                "YARN_CACHE_FOLDER".into(),
+                staging.downloads.join("yarn").into(),
+            ),
+        ]);
+        env.extend(
+            [
+                ("LANG", "C.UTF-8"),
+                ("CI", "1"),
+                ("NO_COLOR", "1"),
+                ("npm_config_update_notifier", "false"),
+                ("HUSKY", "0"),
+                ("ASTRO_TELEMETRY_DISABLED", "1"),
+            ]
+            .map(|(name, value)| (name.into(), value.into())),
+        );
+        env
+    }
+}
+
+/// One run of a package manager.
+struct Run {
+    exit: Exit,
+    tail: Tail,
+    /// `npm ci` refuses a lockfile that doesn't fit package.json, or that lacks the packages of
+    /// other platforms; `npm install` takes it.
+    is_lock_refused: bool,
+}
+
+/// The folders of one installation; removed when the last copy is dropped.
+#[derive(Debug, Clone)]
+struct Staging {
+    root: PathBuf,
+    site: PathBuf,
+    home: PathBuf,
+    tmp: PathBuf,
+    /// Kept from installation to installation.
+    downloads: PathBuf,
+    _removed: Arc<RemoveOnDrop>,
+}
+
+#[derive(Debug)]
+struct RemoveOnDrop(PathBuf);
+
+impl Drop for RemoveOnDrop {
+    fn drop(&mut self) {
+        let root = std::mem::take(&mut self.0);
+        // Ten thousand files: not on the caller's thread.
+        std::thread::spawn(move || tree::remove(&root));
+    }
+}
+
+impl Staging {
+    fn new(cache: &Path) -> Self {
+        let root = cache
+            .join("staging")
+            .join(uuid::Uuid::new_v4().simple().to_string());
+        Self {
+            site: root.join("site"),
+            home: root.join("home"),
+            tmp: root.join("tmp"),
+            downloads: cache.join("downloads"),
+            _removed: Arc::new(RemoveOnDrop(root.clone())),
+            root,
+        }
+    }
+}
+
+/// 443, 80 and the ports of the URLs among npm's settings.
+fn ports(settings: &[(OsString, OsString)]) -> Vec<u16> {
+    let named = settings
+        .iter()
+        .filter_map(|(_, value)| url::Url::parse(value.to_str()?).ok()?.port());
+    let mut ports: Vec<u16> = [443, 80].into_iter().chain(named).collect();
+    ports.sort_unstable();
+    ports.dedup();
+    ports
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_ports_that_a_registry_may_have_are_open() {
+        let env = [
+            ("NPM_CONFIG_REGISTRY", "http://registry.example:4873/"),
+            ("HTTPS_PROXY", "http://proxy.example:3128"),
+            ("NO_PROXY", "localhost,10.0.0.0/8"),
+            ("NODE_EXTRA_CA_CERTS", "/etc/ca.pem"),
+        ]
+        .map(|(name, value)| (name.into(), value.into()));
+        assert_eq!(ports(&env), [80, 443, 3128, 4873]);
+        assert_eq!(ports(&[]), [80, 443]);
+    }
 }

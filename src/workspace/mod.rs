@@ -11,7 +11,10 @@ mod layout;
 mod metadata;
 mod template;
 
-pub use dependencies::{DependencyRequest, InstallError, NodeTools, ensure_dependencies};
+pub use dependencies::{
+    AttachedKind, Dependencies, DependencyRequest, GIT_EXCLUDES, InstallError, NodeTools,
+    linked_folder,
+};
 pub use files::{append_line, make_private_dir, read_bounded, write_atomic};
 pub use layout::{Cache, ThreadPaths, UserPaths};
 pub use metadata::{Metadata, PreviewPlace};

@@ -658,7 +658,7 @@ async fn files_are_confined() {
 async fn other_processes_memory_and_files_are_closed_even_with_proc() {
     let Some(launcher) = confining() else { return };
     let site = site();
-    // `environ` itself is open to CAP_PERFMON, whatever Landlock says: one more reason not to
+    // `environ` itself is open to CAP_PERFMON and CAP_SYS_ADMIN, whatever Landlock says: one more reason not to
     // run as an almighty root, and not to grant /proc.
     let script = "head -c1 /proc/$SUPERVISOR/mem; readlink -v /proc/$SUPERVISOR/cwd; \
                   ls /proc/$SUPERVISOR/cwd/; head -c1 /proc/$PPID/mem; readlink -v /proc/$PPID/exe; \

@@ -235,7 +235,7 @@ fn escape(text: &str) -> String {
 }
 
 /// Colours by name: one that can be read on a light ground, one on a dark.
-const COLOURS: [(&str, &str, &str); 17] = [
+const COLOURS: [(&str, &str, &str); 18] = [
     ("teal", "#0f766e", "#5eead4"),
     ("turquoise", "#0e7490", "#67e8f9"),
     ("navy", "#1e3a8a", "#a5b4fc"),
@@ -252,7 +252,8 @@ const COLOURS: [(&str, &str, &str); 17] = [
     ("pink", "#be185d", "#f9a8d4"),
     ("brown", "#78350f", "#fcd9b6"),
     ("black", "#111827", "#e5e7eb"),
-    ("gr", "#4b5563", "#d1d5db"),
+    ("grey", "#4b5563", "#d1d5db"),
+    ("gray", "#4b5563", "#d1d5db"),
 ];
 
 fn change_accent(story: &mut Story<'_>, colour: &str) -> Told<String> {

@@ -1,0 +1,76 @@
+//! The real programs that the tests drive.
+
+use std::{
+    env,
+    ffi::{OsStr, OsString},
+    path::{Path, PathBuf},
+    process::Command,
+    sync::OnceLock,
+};
+
+/// Where they are.
+#[derive(Debug, Clone)]
+pub(crate) struct Tools {
+    /// The Claude Code CLI's native program.
+    pub(crate) claude: PathBuf,
+    /// Node 22.12 or newer.
+    pub(crate) node: PathBuf,
+    /// `PATH` of the program under test: Node's folder, then the system's.
+    pub(crate) path: OsString,
+}
+
+/// Finds the CLI (`CLAUDE_BIN`, else as greenroom does) and Node (`GREENROOM_TEST_NODE`: the
+/// program or its folder, else on `PATH`). Fails in one line where there is none: a test that
+/// silently did nothing would prove nothing.
+pub(crate) fn tools() -> &'static Tools {
+    static TOOLS: OnceLock<Tools> = OnceLock::new();
+    TOOLS.get_or_init(|| {
+        let path = env::var_os("PATH");
+        let setting = env::var_os("CLAUDE_BIN").map(PathBuf::from);
+        let claude = greenroom::config::find_claude(
+            setting.as_deref(),
+            path.as_deref(),
+            Path::new(env!("CARGO_MANIFEST_DIR")),
+        );
+        let claude =
+            claude.expect("no Claude Code CLI: scripts/test installs it, or set CLAUDE_BIN");
+        let node = find_node(path.as_deref()).expect(
+            "no Node 22.12 or newer: scripts/test installs it, or set GREENROOM_TEST_NODE or PATH",
+        );
+        let folder = node.parent().expect("a program lies in a folder");
+        let folders = [folder, Path::new("/usr/bin"), Path::new("/bin")];
+        let path = env::join_paths(folders).expect("no colons in these");
+        Tools { claude, node, path }
+    })
+}
+
+fn find_node(path: Option<&OsStr>) -> Option<PathBuf> {
+    let named = env::var_os("GREENROOM_TEST_NODE").map(PathBuf::from);
+    let named = named.map(|named| {
+        if named.is_dir() {
+            named.join("node")
+        } else {
+            named
+        }
+    });
+    let on_path = path.into_iter().flat_map(env::split_paths);
+    named
+        .into_iter()
+        .chain(on_path.map(|folder| folder.join("node")))
+        .filter(|program| program.is_file())
+        .find(|program| is_new_enough(program))
+}
+
+fn is_new_enough(node: &Path) -> bool {
+    #[expect(clippy::disallowed_methods, reason = "asks for a version")]
+    let Ok(output) = Command::new(node).arg("--version").output() else {
+        return false;
+    };
+    let version = String::from_utf8_lossy(&output.stdout);
+    let mut numbers = version
+        .trim()
+        .trim_start_matches('v')
+        .split('.')
+        .map_while(|number| number.parse::<u32>().ok());
+    (numbers.next(), numbers.next()) >= (Some(22), Some(12))
+}
