@@ -66,10 +66,14 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         },
         tasks.clone(),
     );
+    let readiness = Readiness::default();
     let supervisor = Supervisor::new(
-        supervisor_settings(
-            &loaded, &programs, &runtime, &launcher, &gateway, &listeners,
-        ),
+        SupervisorSettings {
+            node: readiness.node.clone(),
+            ..supervisor_settings(
+                &loaded, &programs, &runtime, &launcher, &gateway, &listeners,
+            )
+        },
         launcher.clone(),
         gateway,
         previews.clone(),
@@ -79,7 +83,6 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         activity.clone(),
         tasks.clone(),
     );
-    let readiness = Readiness::default();
     let state = Arc::new(ApiState {
         supervisor: supervisor.clone(),
         activity: activity.clone(),
@@ -397,6 +400,7 @@ fn supervisor_settings(
         max_queued_turns: settings.max_queued_turns,
         max_warm_agents: settings.max_warm_agents,
         turn_timeout: settings.turn_timeout,
+        node: Arc::default(),
         agent,
     }
 }
