@@ -3,7 +3,7 @@
 mod support;
 
 mod cli;
-#[cfg(test)]
+mod execute;
 mod gateway;
 mod init;
 mod preview_dev_server;
