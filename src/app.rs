@@ -19,7 +19,7 @@ use crate::{
     domain::Signature,
     gateway::{Credential, Gateway, GatewayConfig, load_credentials_file},
     lifecycle::{Activity, Guard, HolderKind, StopReason, wait_for_reason},
-    preview::{ActivityGuard, ActivitySink, PreviewSettings, Previews, Proxy, ProxyKind},
+    preview::{self, ActivityGuard, ActivitySink, PreviewSettings, Previews, Proxy, ProxyKind},
     process::{self, Bash, ConfinementMode, Launcher, Profile, Spec, Stdin},
     rehearsal::{Rehearsal, Script},
     repository::{self, Remotes},
@@ -62,6 +62,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         PreviewSettings {
             node: programs.node.clone().unwrap_or_else(|| "node".into()),
             private_root: runtime.join("previews"),
+            access: preview_access(settings),
         },
         tasks.clone(),
     );
@@ -398,6 +399,19 @@ fn supervisor_settings(
         turn_timeout: settings.turn_timeout,
         agent,
     }
+}
+
+/// Previews are as open as the API is.
+fn preview_access(settings: &Settings) -> preview::Access {
+    if !settings.has_api_secret() {
+        return preview::Access::open();
+    }
+    let secret = settings
+        .preview_token_secret
+        .as_ref()
+        .or(settings.claude_service_secret.as_ref());
+    let is_https = settings.preview_base_url.starts_with("https:");
+    preview::Access::signed(secret.map(config::Secret::expose), is_https)
 }
 
 /// The host names under which browsers open previews, as Vite takes them: a leading dot means

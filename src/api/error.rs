@@ -12,7 +12,7 @@ use utoipa::ToSchema;
 use crate::{
     domain::{ErrorCode, TurnResult},
     identity::{InvalidId, TurnId},
-    repository::RepositoryError,
+    repository::{RepositoryError, SourceError},
     supervisor::SupervisorError,
 };
 
@@ -145,6 +145,11 @@ impl From<SupervisorError> for ApiError {
                 error.to_string(),
             )
             .retry(10),
+            E::Source(missing @ SourceError::LocalMissing) => Self::new(
+                StatusCode::UNPROCESSABLE_ENTITY,
+                "clone_failed",
+                missing.to_string(),
+            ),
             E::Source(source) => Self::invalid(format!("repoUrl: {source}")),
             E::Install(error) => Self::new(
                 StatusCode::UNPROCESSABLE_ENTITY,

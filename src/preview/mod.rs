@@ -7,6 +7,7 @@
 //! loopback port that the status names; while there is none it serves a holding page (`pages`).
 //! Who looks at a preview is told to an [`ActivitySink`]: the idle decision is not made here.
 
+mod access;
 mod command;
 mod dev_server;
 mod header_deadline;
@@ -32,6 +33,7 @@ use futures_util::future::join_all;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 pub use self::{
+    access::Access,
     command::{DevCommand, PlanError, plan},
     port::pick_port,
     proxy::{Proxy, ProxyKind},
@@ -62,6 +64,8 @@ pub trait ActivitySink: Send + Sync + 'static {
 pub struct PreviewSettings {
     /// The Node program; its folder comes on PATH.
     pub node: PathBuf,
+    /// Who may look.
+    pub access: Access,
     /// Below it each preview gets a private HOME and TMPDIR. Not readable by other threads.
     pub private_root: PathBuf,
 }
@@ -135,8 +139,13 @@ impl Previews {
     }
 
     /// A preview's address with what opens it.
-    pub fn with_token(&self, url: &str, _slug: &str) -> String {
-        url.to_owned()
+    pub fn with_token(&self, url: &str, slug: &str) -> String {
+        self.access()
+            .link(url, slug, jiff::Timestamp::now().as_second())
+    }
+
+    pub(crate) fn access(&self) -> &Access {
+        &self.shared.settings.access
     }
 
     /// The preview of a site: the one that is there, else a new one in the state `Off`.

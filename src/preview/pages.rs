@@ -5,7 +5,8 @@ use bytes::Bytes;
 use http::{
     HeaderValue, Response, StatusCode,
     header::{
-        CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, RETRY_AFTER, X_CONTENT_TYPE_OPTIONS,
+        CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, LOCATION, REFERRER_POLICY,
+        RETRY_AFTER, SET_COOKIE, X_CONTENT_TYPE_OPTIONS,
     },
 };
 
@@ -94,6 +95,24 @@ pub(crate) fn problem(status: StatusCode, title: &str, text: &str, as_page: bool
         response
             .headers_mut()
             .insert(RETRY_AFTER, HeaderValue::from_static("1"));
+    }
+    response
+}
+
+/// To the same page without the token, with the cookies that it was exchanged for.
+pub(crate) fn redirect(location: &str, cookies: &[String]) -> Page {
+    let mut response = empty(StatusCode::SEE_OTHER);
+    let headers = response.headers_mut();
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+    headers.insert(REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
+    if let Ok(location) = HeaderValue::from_str(location) {
+        headers.insert(LOCATION, location);
+    }
+    for cookie in cookies
+        .iter()
+        .filter_map(|text| HeaderValue::from_str(text).ok())
+    {
+        headers.append(SET_COOKIE, cookie);
     }
     response
 }

@@ -44,6 +44,7 @@ use tokio::{
 
 use super::{
     ActivityGuard, ActivitySink, PreviewHandle, Previews,
+    access::{Verdict, hide_cookies},
     header_deadline::{HeaderDeadline, InRequest},
     headers,
     pages::{self, Page},
@@ -232,12 +233,14 @@ impl Downstream {
         let host_text = host
             .to_str()
             .map_err(|_| bad_request("the Host is not plain text"))?;
-        // A room for the thread that the access cookie names.
-        let cookie = None;
+        let now = jiff::Timestamp::now().as_second();
+        let access = self.proxy.previews.access();
+        let query = request.uri().query();
+        let named = access.named(query, request.headers(), now);
         let preview = self
             .proxy
             .previews
-            .route(Some(host_text), cookie)
+            .route(Some(host_text), named)
             .ok_or_else(|| {
                 pages::problem(
                     StatusCode::NOT_FOUND,
@@ -247,6 +250,22 @@ impl Downstream {
                     as_page,
                 )
             })?;
+        let path = request.uri().path();
+        match access.judge(preview.slug(), path, query, request.headers(), now) {
+            Verdict::Open | Verdict::Granted => {}
+            Verdict::Exchange { cookies, location } => {
+                return Err(pages::redirect(&location, &cookies));
+            }
+            Verdict::Refused => {
+                return Err(pages::problem(
+                    StatusCode::UNAUTHORIZED,
+                    "This preview is private",
+                    "Your link to it has expired or is for another site. Open the preview again \
+                     from where you edit the site.",
+                    as_page,
+                ));
+            }
+        }
         if is_websocket {
             self.check_origin(request.headers(), host_text)?;
             return self.upgrade(request, host, &preview).await;
@@ -358,6 +377,7 @@ impl Downstream {
             .is_ok_and(|host| passes_host_check(host, &preview.site().hosts));
         let rewritten = (!passes).then(|| local_host(port));
         headers::to_upstream(&mut parts.headers, self.peer, host, rewritten);
+        hide_cookies(&mut parts.headers);
         parts.version = Version::HTTP_11;
         if parts.uri.authority().is_some() {
             let path = parts.uri.path_and_query().cloned();

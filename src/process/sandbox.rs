@@ -24,6 +24,16 @@ const TESTED: ABI = ABI::V6;
 const SYSTEM: [&str; 8] = [
     "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc", "/opt",
 ];
+/// What programs ask about the machine and about themselves: without it Node's `memoryUsage` fails
+/// (and Yarn 1 with it) and `os.cpus()` is empty. `/proc/self` is the program's own folder when the
+/// rule is made; its descendants' and everybody else's stay closed.
+const ABOUT_ITSELF: [&str; 5] = [
+    "/proc/self",
+    "/proc/cpuinfo",
+    "/proc/meminfo",
+    "/proc/stat",
+    "/proc/loadavg",
+];
 /// Devices that hold nothing of anybody's.
 const DEVICES: [&str; 6] = [
     "/dev/null",
@@ -61,7 +71,11 @@ impl Profile {
     /// network. Add to it.
     pub fn system() -> Self {
         Self {
-            read: SYSTEM.map(PathBuf::from).to_vec(),
+            read: SYSTEM
+                .iter()
+                .chain(&ABOUT_ITSELF)
+                .map(PathBuf::from)
+                .collect(),
             write: DEVICES.map(PathBuf::from).to_vec(),
             connect: Ports::Only(Vec::new()),
             bind: Ports::Only(Vec::new()),

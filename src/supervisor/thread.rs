@@ -147,7 +147,7 @@ impl Driver {
             tokio::select! {
                 biased;
                 Some(done) = self.work.join_next() => match done {
-                    Ok(done) => self.take_in(done).await,
+                    Ok(done) => self.take_in(done),
                     // A panic below is a panic here: it stops the program instead of a thread.
                     Err(error) => std::panic::resume_unwind(error.into_panic()),
                 },
@@ -214,7 +214,7 @@ impl Driver {
         self.work.spawn(work.in_current_span());
     }
 
-    async fn take_in(&mut self, done: Done) {
+    fn take_in(&mut self, done: Done) {
         match done {
             Done::Nothing => {}
             Done::Dropped(id, context) => {
@@ -293,10 +293,9 @@ impl Driver {
     /// Writes a turn into its journal and puts it in line.
     async fn admit(&mut self, request: ExecuteRequest) -> Result<TurnRecord, SupervisorError> {
         let paths = self.inner.paths(&self.key);
-        let seen = match request.idempotency_key {
-            None => None,
-            Some(key) => Some(prepare::IdempotencyMark::new(&paths, &key)),
-        };
+        let seen = request
+            .idempotency_key
+            .map(|key| prepare::IdempotencyMark::new(&paths, &key));
         if let Some(mark) = &seen
             && let Some(id) = mark.turn(&self.key).await?
         {
@@ -500,8 +499,8 @@ async fn preview_after(
             "pnpm-lock.yaml",
             "yarn.lock",
         ];
-        let changed = |name: &&str| commit.files.iter().any(|file| file.path == **name);
-        if names.iter().any(|name| changed(&name)) {
+        let changed = |name: &str| commit.files.iter().any(|file| file.path == name);
+        if names.iter().any(|name| changed(name)) {
             prepared.attach.again();
         } else if let Some(preview) = inner.previews.get(&prepared.site.key.slug())
             && preview.status().borrow().state == PreviewState::Error

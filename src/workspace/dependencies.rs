@@ -324,40 +324,80 @@ impl Dependencies {
         staging: &Staging,
         on_progress: &mut (impl FnMut(&str) + Send),
     ) -> Result<(), InstallError> {
+        let manager = need.manager.name();
+        let script = match need.manager.package() {
+            None => self.npm(),
+            Some((package, script)) => {
+                let folder = staging.downloads.join("managers");
+                let script = folder.join("node_modules").join(script);
+                if !script.is_file() {
+                    on_progress(&format!("Fetching {manager}"));
+                    self.fetch_manager(manager, package, &folder, staging)
+                        .await?;
+                }
+                script
+            }
+        };
         let mut attempts = need.attempts().into_iter().peekable();
         while let Some(args) = attempts.next() {
-            let manager = need.manager.name();
             tracing::info!(manager, "installing dependencies");
-            let run = self.run_once(need, staging, args).await?;
-            if run.exit.code == Some(0) {
+            let run = self.run_script(manager, staging, &script, args).await?;
+            if run.exit.is_success() {
                 return Ok(());
             }
             if attempts.peek().is_none() || !run.is_lock_refused {
-                let output = run.tail.text(SHOWN_BYTES);
-                return Err(InstallError::Failed {
-                    manager,
-                    exit: run.exit,
-                    output,
-                });
+                return Err(run.failed(manager));
             }
             on_progress("Installing dependencies (the lockfile doesn't fit package.json)");
         }
         Ok(())
     }
 
-    async fn run_once(
+    /// Has npm bring another package manager.
+    async fn fetch_manager(
         &self,
-        need: &Need,
+        manager: &'static str,
+        package: &str,
+        folder: &Path,
         staging: &Staging,
+    ) -> Result<(), InstallError> {
+        let mut args: Vec<OsString> = vec!["install".into(), "--prefix".into(), folder.into()];
+        args.extend(
+            [
+                "--no-save",
+                "--ignore-scripts",
+                "--no-audit",
+                "--no-fund",
+                package,
+            ]
+            .map(OsString::from),
+        );
+        let run = self.run_script(manager, staging, &self.npm(), args).await?;
+        if run.exit.is_success() {
+            Ok(())
+        } else {
+            Err(run.failed(manager))
+        }
+    }
+
+    fn npm(&self) -> PathBuf {
+        self.tools
+            .npm
+            .canonicalize()
+            .unwrap_or_else(|_| self.tools.npm.clone())
+    }
+
+    /// Runs a package manager's script in the staging folder, confined. Started by Node, so that
+    /// no `env node` on PATH decides which one.
+    async fn run_script(
+        &self,
+        manager: &'static str,
+        staging: &Staging,
+        script: &Path,
         args: Vec<OsString>,
     ) -> Result<Run, InstallError> {
         let tools = &self.tools;
-        let npm = tools
-            .npm
-            .canonicalize()
-            .unwrap_or_else(|_| tools.npm.clone());
-        // Started by Node, so that no `env node` on PATH decides which one.
-        let mut all: Vec<OsString> = vec![npm.clone().into()];
+        let mut all: Vec<OsString> = vec![script.into()];
         all.extend(args);
         let node = tools
             .node
@@ -368,8 +408,8 @@ impl Dependencies {
             profile.read.extend(program.parent().map(Path::to_owned));
         }
         // `npm/bin/npm-cli.js` needs all of `npm/`.
-        let npm_folder = npm.parent().and_then(Path::parent);
-        profile.read.extend(npm_folder.map(Path::to_owned));
+        let package = script.parent().and_then(Path::parent);
+        profile.read.extend(package.map(Path::to_owned));
         profile.read.extend(tools.readable.iter().cloned());
         profile
             .write
@@ -386,7 +426,6 @@ impl Dependencies {
             stdin: Stdin::Null,
             profile,
         };
-        let manager = need.manager.name();
         let run = self
             .launcher
             .run(spec, INSTALL_DEADLINE, KEPT_BYTES)
@@ -394,7 +433,9 @@ impl Dependencies {
             .map_err(|source| InstallError::Run { manager, source })?;
         let mut tail = Tail::new(SHOWN_LINES);
         for line in run.stdout.lines().chain(run.stderr.lines()) {
-            tail.push(line);
+            if !line.starts_with("npm warn Unknown") {
+                tail.push(&staging.without_paths(line));
+            }
         }
         Ok(Run {
             exit: run.exit,
@@ -425,8 +466,8 @@ impl Dependencies {
             ("npm_config_cache".into(), staging.downloads.clone().into()),
             // pnpm and yarn keep their downloads there too.
             (
-                "npm_config_store_dir".into(),
-                staging.downloads.join("pnpm").into(),
+                "XDG_DATA_HOME".into(),
+                staging.downloads.join("data").into(),
             ),
             (
                 "YARN_CACHE_FOLDER".into(),
@@ -439,6 +480,8 @@ impl Dependencies {
                 ("CI", "1"),
                 ("NO_COLOR", "1"),
                 ("npm_config_update_notifier", "false"),
+                // It would be removed with the staging folder, and its path is of no use to anybody.
+                ("npm_config_logs_max", "0"),
                 ("HUSKY", "0"),
                 ("ASTRO_TELEMETRY_DISABLED", "1"),
             ]
@@ -469,6 +512,16 @@ struct Staging {
     _removed: Arc<RemoveOnDrop>,
 }
 
+impl Run {
+    fn failed(&self, manager: &'static str) -> InstallError {
+        InstallError::Failed {
+            manager,
+            exit: self.exit,
+            output: self.tail.text(SHOWN_BYTES),
+        }
+    }
+}
+
 #[derive(Debug)]
 struct RemoveOnDrop(PathBuf);
 
@@ -481,6 +534,19 @@ impl Drop for RemoveOnDrop {
 }
 
 impl Staging {
+    /// A line as the site's owner knows the place: where we keep things is nobody's business.
+    fn without_paths(&self, line: &str) -> String {
+        let mut line = line.to_owned();
+        for (path, name) in [
+            (&self.site, "."),
+            (&self.root, "(staging)"),
+            (&self.downloads, "(downloads)"),
+        ] {
+            line = line.replace(&*path.to_string_lossy(), name);
+        }
+        line
+    }
+
     fn new(cache: &Path) -> Self {
         let root = cache
             .join("staging")

@@ -78,6 +78,7 @@ impl Bench {
         std::fs::write(disk.path().join("site/package.json"), package).unwrap();
         std::fs::write(disk.path().join("site/server.cjs"), SERVER).unwrap();
         let settings = PreviewSettings {
+            access: greenroom::preview::Access::open(),
             node: node(),
             private_root: disk.path().join("private"),
         };
@@ -205,7 +206,7 @@ async fn a_script_that_listens_on_port_is_served_until_it_is_stopped() {
     assert!(is_free(bench.port));
     bench.handle.start();
     bench.until(|s| s.state == PreviewState::Live).await;
-    bench.handle.restart("package.json changed");
+    bench.handle.restart("package.json changed").await;
     bench.until(|s| s.state == PreviewState::Starting).await;
     bench.until(|s| s.state == PreviewState::Live).await;
     // The program ends: so does the child.
@@ -390,6 +391,7 @@ async fn an_astro_site_is_installed_served_and_updated() {
     };
     let dependencies = Dependencies::new(launcher(), tools);
     let settings = PreviewSettings {
+        access: greenroom::preview::Access::open(),
         node: node(),
         private_root: disk.path().join("private"),
     };

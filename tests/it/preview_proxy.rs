@@ -83,6 +83,7 @@ impl Bench {
     async fn new() -> Self {
         let tasks = Tasks::new();
         let settings = PreviewSettings {
+            access: greenroom::preview::Access::open(),
             node: "/nowhere/node".into(),
             private_root: "/nowhere".into(),
         };

@@ -57,6 +57,16 @@ pub(super) enum Manager {
 }
 
 impl Manager {
+    /// Where npm brings it from, in the major that reads the lockfiles of the day, and its script
+    /// there. npm itself is at hand.
+    pub(super) fn package(self) -> Option<(&'static str, &'static str)> {
+        match self {
+            Self::Npm { .. } => None,
+            Self::Pnpm => Some(("pnpm@10", "pnpm/bin/pnpm.cjs")),
+            Self::Yarn => Some(("yarn@1", "yarn/bin/yarn.js")),
+        }
+    }
+
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Npm { .. } => "npm",
@@ -122,7 +132,7 @@ impl Need {
         }))
     }
 
-    /// npm's arguments, in the order in which they are tried.
+    /// The package manager's arguments, in the order in which they are tried.
     pub(super) fn attempts(&self) -> Vec<Vec<OsString>> {
         let words = |line: &str| line.split(' ').map(OsString::from).collect::<Vec<_>>();
         match self.manager {
@@ -133,14 +143,12 @@ impl Need {
             Manager::Npm { locked: false } => {
                 vec![words("install --no-package-lock --no-audit --no-fund")]
             }
-            // Fetched by npm in the major that reads the lockfiles of the day.
-            Manager::Pnpm => vec![words(
-                "exec --yes --package=pnpm@10 -- pnpm install --frozen-lockfile \
-                 --package-import-method=copy",
-            )],
-            Manager::Yarn => vec![words(
-                "exec --yes --package=yarn@1 -- yarn install --frozen-lockfile --non-interactive",
-            )],
+            Manager::Pnpm => {
+                vec![words(
+                    "install --frozen-lockfile --package-import-method=copy",
+                )]
+            }
+            Manager::Yarn => vec![words("install --frozen-lockfile --non-interactive")],
         }
     }
 }

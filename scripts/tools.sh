@@ -1,0 +1,123 @@
+# shellcheck shell=bash
+# What scripts/dev and scripts/test need besides cargo and npm: Node and the Claude Code CLI, each
+# in a folder of its own below the cache. The system's own are never touched. Sourced from the
+# project's folder.
+
+# Brought where the system has no Node that Astro runs on. npm comes along, since Debian's own
+# looks for its parts where only Debian's Node finds them.
+NODE_VERSION=22.23.3
+NPM_VERSION=10.9.9
+MIN_NODE_VERSION=22.12.0
+# What the program itself expects, so that there is one place for it.
+CLAUDE_VERSION="$(sed -n 's/^pub const TESTED_CLAUDE_VERSION.*"\(.*\)";$/\1/p' src/config/programs.rs)"
+
+GREENROOM_CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/greenroom"
+TOOLS="$GREENROOM_CACHE/tools"
+# Outside of the project: builds stay when a checkout goes, and searches don't walk through them.
+export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$GREENROOM_CACHE/target}"
+
+say() {
+  printf '\n==> %s\n' "$*"
+}
+
+die() {
+  printf 'greenroom: %s\n' "$*" >&2
+  exit 1
+}
+
+has() {
+  command -v "$1" >/dev/null 2>&1
+}
+
+# at_least FOUND WANTED: is this version that one or newer?
+at_least() {
+  [ "$(printf '%s\n' "$1" "$2" | sort -V | head -n 1)" = "$2" ]
+}
+
+# Says in one line what to install, if something is missing.
+check_system() {
+  local rust found
+  has cargo || die "cargo is missing: install Rust with rustup, see https://rustup.rs"
+  rust="$(sed -n 's/^rust-version = "\(.*\)"$/\1/p' Cargo.toml)"
+  found="$(cargo --version | cut -d ' ' -f 2)"
+  at_least "$found" "$rust" ||
+    die "cargo $found is too old: Rust $rust or newer is needed; install it with rustup, see https://rustup.rs"
+  has cc || die "a C compiler is missing: apt-get install build-essential"
+  has npm || die "npm is missing: apt-get install npm"
+}
+
+# patiently COMMAND...: runs it, with a sign of life where it says nothing for long.
+patiently() {
+  local started=$SECONDS status=0 ticker
+  # Its sleep holds none of our streams, so that nobody waits for it.
+  while sleep 10 >/dev/null 2>&1; do echo "    ... $((SECONDS - started)) s"; done &
+  ticker=$!
+  "$@" || status=$?
+  kill "$ticker" 2>/dev/null || true
+  wait "$ticker" 2>/dev/null || true
+  return "$status"
+}
+
+# install FOLDER PACKAGE...: npm packages into a folder below $TOOLS, which is there whole or not
+# at all. No script of a package runs.
+install_packages() {
+  local folder="$TOOLS/$1" new
+  shift
+  mkdir -p "$TOOLS"
+  new="$(mktemp -d "$TOOLS/.new-XXXXXX")"
+  chmod 755 "$new"
+  if ! patiently npm install --global --prefix "$new" --ignore-scripts --no-audit --no-fund \
+    --no-update-notifier --loglevel warn "$@"; then
+    rm -rf "$new"
+    die "npm could not install $*: its words are above"
+  fi
+  finish_packages "$new"
+  # Another one of us may have been quicker; then its folder is as good.
+  mv -T "$new" "$folder" 2>/dev/null || rm -rf "$new"
+}
+
+# npm links what packages declare as their programs; the platform package of Node declares none.
+finish_packages() {
+  local node
+  node="$(find "$1/lib/node_modules" -path '*/node-linux-*/bin/node' -print -quit)"
+  if [ -n "$node" ]; then
+    mkdir -p "$1/bin"
+    ln -sf "..${node#"$1"}" "$1/bin/node"
+  fi
+}
+
+# Puts Node on PATH and the CLI into CLAUDE_BIN, for the program and its tests.
+bring_tools() {
+  local arch libc="" node_folder claude_folder package found
+  case "$(uname -m)" in
+    x86_64) arch=x64 ;;
+    aarch64) arch=arm64 ;;
+    *) die "there is no Claude Code CLI for $(uname -m)" ;;
+  esac
+  if compgen -G '/lib/ld-musl-*' >/dev/null; then libc=-musl; fi
+  [ -n "$CLAUDE_VERSION" ] || die "src/config/programs.rs does not say which CLI it wants"
+
+  if [ -z "${CLAUDE_BIN:-}" ]; then
+    package="@anthropic-ai/claude-code-linux-$arch$libc"
+    claude_folder="claude-$CLAUDE_VERSION-$arch$libc"
+    if [ ! -d "$TOOLS/$claude_folder" ]; then
+      say "Fetching the Claude Code CLI $CLAUDE_VERSION (about 175 MB, once)"
+      install_packages "$claude_folder" "$package@$CLAUDE_VERSION"
+    fi
+    CLAUDE_BIN="$TOOLS/$claude_folder/lib/node_modules/$package/claude"
+  fi
+  [ -x "$CLAUDE_BIN" ] || die "there is no Claude Code CLI at $CLAUDE_BIN; remove that folder or unset CLAUDE_BIN"
+  export CLAUDE_BIN
+
+  found="$(node --version 2>/dev/null || echo none)"
+  if ! at_least "${found#v}" "$MIN_NODE_VERSION" || [ "$found" = none ]; then
+    [ -z "$libc" ] || die "Node $MIN_NODE_VERSION or newer is missing: apk add nodejs npm"
+    node_folder="node-$NODE_VERSION-npm-$NPM_VERSION-$arch"
+    if [ ! -d "$TOOLS/$node_folder" ]; then
+      say "Fetching Node $NODE_VERSION (about 50 MB, once; the system has $found)"
+      install_packages "$node_folder" "node-linux-$arch@$NODE_VERSION" "npm@$NPM_VERSION"
+    fi
+    PATH="$TOOLS/$node_folder/bin:$PATH"
+  fi
+  export PATH
+}

@@ -1,0 +1,145 @@
+//! Installing dependencies with a stand-in for npm: a real child, no network.
+#![expect(clippy::unwrap_used, reason = "a test's helpers fail the test")]
+
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use greenroom::{
+    process::{ConfinementMode, Launcher},
+    workspace::dependencies::{
+        Attached, AttachedKind, Dependencies, DependencyRequest, InstallError, NodeTools,
+    },
+};
+use tokio::time::timeout;
+
+const SOON: Duration = Duration::from_secs(60);
+
+/// Notes each run in its download folder, then does as the site's package.json says.
+const NPM: &str = r#"
+const fs = require("fs"), env = process.env;
+const site = JSON.parse(fs.readFileSync("package.json"));
+fs.appendFileSync(env.npm_config_cache + "/runs", process.argv[2] + "\n");
+if (site.fails) {
+  for (let i = 1; i <= 60; i++) console.error(`\u001b[31mline ${i}\u001b[39m`);
+  process.exit(7);
+}
+if (process.argv[2] === "ci" && site.refused) {
+  console.error("npm error code EUSAGE");
+  for (let i = 1; i <= 60; i++) console.error(`npm error Missing: p${i} from lock file`);
+  process.exit(1);
+}
+fs.mkdirSync("node_modules/p", { recursive: true });
+fs.writeFileSync("node_modules/p/index.js", fs.readFileSync("committed.txt"));
+"#;
+
+struct Bench {
+    disk: tempfile::TempDir,
+    dependencies: Dependencies,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let disk = tempfile::tempdir().unwrap();
+        let npm = disk.path().join("npm/bin/npm-cli.cjs");
+        std::fs::create_dir_all(npm.parent().unwrap()).unwrap();
+        std::fs::write(&npm, NPM).unwrap();
+        let path = std::env::var_os("PATH").unwrap();
+        let node = std::env::split_paths(&path)
+            .map(|p| p.join("node"))
+            .find(|p| p.is_file());
+        let tools = NodeTools {
+            node: node.expect("Node on PATH"),
+            node_major: 22,
+            npm,
+            env: Vec::new(),
+            readable: Vec::new(),
+        };
+        let binary = Path::new(env!("CARGO_BIN_EXE_greenroom"));
+        let launcher =
+            Launcher::start_with_binary(binary, SOON * 4, ConfinementMode::Auto).unwrap();
+        Self {
+            disk,
+            dependencies: Dependencies::new(launcher, tools),
+        }
+    }
+
+    fn worktree(&self, name: &str, more: &str) -> PathBuf {
+        let worktree = self.disk.path().join(name);
+        std::fs::create_dir_all(&worktree).unwrap();
+        let package = format!(r#"{{"dependencies":{{"p":"1"}}{more}}}"#);
+        std::fs::write(worktree.join("package.json"), package).unwrap();
+        std::fs::write(
+            worktree.join("package-lock.json"),
+            format!("{{\"of\":{more:?}}}"),
+        )
+        .unwrap();
+        worktree
+    }
+
+    async fn ensure(&self, worktree: &Path) -> Result<Attached, InstallError> {
+        let request = DependencyRequest {
+            worktree: worktree.to_owned(),
+            export: |to: &Path| std::fs::write(to.join("committed.txt"), "committed"),
+            cache: self.disk.path().join("cache"),
+        };
+        timeout(SOON, self.dependencies.ensure(request, |_| ()))
+            .await
+            .unwrap()
+    }
+
+    /// What npm was asked for so far.
+    fn runs(&self) -> String {
+        let runs = self.disk.path().join("cache/downloads/runs");
+        std::fs::read_to_string(runs).unwrap_or_default()
+    }
+}
+
+#[tokio::test]
+async fn two_threads_install_once() {
+    let bench = Bench::new();
+    let (a, b) = (bench.worktree("a", ""), bench.worktree("b", ""));
+    let (first, second) = tokio::join!(bench.ensure(&a), bench.ensure(&b));
+    let mut kinds = [first.unwrap().kind, second.unwrap().kind];
+    kinds.sort_by_key(|kind| *kind == AttachedKind::Cached);
+    assert_eq!(kinds, [AttachedKind::Installed, AttachedKind::Cached]);
+    assert_eq!(bench.runs(), "ci\n");
+    for worktree in [&a, &b] {
+        let text = std::fs::read_to_string(worktree.join("node_modules/p/index.js")).unwrap();
+        assert_eq!(text, "committed", "scripts at install see the site's files");
+    }
+    assert_eq!(bench.ensure(&a).await.unwrap().kind, AttachedKind::Current);
+    assert_eq!(bench.runs(), "ci\n");
+}
+
+#[tokio::test]
+async fn a_lockfile_that_npm_refuses_is_installed_from_all_the_same() {
+    let bench = Bench::new();
+    let worktree = bench.worktree("a", r#","refused":true"#);
+    assert_eq!(
+        bench.ensure(&worktree).await.unwrap().kind,
+        AttachedKind::Installed
+    );
+    assert_eq!(bench.runs(), "ci\ninstall\n");
+}
+
+#[tokio::test]
+async fn a_failed_install_shows_its_last_lines_and_leaves_nothing_behind() {
+    let bench = Bench::new();
+    let worktree = bench.worktree("a", r#","fails":true"#);
+    for _ in 0..2 {
+        let error = bench.ensure(&worktree).await.unwrap_err();
+        let InstallError::Failed { exit, output, .. } = &error else {
+            panic!("{error:?}")
+        };
+        assert_eq!(exit.code, Some(7));
+        assert!(
+            output.starts_with("line 41\n") && output.ends_with("line 60"),
+            "{output:?}"
+        );
+        assert!(!worktree.join("node_modules").exists());
+    }
+    // A failure is no master: the next one tries again.
+    assert_eq!(bench.runs(), "ci\nci\n");
+}
