@@ -2,6 +2,7 @@
 
 mod support;
 
+mod access;
 mod cli;
 mod execute;
 mod gateway;
@@ -9,3 +10,4 @@ mod init;
 mod preview_dev_server;
 mod preview_proxy;
 mod process;
+mod tenants;
