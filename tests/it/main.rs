@@ -3,10 +3,12 @@
 mod support;
 
 mod access;
+mod bad_input;
 mod cli;
 mod execute;
 mod gateway;
 mod init;
+mod lifecycle;
 mod preview_dev_server;
 mod preview_proxy;
 mod process;
