@@ -9,9 +9,7 @@ use std::{fs, net::TcpListener, os::unix::fs::PermissionsExt, path::Path};
 
 use serde_json::{Value, json};
 
-use crate::support::{
-    Answer, Folders, Options, SITE, Sent, TestGreenroom, files_below, tools, wait_for, who,
-};
+use crate::support::{Answer, Folders, Options, SITE, Sent, TestGreenroom, files_below, who};
 
 /// No file of a tenant is there, and nothing panicked.
 fn nothing_happened(folders: &Folders, greenroom: &TestGreenroom) {
@@ -407,22 +405,13 @@ async fn programs_that_are_missing_or_too_old_are_named_by_ready() {
 
     // No Node.
     let nowhere = folders.join("nowhere");
-    let greenroom = TestGreenroom::start(options.previews().env("PATH", nowhere)).await;
+    let greenroom = TestGreenroom::start(options.env("PATH", nowhere)).await;
     let answer = ready(&greenroom).await;
     let said = answer.body["checks"]["node"].as_str().unwrap();
     assert!(
         answer.status == 503 && said.contains("Node 22.12"),
         "{said}"
     );
-    // An init still makes the thread, and its preview says what is wrong.
-    let answer = greenroom.init(&alice, json!({})).await.ok();
-    assert_eq!(answer["preview"]["state"], "error", "{answer}");
-    let errors = answer["preview"]["errors"].to_string();
-    assert!(
-        errors.contains("Node") || errors.contains("node"),
-        "{errors}"
-    );
-    let _ = tools();
 }
 
 #[tokio::test]
@@ -512,11 +501,6 @@ async fn a_site_that_cannot_be_shown_says_why() {
             "package.json",
         ),
         (
-            "no-json",
-            &[("package.json", "{\"scripts\": ")][..],
-            "package.json",
-        ),
-        (
             "crashes",
             &[(
                 "package.json",
@@ -534,9 +518,12 @@ async fn a_site_that_cannot_be_shown_says_why() {
         let preview = greenroom.get(&format!("{}/preview", who.path())).await.ok();
         assert_eq!(preview["result"]["state"], "error");
     }
-    wait_for("the log is written", || {
-        (!greenroom.log().is_empty()).then_some(())
-    })
-    .await;
+    let site = folders.site("no-json", &[("package.json", "{\"scripts\": ")]);
+    let fields = json!({"repoUrl": site});
+    let refused = greenroom
+        .init(&who("acme", "no-json", "main"), fields)
+        .await;
+    let sentence = refused.error(422, "install_failed");
+    assert!(sentence.contains("package.json"), "{sentence}");
     assert!(!greenroom.log().join("\n").contains("panicked"));
 }
