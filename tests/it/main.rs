@@ -7,6 +7,7 @@ mod bad_input;
 mod cli;
 mod execute;
 mod gateway;
+mod hostile;
 mod init;
 mod lifecycle;
 mod preview_dev_server;
