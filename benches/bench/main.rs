@@ -104,6 +104,7 @@ fn run() -> anyhow::Result<()> {
             }
             Err(error) => {
                 eprintln!("bench: {} failed: {error:#}", part.name);
+                eprintln!("{}", world.logs());
                 failed.push(part.name);
             }
         }

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use anyhow::Context as _;
+
 use crate::{
     report::{Table, Unit},
     start,
@@ -23,11 +25,11 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Table> {
         let server = world.rival("express.js", &[&port.to_string()])?;
         let server = start::rival(server, port).await?;
         tokio::time::sleep(QUIET).await;
-        for (kid, rss, pss) in [
-            (&greenroom.kid, &mut own, &mut own_pss),
-            (&server, &mut express, &mut express_pss),
+        for (name, kid, rss, pss) in [
+            ("greenroom", &greenroom.kid, &mut own, &mut own_pss),
+            ("Express", &server, &mut express, &mut express_pss),
         ] {
-            let memory = memory(kid.id())?;
+            let memory = memory(kid.id()).context(name)?;
             rss.push(memory.rss_mb);
             pss.extend(memory.pss_mb);
         }

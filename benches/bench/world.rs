@@ -64,6 +64,21 @@ impl World {
         self.scratch.path().join(name)
     }
 
+    /// The last lines of what every greenroom said.
+    pub(crate) fn logs(&self) -> String {
+        let folders = fs::read_dir(self.scratch.path()).into_iter().flatten().flatten();
+        let mut tails = String::new();
+        for folder in folders {
+            let Ok(log) = fs::read_to_string(folder.path().join("log")) else {
+                continue;
+            };
+            let lines: Vec<&str> = log.lines().collect();
+            let tail = lines[lines.len().saturating_sub(8)..].join("\n");
+            tails += &format!("{}:\n{tail}\n", folder.file_name().display());
+        }
+        tails
+    }
+
     pub(crate) fn machine(&self) -> &str {
         &self.machine
     }
