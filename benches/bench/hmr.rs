@@ -95,9 +95,19 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Table> {
         own,
         "",
     );
-    table.rival("the same, straight from Astro's dev server", Unit::Ms, direct, base);
+    table.rival(
+        "the same, straight from Astro's dev server",
+        Unit::Ms,
+        direct,
+        base,
+    );
     table.rival("the same, through http-proxy", Unit::Ms, node, base);
-    let base = table.own("what greenroom adds to one message", Unit::Us, own_added, "");
+    let base = table.own(
+        "what greenroom adds to one message",
+        Unit::Us,
+        own_added,
+        "",
+    );
     table.rival("what http-proxy adds", Unit::Us, node_added, base);
     Ok(table)
 }
@@ -112,7 +122,14 @@ async fn astro(world: &World, site: &Path, home: &Path, port: u16) -> anyhow::Re
         .current_dir(site)
         .env("ASTRO_TELEMETRY_DISABLED", "1")
         .arg(site.join("node_modules/astro/bin/astro.mjs"))
-        .args(["dev", "--ignore-lock", "--host", "127.0.0.1", "--port", &port.to_string()]);
+        .args([
+            "dev",
+            "--ignore-lock",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            &port.to_string(),
+        ]);
     let mut kid = Kid::spawn(&mut command)?;
     let up = until("astro dev", Duration::from_secs(40), async || {
         if let Ok(Some(status)) = kid.child.try_wait() {

@@ -21,10 +21,7 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Table> {
     let greenroom = start::greenroom(
         world,
         "init",
-        &[
-            ("ANTHROPIC_API_KEY", "none"),
-            ("ASTRO_DEV_MODE", "false"),
-        ],
+        &[("ANTHROPIC_API_KEY", "none"), ("ASTRO_DEV_MODE", "false")],
     )
     .await?;
     let mut http = Http::connect(greenroom.port).await?;
@@ -42,7 +39,16 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Table> {
         let project = by_hand.join(format!("p{round}"));
         let worktree = by_hand.join(format!("w{round}"));
         let started = Instant::now();
-        git(&by_hand, &["clone", "-q", "--no-local", text(&repository), text(&project)])?;
+        git(
+            &by_hand,
+            &[
+                "clone",
+                "-q",
+                "--no-local",
+                text(&repository),
+                text(&project),
+            ],
+        )?;
         add_worktree(&project, &worktree, "main")?;
         clone.push(ms(started));
         let started = Instant::now();
@@ -61,8 +67,18 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Table> {
     drop(greenroom);
 
     let mut table = Table::default();
-    let base = table.own("init of a new user: clone, branches, worktree", Unit::Ms, user, "");
-    table.rival("`git clone` and `git worktree add` by hand", Unit::Ms, clone, base);
+    let base = table.own(
+        "init of a new user: clone, branches, worktree",
+        Unit::Ms,
+        user,
+        "",
+    );
+    table.rival(
+        "`git clone` and `git worktree add` by hand",
+        Unit::Ms,
+        clone,
+        base,
+    );
     let base = table.own("init of a new thread of that user", Unit::Ms, thread, "");
     table.rival("`git worktree add` by hand", Unit::Ms, add, base);
     let base = table.own("init of a live thread", Unit::Ms, live, "under 5 ms");
@@ -72,7 +88,10 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Table> {
 
 fn add_worktree(project: &Path, worktree: &Path, branch: &str) -> anyhow::Result<()> {
     let branch = format!("thread/{branch}");
-    git(project, &["worktree", "add", "-q", "-b", &branch, text(worktree)])
+    git(
+        project,
+        &["worktree", "add", "-q", "-b", &branch, text(worktree)],
+    )
 }
 
 /// Milliseconds that an init took.

@@ -54,11 +54,22 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Table> {
     let nginx_port = free_port()?;
     let conf = PROXY.replace("{upstream}", &port.to_string());
     let kid = nginx(world, "proxy", nginx_port, &conf, CORE)?;
-    all.push(served("nginx, 1 worker, upstream keepalive", nginx_port, kid));
+    all.push(served(
+        "nginx, 1 worker, upstream keepalive",
+        nginx_port,
+        kid,
+    ));
     let node_port = free_port()?;
-    let kid = world.rival("http-proxy.js", &[&port.to_string(), &node_port.to_string()])?;
+    let kid = world.rival(
+        "http-proxy.js",
+        &[&port.to_string(), &node_port.to_string()],
+    )?;
     pin(kid.id(), CORE)?;
-    all.push(served("http-proxy on Node, keep-alive agent", node_port, kid));
+    all.push(served(
+        "http-proxy on Node, keep-alive agent",
+        node_port,
+        kid,
+    ));
     for one in &all {
         let soon = Duration::from_secs(5);
         until(one.name, soon, async || Http::connect(one.port).await.ok()).await?;
@@ -81,12 +92,26 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Table> {
     let mut bases = [0; 3];
     for (number, one) in all.iter().enumerate() {
         let rows = [
-            ("requests/s, 32 connections", Unit::PerSecond, one.rps.clone(), "at least nginx's"),
-            ("processor time of one request", Unit::Us, one.cpu_us.clone(), ""),
+            (
+                "requests/s, 32 connections",
+                Unit::PerSecond,
+                one.rps.clone(),
+                "at least nginx's",
+            ),
+            (
+                "processor time of one request",
+                Unit::Us,
+                one.cpu_us.clone(),
+                "",
+            ),
             (
                 "added to the median of one connection",
                 Unit::Us,
-                one.p50_us.iter().zip(&direct.p50_us).map(|(own, direct)| own - direct).collect(),
+                one.p50_us
+                    .iter()
+                    .zip(&direct.p50_us)
+                    .map(|(own, direct)| own - direct)
+                    .collect(),
                 "under 50 µs",
             ),
         ];
@@ -99,7 +124,12 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Table> {
             }
         }
     }
-    table.rival("no proxy: requests/s, 32 connections", Unit::PerSecond, direct.rps, bases[0]);
+    table.rival(
+        "no proxy: requests/s, 32 connections",
+        Unit::PerSecond,
+        direct.rps,
+        bases[0],
+    );
     table.note(
         "Origin: nginx answering 70 bytes from memory. Each proxy is pinned to one core, load and \
          origin to the other one; one round of each after the other.",
@@ -138,7 +168,9 @@ fn wrk(port: u16, connections: usize, seconds: u64) -> anyhow::Result<Load> {
     ensure!(output.status.success(), "wrk failed: {text}");
     ensure!(!text.contains("Non-2xx"), "wrk got errors: {text}");
     let word = |prefix: &str, nth: usize| {
-        let line = text.lines().find(|line| line.trim_start().starts_with(prefix))?;
+        let line = text
+            .lines()
+            .find(|line| line.trim_start().starts_with(prefix))?;
         line.split_whitespace().nth(nth)
     };
     let p50 = word("50%", 1).context("wrk told no median")?;
@@ -241,6 +273,7 @@ pub(crate) fn serve(args: &[String]) -> anyhow::Result<()> {
     runtime.block_on(async {
         let tasks = Tasks::new();
         let settings = PreviewSettings {
+            access: greenroom::preview::Access::open(),
             node: "/nowhere".into(),
             private_root: "/nowhere".into(),
         };

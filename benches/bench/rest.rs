@@ -44,7 +44,12 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Table> {
     table.rival("a bare Express 5 on Node", Unit::Mb, express, base);
     // Another process's share of pages is for root alone to see.
     if !own_pss.is_empty() {
-        let base = table.own("the same, its proportional share (PSS)", Unit::Mb, own_pss, "");
+        let base = table.own(
+            "the same, its proportional share (PSS)",
+            Unit::Mb,
+            own_pss,
+            "",
+        );
         table.rival("a bare Express 5 on Node", Unit::Mb, express_pss, base);
     }
     Ok(table)

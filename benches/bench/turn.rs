@@ -84,7 +84,10 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Table> {
         init::thread(&cold_one, &thread, &repository).await?;
         cold.push(execute(&cold_one, &model, &thread, &format!("cold {round}")).await?);
         print.push(hand.print(&model, &format!("print {round}"), false).await?);
-        resumed.push(hand.print(&model, &format!("resumed {round}"), true).await?);
+        resumed.push(
+            hand.print(&model, &format!("resumed {round}"), true)
+                .await?,
+        );
     }
     drop((warm_one, cold_one));
     tasks.stop(Duration::from_secs(2)).await;
@@ -99,13 +102,33 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Table> {
         first(&ahead),
         "under 120 ms",
     );
-    table.rival("the CLI started ahead by hand, a line into its stdin", ms, first(&by_hand_ahead), base);
-    table.rival("greenroom that keeps no CLI (`MAX_WARM_AGENTS=0`)", ms, first(&cold), base);
+    table.rival(
+        "the CLI started ahead by hand, a line into its stdin",
+        ms,
+        first(&by_hand_ahead),
+        base,
+    );
+    table.rival(
+        "greenroom that keeps no CLI (`MAX_WARM_AGENTS=0`)",
+        ms,
+        first(&cold),
+        base,
+    );
     table.rival("`claude -p` by hand", ms, first(&print), base);
     let base = table.own("the same, later turns (warm CLI)", ms, first(&warm), "");
     table.rival("`claude -p --continue` by hand", ms, first(&resumed), base);
-    let base = table.own("a whole later turn, the model answering at once", ms, whole(&warm), "");
-    table.rival("`claude -p --continue` by hand, to its exit", ms, whole(&resumed), base);
+    let base = table.own(
+        "a whole later turn, the model answering at once",
+        ms,
+        whole(&warm),
+        "",
+    );
+    table.rival(
+        "`claude -p --continue` by hand, to its exit",
+        ms,
+        whole(&resumed),
+        base,
+    );
     table.note(
         "A whole turn of greenroom includes the journal, the check for outside edits and the \
          search for something to commit; by hand nothing of that is done.",
@@ -194,7 +217,10 @@ impl<'a> Hand<'a> {
         }
         let from = Timestamp::now();
         let mut kid = Kid::spawn(&mut command)?;
-        let status = until("claude -p", SOON, async || kid.child.try_wait().ok().flatten()).await?;
+        let status = until("claude -p", SOON, async || {
+            kid.child.try_wait().ok().flatten()
+        })
+        .await?;
         let to = Timestamp::now();
         ensure!(status.success(), "claude -p: {status}");
         Ok(Times {
@@ -208,8 +234,19 @@ impl<'a> Hand<'a> {
         let words = format!("{words}.");
         let mut command = self.command(self.world.claude()?);
         command
-            .args(["-p", "--input-format", "stream-json", "--output-format", "stream-json"])
-            .args(["--verbose", "--include-partial-messages", "--setting-sources", ""])
+            .args([
+                "-p",
+                "--input-format",
+                "stream-json",
+                "--output-format",
+                "stream-json",
+            ])
+            .args([
+                "--verbose",
+                "--include-partial-messages",
+                "--setting-sources",
+                "",
+            ])
             .args(["--strict-mcp-config", "--permission-mode", "acceptEdits"])
             .args(["--permission-prompt-tool", "stdio"])
             .args(["--tools", "Read,Edit,Write,Bash,Glob,Grep"])
@@ -222,7 +259,10 @@ impl<'a> Hand<'a> {
         stdin.write_all(format!("{message}\n").as_bytes())?;
         let at = asked(model, &words).await?;
         drop(stdin);
-        until("the CLI's end", SOON, async || kid.child.try_wait().ok().flatten()).await?;
+        until("the CLI's end", SOON, async || {
+            kid.child.try_wait().ok().flatten()
+        })
+        .await?;
         Ok(Times {
             first_request: ms_between(from, at),
             whole: ms_between(from, Timestamp::now()),

@@ -66,7 +66,10 @@ impl World {
 
     /// The last lines of what every greenroom said.
     pub(crate) fn logs(&self) -> String {
-        let folders = fs::read_dir(self.scratch.path()).into_iter().flatten().flatten();
+        let folders = fs::read_dir(self.scratch.path())
+            .into_iter()
+            .flatten()
+            .flatten();
         let mut tails = String::new();
         for folder in folders {
             let Ok(log) = fs::read_to_string(folder.path().join("log")) else {
@@ -88,17 +91,25 @@ impl World {
     }
 
     pub(crate) fn claude(&self) -> anyhow::Result<&Path> {
-        self.claude.as_deref().context("the Claude Code CLI is missing")
+        self.claude
+            .as_deref()
+            .context("the Claude Code CLI is missing")
     }
 
     pub(crate) fn site(&self) -> anyhow::Result<&Path> {
-        self.site.as_deref().context("the site's dependencies are missing")
+        self.site
+            .as_deref()
+            .context("the site's dependencies are missing")
     }
 
     /// A command with an environment of its own.
     pub(crate) fn command(&self, program: &Path, home: &Path) -> Command {
         let mut command = Command::new(program);
-        let own = self.node.as_deref().and_then(Path::parent).unwrap_or(Path::new("/usr/bin"));
+        let own = self
+            .node
+            .as_deref()
+            .and_then(Path::parent)
+            .unwrap_or(Path::new("/usr/bin"));
         command
             .env_clear()
             .env("PATH", format!("{}:/usr/bin:/bin", own.display()))
@@ -124,7 +135,10 @@ impl World {
         let folder = self.folder(name);
         fs::create_dir_all(folder.join("src/pages"))?;
         for number in 0..50 {
-            let text = format!("<h1>Page {number}</h1>\n{}", "<p>Some text.</p>\n".repeat(40));
+            let text = format!(
+                "<h1>Page {number}</h1>\n{}",
+                "<p>Some text.</p>\n".repeat(40)
+            );
             fs::write(folder.join(format!("src/pages/p{number}.html")), text)?;
         }
         git(&folder, &["init", "-q", "-b", "main"])?;
@@ -239,7 +253,10 @@ impl Greenroom {
             .env("PREVIEW_PORT", "0")
             .env("HMR_PORT", "0")
             .envs(world.claude.iter().map(|path| ("CLAUDE_BIN", path)))
-            .envs(env.iter().map(|(name, value)| (OsStr::new(name), OsStr::new(value))));
+            .envs(
+                env.iter()
+                    .map(|(name, value)| (OsStr::new(name), OsStr::new(value))),
+            );
         Ok(Self {
             kid: Kid::spawn(&mut command)?,
             port,
@@ -314,7 +331,10 @@ pub(crate) fn memory(pid: u32) -> anyhow::Result<Memory> {
 /// Processor time that a process has used; 0 of one that is gone.
 pub(crate) fn cpu_seconds(pid: u32) -> f64 {
     let Some(fields) = stat(pid) else { return 0.0 };
-    let ticks: f64 = fields[11..13].iter().filter_map(|t| t.parse::<f64>().ok()).sum();
+    let ticks: f64 = fields[11..13]
+        .iter()
+        .filter_map(|t| t.parse::<f64>().ok())
+        .sum();
     // USER_HZ, the same on every Linux.
     ticks / 100.0
 }
@@ -341,7 +361,12 @@ fn tree(root: u32) -> Vec<u32> {
     let mut next = 0;
     while next < found.len() {
         let of = found[next];
-        found.extend(parents.iter().filter(|(_, parent)| *parent == of).map(|(pid, _)| pid));
+        found.extend(
+            parents
+                .iter()
+                .filter(|(_, parent)| *parent == of)
+                .map(|(pid, _)| pid),
+        );
         next += 1;
     }
     found
