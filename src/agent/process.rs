@@ -5,6 +5,8 @@
 
 use std::{
     collections::BTreeSet,
+    fs, io,
+    path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -28,7 +30,7 @@ use crate::{
     domain::{TurnMode, Usage},
     gateway::{AgentToken, Gateway},
     process::{Launcher, ProcessError, ProcessHandle},
-    task::Tasks,
+    task::{self, BlockingError, Tasks},
 };
 
 /// Longest output line that is read; a longer one is passed over.
@@ -44,6 +46,8 @@ const CONTROL_DEADLINE: Duration = Duration::from_secs(10);
 /// An interrupt takes 30 ms; the whole cancel has to fit into 6 s.
 const INTERRUPT_GRACE: Duration = Duration::from_secs(2);
 const TERMINATE_GRACE: Duration = Duration::from_secs(2);
+/// Removing one file.
+const DISK_DEADLINE: Duration = Duration::from_secs(30);
 /// By the contract: SIGTERM, 5 s later SIGKILL.
 const TIMEOUT_GRACE: Duration = Duration::from_secs(5);
 /// Silence with no tool running; the CLI itself would wait five minutes and then call half an
@@ -55,6 +59,13 @@ const STALL: Duration = Duration::from_secs(150);
 pub enum AgentError {
     #[error("the Claude Code CLI is not installed")]
     NotInstalled,
+    #[error("failed to put the CLI's own configuration away")]
+    Configuration {
+        #[source]
+        source: io::Error,
+    },
+    #[error(transparent)]
+    Blocking(#[from] BlockingError),
     #[error(transparent)]
     Process(#[from] ProcessError),
 }
@@ -155,6 +166,12 @@ impl Agent {
         session: &SessionStart,
         tasks: &Tasks,
     ) -> Result<Self, AgentError> {
+        let config_dir = site.config_dir.clone();
+        task::blocking("putting a configuration away", DISK_DEADLINE, move || {
+            forget_configuration(&config_dir)
+        })
+        .await?
+        .map_err(|source| AgentError::Configuration { source })?;
         let token = gateway.issue();
         let child = launcher
             .spawn(spec(settings, &site, session, token.as_str()))
@@ -515,6 +532,22 @@ impl Agent {
         if !errors.is_empty() {
             tracing::warn!(stderr = errors, "what the agent's program said last");
         }
+    }
+}
+
+/// Removes what the CLI keeps of itself in its config folder, which the agent may write: whatever
+/// the setting sources are, the next start obeys the `env` in it, which redirects the API, and does
+/// not come up at all if it is no JSON. Conversations are not in it. Measured with 2.1.329.
+fn forget_configuration(config_dir: &Path) -> io::Result<()> {
+    let path = config_dir.join(".claude.json");
+    let removed = match fs::symlink_metadata(&path) {
+        Ok(about) if about.is_dir() => fs::remove_dir_all(&path),
+        Ok(_) => fs::remove_file(&path),
+        Err(error) => Err(error),
+    };
+    match removed {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => Ok(()),
     }
 }
 
