@@ -5,7 +5,6 @@
 
 use std::{
     collections::BTreeSet,
-    fs, io,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -33,6 +32,8 @@ use crate::{
     task::{self, BlockingError, Tasks},
 };
 
+/// A handful of small files.
+const SETTINGS_DEADLINE: Duration = Duration::from_secs(30);
 /// Longest output line that is read; a longer one is passed over.
 const MAX_LINE: usize = 16 << 20;
 /// Lines that wait for us; more and the CLI waits for its pipe.
@@ -46,8 +47,6 @@ const CONTROL_DEADLINE: Duration = Duration::from_secs(10);
 /// An interrupt takes 30 ms; the whole cancel has to fit into 6 s.
 const INTERRUPT_GRACE: Duration = Duration::from_secs(2);
 const TERMINATE_GRACE: Duration = Duration::from_secs(2);
-/// Removing one file.
-const DISK_DEADLINE: Duration = Duration::from_secs(30);
 /// By the contract: SIGTERM, 5 s later SIGKILL.
 const TIMEOUT_GRACE: Duration = Duration::from_secs(5);
 /// Silence with no tool running; the CLI itself would wait five minutes and then call half an
@@ -59,11 +58,8 @@ const STALL: Duration = Duration::from_secs(150);
 pub enum AgentError {
     #[error("the Claude Code CLI is not installed")]
     NotInstalled,
-    #[error("failed to put the CLI's own configuration away")]
-    Configuration {
-        #[source]
-        source: io::Error,
-    },
+    #[error("failed to clear what was planted among the agent's settings")]
+    Settings { source: std::io::Error },
     #[error(transparent)]
     Blocking(#[from] BlockingError),
     #[error(transparent)]
@@ -167,11 +163,13 @@ impl Agent {
         tasks: &Tasks,
     ) -> Result<Self, AgentError> {
         let config_dir = site.config_dir.clone();
-        task::blocking("putting a configuration away", DISK_DEADLINE, move || {
-            forget_configuration(&config_dir)
-        })
+        task::blocking(
+            "clearing the agent's settings",
+            SETTINGS_DEADLINE,
+            move || clear_settings(&config_dir),
+        )
         .await?
-        .map_err(|source| AgentError::Configuration { source })?;
+        .map_err(|source| AgentError::Settings { source })?;
         let token = gateway.issue();
         let child = launcher
             .spawn(spec(settings, &site, session, token.as_str()))
@@ -535,22 +533,6 @@ impl Agent {
     }
 }
 
-/// Removes what the CLI keeps of itself in its config folder, which the agent may write: whatever
-/// the setting sources are, the next start obeys the `env` in it, which redirects the API, and does
-/// not come up at all if it is no JSON. Conversations are not in it. Measured with 2.1.329.
-fn forget_configuration(config_dir: &Path) -> io::Result<()> {
-    let path = config_dir.join(".claude.json");
-    let removed = match fs::symlink_metadata(&path) {
-        Ok(about) if about.is_dir() => fs::remove_dir_all(&path),
-        Ok(_) => fs::remove_file(&path),
-        Err(error) => Err(error),
-    };
-    match removed {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-        _ => Ok(()),
-    }
-}
-
 fn credential_refused() -> String {
     "The model API refused the credential. The operator has to set a valid ANTHROPIC_API_KEY or \
      CLAUDE_CREDENTIALS_FILE."
@@ -644,6 +626,31 @@ fn shorten(input: Value) -> Value {
         ),
         other => other,
     }
+}
+
+/// Leaves of the config folder the transcripts alone. The agent may write there, and the CLI obeys
+/// what it finds whatever its flags say: an `env` in `.claude.json` moved the API elsewhere
+/// (measured with 2.1.329). Nothing else in it is needed to resume.
+fn clear_settings(config_dir: &Path) -> std::io::Result<()> {
+    let entries = match std::fs::read_dir(config_dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    for entry in entries {
+        let entry = entry?;
+        // Of the entry itself: a link is removed, not followed.
+        let is_folder = entry.file_type()?.is_dir();
+        if entry.file_name() == "projects" && is_folder {
+            continue;
+        }
+        if is_folder {
+            std::fs::remove_dir_all(entry.path())?;
+        } else {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 async fn read_lines(stdout: impl AsyncRead + Unpin, lines: mpsc::Sender<Line>) {

@@ -494,6 +494,14 @@ async fn attach(
         writable: vec![linked_folder(&cache, &worktree)],
         worktree: worktree.clone(),
     });
+    if let Some(Err(what_to_do)) = inner.settings.node.get() {
+        let message = what_to_do.clone();
+        preview.fail(PreviewError {
+            message,
+            ..PreviewError::default()
+        });
+        return Ok(());
+    }
     // What a dev server has open must not vanish under it.
     preview.stop(PREVIEW_GRACE).await;
     if let Some(dependencies) = &inner.dependencies {

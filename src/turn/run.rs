@@ -493,9 +493,11 @@ impl TurnSite {
         match event {
             RunEvent::Text(text) => TurnEvent::TextDelta { text },
             RunEvent::ToolStarted { id, name, input } => TurnEvent::ToolStarted { id, name, input },
-            RunEvent::ToolFinished { id, ok, summary } => {
-                TurnEvent::ToolFinished { id, ok, summary }
-            }
+            RunEvent::ToolFinished { id, ok, summary } => TurnEvent::ToolFinished {
+                id,
+                ok,
+                summary: self.without_worktree(&summary),
+            },
             RunEvent::FileTouched { path, is_new } => TurnEvent::FileChanged {
                 path: self.relative(&path),
                 status: if is_new {
@@ -506,6 +508,11 @@ impl TurnSite {
             },
             RunEvent::Waiting { until, reason } => TurnEvent::Waiting { until, reason },
         }
+    }
+
+    /// The text with the site's files named as its owner knows them.
+    fn without_worktree(&self, text: &str) -> String {
+        text.replace(&format!("{}/", self.agent_site.worktree.display()), "")
     }
 
     fn relative(&self, path: &str) -> String {
