@@ -1,8 +1,4 @@
 //! `POST /api/init`, seen from outside.
-#![expect(
-    clippy::unwrap_used,
-    reason = "a test that cannot be set up has failed"
-)]
 
 use std::{fs, path::Path};
 
