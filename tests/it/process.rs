@@ -147,7 +147,9 @@ async fn the_environment_is_exactly_the_one_given() {
 async fn a_program_starts_clean() {
     let folder = TempDir::new().unwrap();
     let mut spec = shell(
-        "pwd; ls /proc/$$/fd | tr '\\n' ' '; echo; ulimit -c; \
+        // No pipeline: its pipe would stand among the descriptors for a moment.
+        "pwd; for fd in /proc/$$/fd/*; do [ -e \"$fd\" ] && printf '%s ' \"${fd##*/}\"; done; \
+         echo; ulimit -c; \
          grep -E 'SigBlk|NoNewPrivs' /proc/self/status; cat /proc/$$/oom_score_adj",
     );
     spec.cwd = folder.path().into();
