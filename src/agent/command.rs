@@ -78,6 +78,8 @@ pub(super) fn spec(
         "--setting-sources",
         "",
         "--strict-mcp-config",
+        // A person who writes "/clear" means the site, not the CLI.
+        "--disable-slash-commands",
         "--permission-mode",
         permission_mode(TurnMode::Execute),
         "--permission-prompt-tool",

@@ -232,9 +232,18 @@ fn result(value: &Value) -> CliResult {
     }
 }
 
-/// The person's instruction.
+/// The person's instruction. One that begins with a slash would be taken for a command of the CLI's
+/// own ("/help isn't available"), and never reach the model.
 pub(super) fn user_message(instruction: &str) -> Value {
-    json!({"type": "user", "message": {"role": "user", "content": [{"type": "text", "text": instruction}]}})
+    let text = if instruction.trim_start().starts_with('/') {
+        format!("Instruction: {instruction}")
+    } else {
+        instruction.to_owned()
+    };
+    json!({
+        "type": "user",
+        "message": {"role": "user", "content": [{"type": "text", "text": text}]},
+    })
 }
 
 /// Stops what the CLI is doing; it stays up.

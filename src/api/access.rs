@@ -3,12 +3,14 @@
 
 use std::{
     collections::{HashSet, VecDeque},
+    pin::Pin,
     sync::{Mutex, PoisonError},
+    task::{Context, Poll},
     time::Duration,
 };
 
 use axum::{
-    body::{Body, Bytes},
+    body::{Body, Bytes, HttpBody},
     extract::{Request, State},
     http::{
         HeaderMap, HeaderValue, Method, StatusCode,
@@ -19,13 +21,17 @@ use axum::{
 };
 use hmac::{Hmac, Mac};
 use http_body_util::{BodyExt, Limited};
+use hyper::body::{Frame, SizeHint};
 use jiff::Timestamp;
 use sha2::Sha256;
 use subtle::ConstantTimeEq;
 use tracing::Instrument;
 
 use super::{ApiError, Shared, error::REQUEST_ID};
-use crate::{config::Secret, lifecycle::HolderKind};
+use crate::{
+    config::Secret,
+    lifecycle::{Guard, HolderKind},
+};
 
 /// Largest body of an API call.
 const MAX_BODY: usize = 1 << 20;
@@ -257,12 +263,37 @@ pub(super) async fn check(State(state): State<Shared>, request: Request, next: N
     match guard {
         None => response,
         Some(guard) => response.map(|body| {
-            let body = body.map_frame(move |frame| {
-                let _held = &guard;
-                frame
-            });
-            Body::new(body)
+            Body::new(Guarded {
+                body,
+                _guard: guard,
+            })
         }),
+    }
+}
+
+/// A body that keeps the container awake until it is sent.
+struct Guarded {
+    body: Body,
+    _guard: Guard,
+}
+
+impl HttpBody for Guarded {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
     }
 }
 

@@ -36,6 +36,9 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
                 "the body has to be a JSON object: {}",
                 plain(&cause)
             ))
+        } else if field != "." && serde_json::from_slice::<serde_json::Value>(body).is_ok() {
+            // A number where one of some words should be is a syntax error to the parser.
+            ApiError::invalid(format!("{field}: the value is of a wrong type"))
         } else {
             ApiError::invalid("the body is not valid JSON")
         }
@@ -117,6 +120,8 @@ mod tests {
     struct Shape {
         #[serde(rename = "clientId")]
         client: Option<String>,
+        #[serde(rename = "mode")]
+        _mode: Option<crate::domain::TurnMode>,
     }
 
     #[test]
@@ -130,6 +135,9 @@ mod tests {
         );
         for (body, said) in [
             (&br#"{"clientId":5}"#[..], "clientId"),
+            (br#"{"mode":1}"#, "mode: the value"),
+            (br#"{"mode":"x"}"#, "mode: unknown variant"),
+            (br#"{"mode":1"#, "not valid JSON"),
             (b"[]", "JSON object"),
             (b"", "not valid JSON"),
             (b"{}{}", "not valid JSON"),

@@ -21,6 +21,11 @@ tokio::task_local! {
     pub(super) static REQUEST_ID: String;
 }
 
+/// The id of the request being answered.
+pub(super) fn request_id() -> Option<String> {
+    REQUEST_ID.try_with(String::clone).ok()
+}
+
 /// An error's body.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
@@ -205,7 +210,7 @@ impl IntoResponse for ApiError {
             success: false,
             error: self.message,
             code: self.code,
-            request_id: REQUEST_ID.try_with(String::clone).unwrap_or_default(),
+            request_id: request_id().unwrap_or_default(),
             turn_id: self.result.as_ref().map(|result| result.turn_id.clone()),
             result: self.result,
         };

@@ -15,6 +15,7 @@ use utoipa::ToSchema;
 use super::{
     ApiError, Shared,
     body::{Json, thread_key},
+    error::request_id,
     sse,
     turns::last_event_id,
 };
@@ -190,6 +191,7 @@ impl ExecuteBody {
             timeout,
             author: self.author.map(check_author).transpose()?,
             idempotency_key: None,
+            request_id: request_id(),
         })
     }
 }

@@ -81,7 +81,9 @@ impl State {
     fn idle_from(&mut self, at: Instant) {
         if at > self.idle_since {
             self.idle_since = at;
-            self.idle_since_utc = Timestamp::now();
+            let ago = jiff::SignedDuration::try_from(at.elapsed()).unwrap_or_default();
+            let now = Timestamp::now();
+            self.idle_since_utc = now.checked_sub(ago).unwrap_or(now);
         }
     }
 }

@@ -361,7 +361,8 @@ function startStep(turn, { id, name, input }) {
   }
   const [doing, done, key] = TOOLS[name] ?? [name, name, ''];
   const target = key === 'file_path' ? shortPath(input?.[key]) : String(input?.[key] ?? '').split('\n')[0];
-  const step = { done, verb: h('span', {}, doing), line: h('li', { className: 'step', data: { state: 'running' } }) };
+  // What a file tool answers names the file once more, and says no more than that it worked.
+  const step = { done, isFile: key === 'file_path', verb: h('span', {}, doing), line: h('li', { className: 'step', data: { state: 'running' } }) };
   step.body = h('span', {}, step.verb, ' ', h('code', {}, clip(target, 160)));
   step.line.append(step.body);
   turn.steps.set(id, step);
@@ -375,7 +376,9 @@ function finishStep(turn, { id, ok, summary }) {
   if (!step) return;
   step.line.dataset.state = ok ? 'done' : 'failed';
   if (ok) step.verb.textContent = plain(step.done);
-  const note = ok ? clip(String(summary ?? '').split('\n')[0], 80) : `failed: ${clip(String(summary ?? ''), 400)}`;
+  const text = String(summary ?? '');
+  const said = step.isFile ? '' : clip(text.split('\n')[0], 80);
+  const note = ok ? said : `failed: ${clip(text, 400)}`;
   if (note) step.body.append(' ', h('span', { className: 'why' }, note));
 }
 

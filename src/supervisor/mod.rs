@@ -11,7 +11,7 @@ mod warm;
 use std::{
     collections::{BTreeMap, HashMap},
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
 };
 
@@ -139,6 +139,8 @@ pub struct SupervisorSettings {
     pub max_queued_turns: usize,
     pub max_warm_agents: usize,
     pub turn_timeout: Duration,
+    /// Node's version, or what to do about it; empty until it was asked.
+    pub node: Arc<OnceLock<Result<String, String>>>,
     /// `None`: the CLI is missing; turns then fail with a sentence.
     pub agent: Option<Arc<AgentSettings>>,
 }
@@ -187,6 +189,8 @@ pub struct ExecuteRequest {
     pub timeout: Option<Duration>,
     pub author: Option<Author>,
     pub idempotency_key: Option<String>,
+    /// For the log.
+    pub request_id: Option<String>,
 }
 
 /// One thread in a list.

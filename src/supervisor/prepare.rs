@@ -123,10 +123,11 @@ pub(super) async fn prepare(
         committer: inner.settings.committer.clone(),
         tasks: inner.tasks.clone(),
     };
-    let (context, requeued) = recover(inner, &site, &paths, context).await?;
+    let (mut context, requeued) = recover(inner, &site, &paths, context).await?;
     let agent = match agent_settings {
         // Ahead of its first instruction, so that the first turn does not wait for it.
-        Some(_) if inner.settings.max_warm_agents > 0 => match site.start_agent(&context).await {
+        Some(_) if inner.settings.max_warm_agents > 0 => match site.start_agent(&mut context).await
+        {
             Ok(started) => Some(started),
             Err(error) => {
                 tracing::warn!(%error, "failed to start the agent ahead");
@@ -493,6 +494,14 @@ async fn attach(
         writable: vec![linked_folder(&cache, &worktree)],
         worktree: worktree.clone(),
     });
+    if let Some(Err(what_to_do)) = inner.settings.node.get() {
+        let message = what_to_do.clone();
+        preview.fail(PreviewError {
+            message,
+            ..PreviewError::default()
+        });
+        return Ok(());
+    }
     // What a dev server has open must not vanish under it.
     preview.stop(PREVIEW_GRACE).await;
     if let Some(dependencies) = &inner.dependencies {

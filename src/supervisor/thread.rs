@@ -83,7 +83,7 @@ impl ThreadHandle {
 
 pub(super) fn start(inner: Arc<Inner>, key: ThreadKey) -> ThreadHandle {
     let (sender, inbox) = mpsc::channel(MAILBOX);
-    let span = tracing::info_span!("thread", thread = %key);
+    let span = tracing::info_span!(parent: None, "thread", thread = %key);
     let tasks = inner.tasks.clone();
     let driver = Driver {
         inner,
@@ -108,6 +108,8 @@ struct Queued {
     accepted: Accepted,
     journal: Journal,
     cancel: CancellationToken,
+    /// Of the request that asked for it; none for one from before a restart.
+    request_id: Option<String>,
     _guard: Guard,
 }
 
@@ -246,7 +248,7 @@ impl Driver {
                     self.keep_agent();
                 }
                 for (accepted, journal) in requeued {
-                    self.enqueue(accepted, journal);
+                    self.enqueue(accepted, journal, None);
                 }
                 let mut resumed = resumed;
                 for waiter in std::mem::take(&mut self.waiting) {
@@ -328,11 +330,11 @@ impl Driver {
         let position = self.queue.len() + usize::from(self.running.is_some());
         journal.append(TurnEvent::Queued { position }).await?;
         let record = journal.record();
-        self.enqueue(accepted, journal);
+        self.enqueue(accepted, journal, request.request_id);
         Ok(record)
     }
 
-    fn enqueue(&mut self, accepted: Accepted, journal: Journal) {
+    fn enqueue(&mut self, accepted: Accepted, journal: Journal, request_id: Option<String>) {
         let cancel = CancellationToken::new();
         let live = LiveTurn {
             record: journal.record(),
@@ -347,6 +349,7 @@ impl Driver {
             accepted,
             journal,
             cancel,
+            request_id,
             _guard: guard,
         });
     }
@@ -367,13 +370,14 @@ impl Driver {
         self.inner.warm.remove(&self.key);
         let agent = self.agent.take();
         let inner = self.inner.clone();
-        let span = tracing::info_span!("turn", turn_id = %id);
+        let span = tracing::info_span!("turn", turn_id = %id, request_id = turn.request_id);
         let work = async move {
             let Queued {
                 accepted,
                 journal,
                 cancel,
                 _guard,
+                ..
             } = turn;
             // Elsewhere as many turns run as may: this one still waits.
             let permit = tokio::select! {

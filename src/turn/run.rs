@@ -79,13 +79,14 @@ impl TurnSite {
             .any(|folder| folder.path().join(format!("{session}.jsonl")).is_file())
     }
 
-    /// Starts the CLI for the thread's conversation, ahead of its first instruction.
+    /// Starts the CLI for the thread's conversation, ahead of its first instruction. Where that
+    /// begins anew the context gets its id.
     ///
     /// # Errors
     /// If the program cannot be started.
     pub async fn start_agent(
         &self,
-        context: &StoredContext,
+        context: &mut StoredContext,
     ) -> Result<(Agent, Continuity), crate::agent::AgentError> {
         let resumable = match context.session_id.clone() {
             None => None,
@@ -100,10 +101,25 @@ impl TurnSite {
         };
         let (session, continuity) = match resumable {
             Some(session) => (SessionStart::Resume(session), Continuity::Native),
-            None if context.history.is_empty() => (new_session(), Continuity::Fresh),
-            None => (new_session(), Continuity::Replayed),
+            None if context.history.is_empty() => {
+                (self.new_session(context).await, Continuity::Fresh)
+            }
+            None => (self.new_session(context).await, Continuity::Replayed),
         };
         Ok((self.spawn_agent(&session).await?, continuity))
+    }
+
+    /// A new conversation. Its id is kept before its first turn: a turn that is cut off by a crash
+    /// is found again by it.
+    async fn new_session(&self, context: &mut StoredContext) -> SessionStart {
+        let id = uuid::Uuid::new_v4().to_string();
+        context.session_id = Some(id.clone());
+        let (path, copy) = (self.paths.context(), context.clone());
+        let save = task::blocking("saving the context", GIT_DEADLINE, move || copy.save(&path));
+        if !matches!(save.await, Ok(Ok(()))) {
+            tracing::warn!("failed to keep the id of a conversation");
+        }
+        SessionStart::New(id)
     }
 
     async fn spawn_agent(&self, session: &SessionStart) -> Result<Agent, crate::agent::AgentError> {
@@ -247,6 +263,11 @@ impl TurnSite {
 }
 
 impl RunOutcome {
+    /// Did the agent fail before it said anything?
+    fn has_not_begun(&self) -> bool {
+        self.session_id.is_none() && matches!(self.ending, Ending::Failed(_))
+    }
+
     fn nothing() -> Self {
         Self {
             ending: Ending::Cancelled,
@@ -258,10 +279,6 @@ impl RunOutcome {
             touched: BTreeSet::new(),
         }
     }
-}
-
-fn new_session() -> SessionStart {
-    SessionStart::New(uuid::Uuid::new_v4().to_string())
 }
 
 /// A turn of which nothing is known but that it was accepted.
@@ -308,7 +325,7 @@ pub async fn run_turn(
         site,
         accepted,
         journal,
-        &context,
+        &mut context,
         &mut slot,
         &mut result,
         cancel,
@@ -387,7 +404,7 @@ async fn drive(
     site: &TurnSite,
     accepted: &Accepted,
     journal: &Journal,
-    context: &StoredContext,
+    context: &mut StoredContext,
     slot: &mut Option<(Agent, Continuity)>,
     result: &mut TurnResult,
     cancel: &CancellationToken,
@@ -398,15 +415,6 @@ async fn drive(
         return Ok(RunOutcome::nothing());
     }
     let deadline = Instant::now() + Duration::from_secs_f64(accepted.timeout_seconds);
-    if slot.as_ref().is_none_or(|(agent, _)| !agent.is_usable()) {
-        *slot = Some(site.start_agent(context).await?);
-    }
-    let (agent, continuity) = slot.as_mut().expect("it was just filled");
-    result.continuity = *continuity;
-    let instruction = match continuity {
-        Continuity::Replayed => replay_summary(context) + &accepted.instruction,
-        Continuity::Native | Continuity::Fresh => accepted.instruction.clone(),
-    };
     let request = |instruction| RunRequest {
         label: accepted.turn_id.to_string(),
         instruction,
@@ -414,14 +422,36 @@ async fn drive(
         model: accepted.model.clone(),
         deadline,
     };
-    let outcome = follow(site, journal, agent, request(instruction), cancel).await?;
-    if outcome.ending != Ending::SessionLost {
+    let is_ready = |slot: &Option<(Agent, Continuity)>| {
+        slot.as_ref().is_some_and(|(agent, _)| agent.is_usable())
+    };
+    let mut was_waiting = is_ready(slot);
+    loop {
+        if !is_ready(slot) {
+            *slot = Some(site.start_agent(context).await?);
+        }
+        let (agent, continuity) = slot.as_mut().expect("it was just filled");
+        result.continuity = *continuity;
+        let instruction = match continuity {
+            Continuity::Replayed => replay_summary(context) + &accepted.instruction,
+            Continuity::Native | Continuity::Fresh => accepted.instruction.clone(),
+        };
+        let outcome = follow(site, journal, agent, request(instruction), cancel).await?;
+        if was_waiting && outcome.has_not_begun() && !agent.is_usable() {
+            tracing::warn!("the agent died while it waited for an instruction; another one starts");
+            was_waiting = false;
+            continue;
+        }
+        if outcome.ending == Ending::SessionLost {
+            break;
+        }
         // From now on the process itself remembers.
         *continuity = Continuity::Native;
         return Ok(outcome);
     }
     tracing::warn!("the agent has lost the conversation; it begins with a summary");
-    let mut agent = site.spawn_agent(&new_session()).await?;
+    let session = site.new_session(context).await;
+    let mut agent = site.spawn_agent(&session).await?;
     result.continuity = Continuity::Replayed;
     let instruction = replay_summary(context) + &accepted.instruction;
     let outcome = follow(site, journal, &mut agent, request(instruction), cancel).await;
@@ -463,9 +493,11 @@ impl TurnSite {
         match event {
             RunEvent::Text(text) => TurnEvent::TextDelta { text },
             RunEvent::ToolStarted { id, name, input } => TurnEvent::ToolStarted { id, name, input },
-            RunEvent::ToolFinished { id, ok, summary } => {
-                TurnEvent::ToolFinished { id, ok, summary }
-            }
+            RunEvent::ToolFinished { id, ok, summary } => TurnEvent::ToolFinished {
+                id,
+                ok,
+                summary: self.without_worktree(&summary),
+            },
             RunEvent::FileTouched { path, is_new } => TurnEvent::FileChanged {
                 path: self.relative(&path),
                 status: if is_new {
@@ -476,6 +508,11 @@ impl TurnSite {
             },
             RunEvent::Waiting { until, reason } => TurnEvent::Waiting { until, reason },
         }
+    }
+
+    /// The text with the site's files named as its owner knows them.
+    fn without_worktree(&self, text: &str) -> String {
+        text.replace(&format!("{}/", self.agent_site.worktree.display()), "")
     }
 
     fn relative(&self, path: &str) -> String {

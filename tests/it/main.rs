@@ -2,11 +2,16 @@
 
 mod support;
 
+mod access;
+mod bad_input;
 mod browser;
 mod cli;
-#[cfg(test)]
+mod execute;
 mod gateway;
+mod hostile;
 mod init;
+mod lifecycle;
 mod preview_dev_server;
 mod preview_proxy;
 mod process;
+mod tenants;

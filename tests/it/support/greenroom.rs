@@ -221,6 +221,12 @@ impl TestGreenroom {
         self.api("GET", path, Value::Null).await
     }
 
+    /// Gets something of a program that may have ended; then there is no answer.
+    pub(crate) async fn ask(&self, path: &str) -> Option<Answer> {
+        let sent = Sent::new("GET", path, &Value::Null);
+        request(self.api_port, sent).await.ok()
+    }
+
     /// `POST /api/init` with more fields than the ids.
     pub(crate) async fn init(&self, who: &Who, fields: Value) -> Answer {
         self.api("POST", "/api/init", who.body(fields)).await
@@ -272,6 +278,11 @@ impl TestGreenroom {
     /// Sends a signal.
     pub(crate) fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.pid().cast_signed()), signal).unwrap();
+    }
+
+    /// How it ended, if it did.
+    pub(crate) fn exited(&mut self) -> Option<ExitStatus> {
+        self.child.try_wait().unwrap()
     }
 
     /// Waits for its end.

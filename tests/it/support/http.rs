@@ -69,6 +69,12 @@ impl Answer {
         self.body
     }
 
+    /// Checks the status alone.
+    #[track_caller]
+    pub(crate) fn status_is(self, status: u16) {
+        assert_eq!(self.status, status, "{}", self.text);
+    }
+
     /// Checks the shape of an error; answers its sentence.
     #[track_caller]
     pub(crate) fn error(self, status: u16, code: &str) -> String {
