@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::{Room, thread};
+use super::{Room, listen, thread};
 
 const TURNS: &str = "[...document.querySelectorAll('.turn')]";
 
@@ -19,6 +19,7 @@ async fn a_conversation_by_keyboard() {
     let address = page.eval("document.getElementById('frame').src").await;
     let frame = page.frame(address.as_str().unwrap()).await;
     frame.wait_for_text("h1", "Good pots").await;
+    listen(&frame).await;
     assert_eq!(
         page.eval("document.getElementById('rehearsal').checkVisibility()")
             .await,
