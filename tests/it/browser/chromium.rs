@@ -38,7 +38,6 @@ struct Socket {
 /// A tab, or a frame in one that belongs to another site.
 pub(super) struct Page {
     socket: Arc<Mutex<Socket>>,
-    target: String,
     session: String,
 }
 
@@ -108,17 +107,20 @@ impl Chromium {
 
     /// A new tab at this address, not waiting for it to load.
     pub(super) async fn open(&self, url: &str) -> Page {
-        let page = self.attach(&self.create("about:blank").await).await;
-        page.call("Page.navigate", json!({"url": url})).await;
-        page
+        self.open_with(url, "").await
     }
 
     /// A new tab that runs a script before any of its pages' own.
     pub(super) async fn open_with(&self, url: &str, script: &str) -> Page {
-        let page = self.attach(&self.create("about:blank").await).await;
-        let params = json!({"source": script});
-        page.call("Page.addScriptToEvaluateOnNewDocument", params)
-            .await;
+        let target = self.create("about:blank").await;
+        let page = Page::attach(self.socket.clone(), &target).await;
+        let size = json!({"width": 1440, "height": 900, "deviceScaleFactor": 1, "mobile": false});
+        page.call("Emulation.setDeviceMetricsOverride", size).await;
+        page.call(
+            "Page.addScriptToEvaluateOnNewDocument",
+            json!({"source": script}),
+        )
+        .await;
         page.call("Page.navigate", json!({"url": url})).await;
         page
     }
@@ -129,10 +131,6 @@ impl Chromium {
             .call(None, "Target.createTarget", json!({"url": url}))
             .await;
         text(&created["targetId"])
-    }
-
-    async fn attach(&self, target: &str) -> Page {
-        Page::attach(self.socket.clone(), target).await
     }
 }
 
@@ -206,7 +204,6 @@ impl Page {
             .await;
         let page = Self {
             socket,
-            target: target.to_owned(),
             session: text(&attached["sessionId"]),
         };
         for domain in ["Page.enable", "Runtime.enable", "Log.enable"] {
@@ -289,7 +286,6 @@ impl Page {
             "Enter" => (13, "\r"),
             "Tab" => (9, ""),
             "Escape" => (27, ""),
-            "ArrowRight" => (39, ""),
             other => panic!("no such key: {other}"),
         };
         for kind in ["keyDown", "keyUp"] {
@@ -342,13 +338,6 @@ impl Page {
     /// Brings the tab to the front: the others of its window are hidden then.
     pub(super) async fn show(&self) {
         self.call("Page.bringToFront", json!({})).await;
-    }
-
-    /// Closes the tab.
-    pub(super) async fn close(self) {
-        let params = json!({"targetId": self.target});
-        let mut socket = self.socket.lock().await;
-        socket.call(None, "Target.closeTarget", params).await;
     }
 
     /// A picture for people, as `{name}.png` in the folder `GREENROOM_SCREENSHOTS`, where that is

@@ -119,7 +119,7 @@ async fn listen(page: &Page) {
     )
     .await;
     for _ in 0..2 {
-        page.eval("window.heard = null; location.reload()").await;
+        page.eval("window.heard = []; location.reload()").await;
         hears(page).await;
     }
 }
