@@ -5,6 +5,7 @@
 
 use std::{
     collections::BTreeSet,
+    path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -28,9 +29,11 @@ use crate::{
     domain::{TurnMode, Usage},
     gateway::{AgentToken, Gateway},
     process::{Launcher, ProcessError, ProcessHandle},
-    task::Tasks,
+    task::{self, BlockingError, Tasks},
 };
 
+/// A handful of small files.
+const SETTINGS_DEADLINE: Duration = Duration::from_secs(30);
 /// Longest output line that is read; a longer one is passed over.
 const MAX_LINE: usize = 16 << 20;
 /// Lines that wait for us; more and the CLI waits for its pipe.
@@ -55,6 +58,10 @@ const STALL: Duration = Duration::from_secs(150);
 pub enum AgentError {
     #[error("the Claude Code CLI is not installed")]
     NotInstalled,
+    #[error("failed to clear what was planted among the agent's settings")]
+    Settings { source: std::io::Error },
+    #[error(transparent)]
+    Blocking(#[from] BlockingError),
     #[error(transparent)]
     Process(#[from] ProcessError),
 }
@@ -155,6 +162,14 @@ impl Agent {
         session: &SessionStart,
         tasks: &Tasks,
     ) -> Result<Self, AgentError> {
+        let config_dir = site.config_dir.clone();
+        task::blocking(
+            "clearing the agent's settings",
+            SETTINGS_DEADLINE,
+            move || clear_settings(&config_dir),
+        )
+        .await?
+        .map_err(|source| AgentError::Settings { source })?;
         let token = gateway.issue();
         let child = launcher
             .spawn(spec(settings, &site, session, token.as_str()))
@@ -611,6 +626,31 @@ fn shorten(input: Value) -> Value {
         ),
         other => other,
     }
+}
+
+/// Leaves of the config folder the transcripts alone. The agent may write there, and the CLI obeys
+/// what it finds whatever its flags say: an `env` in `.claude.json` moved the API elsewhere
+/// (measured with 2.1.329). Nothing else in it is needed to resume.
+fn clear_settings(config_dir: &Path) -> std::io::Result<()> {
+    let entries = match std::fs::read_dir(config_dir) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    for entry in entries {
+        let entry = entry?;
+        // Of the entry itself: a link is removed, not followed.
+        let is_folder = entry.file_type()?.is_dir();
+        if entry.file_name() == "projects" && is_folder {
+            continue;
+        }
+        if is_folder {
+            std::fs::remove_dir_all(entry.path())?;
+        } else {
+            std::fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
 }
 
 async fn read_lines(stdout: impl AsyncRead + Unpin, lines: mpsc::Sender<Line>) {

@@ -1,8 +1,4 @@
 //! `POST /api/execute` and turns, seen from outside: the real CLI on real repositories.
-#![expect(
-    clippy::unwrap_used,
-    reason = "a test that cannot be set up has failed"
-)]
 
 use std::{fs, path::Path, time::Duration};
 

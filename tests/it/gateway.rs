@@ -1,6 +1,10 @@
 //! The real CLI, through the gateway, with the rehearsal as its upstream.
 //!
 //! Runs where `CLAUDE_BIN` names the CLI's native program; says so and passes where it does not.
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot be set up has failed"
+)]
 
 use std::{
     fs,

@@ -120,6 +120,10 @@ async fn a_repository_cannot_run_or_redirect_anything() {
         .user(&alice)
         .join(".claude/sessions/main/settings.json");
     assert!(planted.is_file(), "the test plants");
+    greenroom
+        .execute(&alice, "Change the heading to Mine while it runs")
+        .await
+        .ok();
     let greenroom = greenroom.restart().await;
     greenroom
         .execute(&alice, "Change the heading to Still mine")

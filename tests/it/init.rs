@@ -1,8 +1,4 @@
 //! `POST /api/init`, seen from outside.
-#![expect(
-    clippy::unwrap_used,
-    reason = "a test that cannot be set up has failed"
-)]
 
 use std::{fs, path::Path};
 
@@ -399,7 +395,7 @@ async fn a_repository_that_cannot_be_had_leaves_nothing() {
         ("https://github.com/a/b\nx".to_owned(), invalid),
         (String::new(), invalid),
         ("x".repeat(3000), invalid),
-        (below("missing"), invalid),
+        (below("missing"), failed),
         (below("no-repository"), failed),
         (below("empty"), failed),
         // Nobody listens there.

@@ -1,8 +1,4 @@
 //! How it stops: idle, by signals, killed. Seen from outside.
-#![expect(
-    clippy::unwrap_used,
-    reason = "a test that cannot be set up has failed"
-)]
 
 use std::time::{Duration, Instant};
 

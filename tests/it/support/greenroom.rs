@@ -140,7 +140,6 @@ impl Turn {
 /// The running program. It is killed when this value goes; its children end by themselves then.
 pub(crate) struct TestGreenroom {
     pub(crate) options: Options,
-    pub(crate) folders: Folders,
     pub(crate) api_port: u16,
     pub(crate) preview_port: u16,
     pub(crate) hmr_port: u16,
@@ -157,7 +156,6 @@ impl TestGreenroom {
         #[expect(clippy::disallowed_methods, reason = "it ends with the program")]
         tokio::spawn(read_log(stderr, log.clone()));
         let mut greenroom = Self {
-            folders: options.folders.clone(),
             options,
             api_port: 0,
             preview_port: 0,

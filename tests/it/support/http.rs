@@ -1,7 +1,5 @@
 //! A plain HTTP/1.1 client: one connection a request, every header as the test wants it.
 
-use std::time::Duration;
-
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::{Request, Response, body::Incoming, client::conn::http1};
@@ -238,11 +236,6 @@ impl Events {
             events.push(event);
         }
         events
-    }
-
-    /// Is nothing more said for this long?
-    pub(crate) async fn is_silent_for(&mut self, time: Duration) -> bool {
-        timeout(time, self.read()).await.is_err()
     }
 }
 

@@ -35,7 +35,7 @@ use serde_json::{Value, json};
 pub(crate) use folders::{Folders, SITE, files_below, git, holds};
 pub(crate) use greenroom::{Options, TestGreenroom};
 pub(crate) use http::{Answer, Events, Sent, request, stream};
-pub(crate) use processes::{Process, processes_below};
+pub(crate) use processes::processes_below;
 pub(crate) use tools::tools;
 
 /// What anything may take on a slow and busy machine.

@@ -13,9 +13,7 @@ use std::{
 pub(crate) struct Tools {
     /// The Claude Code CLI's native program.
     pub(crate) claude: PathBuf,
-    /// Node 22.12 or newer.
-    pub(crate) node: PathBuf,
-    /// `PATH` of the program under test: Node's folder, then the system's.
+    /// `PATH` of the program under test: the folder of Node 22.12 or newer, then the system's.
     pub(crate) path: OsString,
 }
 
@@ -40,7 +38,7 @@ pub(crate) fn tools() -> &'static Tools {
         let folder = node.parent().expect("a program lies in a folder");
         let folders = [folder, Path::new("/usr/bin"), Path::new("/bin")];
         let path = env::join_paths(folders).expect("no colons in these");
-        Tools { claude, node, path }
+        Tools { claude, path }
     })
 }
 

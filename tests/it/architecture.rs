@@ -1,0 +1,259 @@
+//! The walls of `ARCHITECTURE.md`: which room may use which, and where an outside crate belongs.
+//! It reads `src/`; the tests there are free.
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot be set up has failed"
+)]
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    path::Path,
+};
+
+/// Rooms that everybody may use. They use each other and no other room.
+const COMMON: [&str; 4] = ["identity", "domain", "task", "text"];
+
+/// Who may use whom, beside the common rooms.
+const ARROWS: &[(&str, &[&str])] = &[
+    // The composition root knows every room; only the command line knows it.
+    (
+        "app",
+        &[
+            "agent",
+            "api",
+            "config",
+            "gateway",
+            "lifecycle",
+            "preview",
+            "process",
+            "rehearsal",
+            "repository",
+            "supervisor",
+            "telemetry",
+            "workspace",
+        ],
+    ),
+    ("cli", &["api", "app", "config", "telemetry"]),
+    (
+        "api",
+        &[
+            "config",     // `Secret`
+            "lifecycle",  // requests hold the container awake
+            "process",    // `/ready` shows the confinement
+            "rehearsal",  // `/health` names the examples
+            "repository", // its errors become codes
+            "supervisor",
+            "turn", // a turn's events become a stream
+        ],
+    ),
+    (
+        "supervisor",
+        &[
+            "agent",
+            "gateway",
+            "lifecycle",
+            "preview",
+            "process",
+            "repository",
+            "turn",
+            "workspace",
+        ],
+    ),
+    (
+        "turn",
+        &["agent", "gateway", "process", "repository", "workspace"],
+    ),
+    ("agent", &["gateway", "process"]),
+    ("preview", &["process"]),
+    ("gateway", &["config"]), // `Secret`
+    ("lifecycle", &[]),
+    (
+        "workspace",
+        &[
+            "process",    // the installer
+            "repository", // the template's files
+        ],
+    ),
+    ("repository", &[]),
+    ("process", &[]),
+    ("rehearsal", &[]),
+    ("config", &[]),
+    ("telemetry", &["config"]), // `Secret`, which it masks
+];
+
+/// Outside crates that have a room.
+const CRATES: &[(&str, &[&str])] = &[
+    ("axum", &["api", "gateway", "rehearsal"]),
+    ("clap", &["cli"]),
+    ("git2", &["repository"]),
+    ("landlock", &["process"]),
+    (
+        "nix",
+        &[
+            "process",
+            "config",     // the uid in the runtime folder's name, and its owner
+            "repository", // locks and links of the git directory
+        ],
+    ),
+    (
+        "reqwest",
+        &[
+            "gateway",
+            "repository", // git's transport over HTTPS
+        ],
+    ),
+    ("tokio::process", &["process"]),
+    ("std::process::Command", &["process"]),
+];
+
+/// All sources of each room.
+fn rooms() -> BTreeMap<String, String> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut rooms: BTreeMap<String, String> = BTreeMap::new();
+    let mut folders = vec![root.clone()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap().map(Result::unwrap) {
+            let path = entry.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "rs")
+                && !path.ends_with("tests.rs")
+            {
+                let below = path.strip_prefix(&root).unwrap();
+                let first = below.iter().next().unwrap().to_str().unwrap();
+                let room = first.strip_suffix(".rs").unwrap_or(first).to_owned();
+                rooms.entry(room).or_default().push_str(&code(&path));
+            }
+        }
+    }
+    rooms.remove("main");
+    rooms.remove("lib");
+    rooms
+}
+
+/// A file without its comments and tests.
+fn code(path: &Path) -> String {
+    let text = fs::read_to_string(path).unwrap();
+    let tests = text.match_indices("#[cfg(test)]\n").find(|(at, mark)| {
+        let next = text[at + mark.len()..].lines().next().unwrap_or_default();
+        next.ends_with("mod tests {")
+    });
+    let text = tests.map_or(text.as_str(), |(at, _)| &text[..at]);
+    let lines = text.lines().map(|line| {
+        let is_comment = line.trim_start().starts_with("//");
+        if is_comment { "" } else { line }
+    });
+    lines.collect::<Vec<_>>().join("\n") + "\n"
+}
+
+/// The names directly below `crate::`, single or in braces.
+fn used(code: &str) -> BTreeSet<&str> {
+    let mut names = BTreeSet::new();
+    for (at, start) in code.match_indices("crate::") {
+        let rest = &code[at + start.len()..];
+        let Some(list) = rest.strip_prefix('{') else {
+            names.insert(first_word(rest));
+            continue;
+        };
+        let mut depth = 0;
+        let mut begin = 0;
+        for (end, sign) in list.char_indices() {
+            match sign {
+                '{' => depth += 1,
+                '}' if depth > 0 => depth -= 1,
+                ',' | '}' if depth == 0 => {
+                    names.insert(first_word(list[begin..end].trim_start()));
+                    begin = end + 1;
+                    if sign == '}' {
+                        break;
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+    names
+}
+
+fn first_word(text: &str) -> &str {
+    let end = text.find(|c: char| !c.is_alphanumeric() && c != '_');
+    &text[..end.unwrap_or(text.len())]
+}
+
+/// Is the crate or path named as the beginning of one?
+fn names_crate(code: &str, name: &str) -> bool {
+    let path = format!("{name}::");
+    code.match_indices(&path).any(|(at, _)| {
+        let before = code[..at].chars().next_back();
+        !before.is_some_and(|c| c.is_alphanumeric() || matches!(c, '_' | ':'))
+    }) || name.contains("::") && code.contains(&format!("use {name}"))
+}
+
+#[test]
+fn rooms_use_only_what_the_arrows_allow() {
+    let rooms = rooms();
+    let mut wrong = Vec::new();
+    for (room, code) in &rooms {
+        let is_common = COMMON.contains(&room.as_str());
+        let allowed = ARROWS.iter().find(|(name, _)| name == room);
+        if allowed.is_none() && !is_common {
+            wrong.push(format!(
+                "{room} is a new room: say in ARROWS what it may use"
+            ));
+        }
+        for other in used(code)
+            .into_iter()
+            .filter(|name| rooms.contains_key(*name))
+        {
+            let is_fine = other == room
+                || COMMON.contains(&other)
+                || allowed.is_some_and(|(_, others)| others.contains(&other));
+            if !is_fine {
+                wrong.push(format!("{room} uses {other}"));
+            }
+        }
+    }
+    for (room, others) in ARROWS {
+        let code = rooms
+            .get(*room)
+            .unwrap_or_else(|| panic!("there is no room {room}"));
+        let used = used(code);
+        let unused = others.iter().filter(|other| !used.contains(**other));
+        wrong.extend(unused.map(|other| format!("{room} no longer uses {other}: close the door")));
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn outside_crates_stay_in_their_rooms() {
+    let mut wrong = Vec::new();
+    for (room, code) in &rooms() {
+        for (name, homes) in CRATES {
+            if names_crate(code, name) && !homes.contains(&room.as_str()) {
+                wrong.push(format!("{room} uses {name}, which belongs to {homes:?}"));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn the_domain_is_plain() {
+    let rooms = rooms();
+    for plain in ["domain", "identity"] {
+        let code = &rooms[plain];
+        for word in [
+            "async ",
+            "await",
+            "tokio",
+            "std::fs",
+            "std::net",
+            "Instant::now",
+            "Timestamp::now",
+            "tracing",
+        ] {
+            assert!(!code.contains(word), "{plain} has {word:?}");
+        }
+    }
+}
