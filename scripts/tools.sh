@@ -11,7 +11,8 @@ MIN_NODE_VERSION=22.12.0
 # What the program itself expects, so that there is one place for it.
 CLAUDE_VERSION="$(sed -n 's/^pub const TESTED_CLAUDE_VERSION.*"\(.*\)";$/\1/p' src/config/programs.rs)"
 
-GREENROOM_CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/greenroom"
+# Beside the program's own cache, whose folders are named by clients.
+GREENROOM_CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/greenroom-dev"
 TOOLS="$GREENROOM_CACHE/tools"
 # Outside of the project: builds stay when a checkout goes, and searches don't walk through them.
 export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$GREENROOM_CACHE/target}"

@@ -511,6 +511,19 @@ async function cancel(turn) {
   }
 }
 
+/** What was said before, shown while the site is made ready. Asking for a new thread's would be an error. */
+async function loadEarlier() {
+  const { client, user, thread } = state.ids;
+  try {
+    const threads = resultOf(await call(`/api/threads?${new URLSearchParams({ clientId: client, userId: user })}`));
+    if (!threads.some(({ threadId }) => threadId === thread)) return;
+  } catch (error) {
+    if (error instanceof ApiError) return;    // init says what is wrong
+    throw error;
+  }
+  await loadHistory();
+}
+
 async function loadHistory() {
   let turns;
   try {
@@ -528,13 +541,15 @@ async function loadHistory() {
 // ---------------------------------------------------------------- Composer
 
 const draftKey = () => `greenroom.draft:${Object.values(state.ids).join('/')}`;
-const saveDraft = () => sessionStorage.setItem(draftKey(), JSON.stringify(state.draft));
+const saveDraft = () => state.ids && sessionStorage.setItem(draftKey(), JSON.stringify(state.draft));
 const runningTurn = () => [...state.turns.values()].find((turn) => ['running', 'stopping'].includes(turn.status));
 
 function restoreDraft() {
+  const typed = $('instruction').value;
   try {
     Object.assign(state.draft, JSON.parse(sessionStorage.getItem(draftKey())));
   } catch { /* an unreadable draft is no draft */ }
+  if (typed && typed !== state.draft.text) return editDraft();    // by someone who did not wait for us
   $('instruction').value = state.draft.text;
   $('composer').elements.mode.value = state.draft.mode;
   fitBox();
@@ -743,7 +758,7 @@ async function prepare() {
   setPhase('preparing');
   const [init] = await Promise.all([
     throughOutages(() => post('/api/init', { ...bodyIds(), waitForPreview: false })),
-    throughOutages(loadHistory),
+    throughOutages(loadEarlier),
   ]);
   const { workspace, preview } = resultOf(init);
   state.worktree = workspace?.projectPath ?? '';

@@ -1,0 +1,226 @@
+//! The site in the browser: what an edit does to the page that is open.
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::{Value, json};
+
+use super::{LISTEN, Room, hears, thread};
+
+const HEADING: &str = "Good pots for ordinary days";
+const ACCENT: &str =
+    "getComputedStyle(document.documentElement).getPropertyValue('--accent').trim()";
+
+#[tokio::test]
+async fn an_edit_shows_by_itself_and_is_the_whole_commit() {
+    let room = Room::start().await;
+    let main = thread("main");
+    let url = room.init(&main).await;
+    let page = room.open(&url).await;
+    page.wait_for_text("h1", HEADING).await;
+    let begin = room.git(&main, &["rev-parse", "HEAD"]);
+
+    // Markup: Astro tells the page to load again.
+    let turn = room
+        .greenroom
+        .execute(&main, "Change the heading to “Bowls for breakfast”")
+        .await
+        .ok();
+    page.wait_for_text("h1", "Bowls for breakfast").await;
+    let commit = turn["commit"]["id"].as_str().unwrap();
+    assert_eq!(room.git(&main, &["rev-parse", "HEAD"]), commit);
+    assert_eq!(room.git(&main, &["rev-parse", "HEAD^"]), begin);
+    assert_eq!(
+        room.git(&main, &["show", "--format=", "--numstat", "HEAD"]),
+        "1\t1\tsrc/pages/index.astro"
+    );
+    let diff = room.git(&main, &["show", "--format=", "--unified=0", "HEAD"]);
+    assert!(
+        diff.contains(
+            "\n-    <h1>Good pots for ordinary days</h1>\n+    <h1>Bowls for breakfast</h1>"
+        ),
+        "{diff}"
+    );
+
+    // Style: swapped in the page that is there.
+    hears(&page).await;
+    page.eval("window.mark = 'still the same page'").await;
+    let before = page.eval(ACCENT).await;
+    room.greenroom
+        .execute(&main, "Make the accent colour teal")
+        .await
+        .ok();
+    page.wait_for(&format!("{ACCENT} !== {before}")).await;
+    assert_eq!(page.eval("window.mark").await, "still the same page");
+    assert_eq!(
+        room.git(&main, &["show", "--format=", "--name-only", "HEAD"]),
+        "src/styles/global.css"
+    );
+    assert_eq!(room.git(&main, &["status", "--porcelain"]), "");
+    assert_eq!(
+        room.git(&main, &["rev-list", "--count", &format!("{begin}..HEAD")]),
+        "2"
+    );
+    page.screenshot("site-after-two-edits").await;
+    assert_eq!(page.complaints().await, Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn a_broken_page_says_so_and_comes_back_by_itself() {
+    let room = Room::start().await;
+    let main = thread("main");
+    let url = room.init(&main).await;
+    let page = room.open(&url).await;
+    page.wait_for_text("h1", HEADING).await;
+
+    room.greenroom
+        .execute(&main, "Break the page on purpose")
+        .await
+        .ok();
+    page.wait_for("document.querySelector('vite-error-overlay')")
+        .await;
+
+    page.screenshot("site-broken").await;
+
+    room.greenroom.execute(&main, "Repair it").await.ok();
+    page.wait_for_text("h1", HEADING).await;
+    let overlay = page.eval("document.querySelector('vite-error-overlay')");
+    assert_eq!(overlay.await, Value::Null);
+}
+
+#[tokio::test]
+async fn two_threads_side_by_side_keep_to_themselves() {
+    let room = Room::start().await;
+    let (red, blue) = (thread("red"), thread("blue"));
+    let (red_url, blue_url) = (room.init(&red).await, room.init(&blue).await);
+    let (red_page, blue_page) = (room.open(&red_url).await, room.open(&blue_url).await);
+    blue_page.wait_for_text("h1", HEADING).await;
+    blue_page.eval("window.mark = 'not loaded again'").await;
+
+    room.greenroom
+        .execute(&red, "Change the heading to “Red pots”")
+        .await
+        .ok();
+    red_page.wait_for_text("h1", "Red pots").await;
+    red_page.eval("window.mark = 'not loaded again'").await;
+    assert_eq!(blue_page.eval("window.mark").await, "not loaded again");
+
+    room.greenroom
+        .execute(&blue, "Change the heading to “Blue pots”")
+        .await
+        .ok();
+    blue_page.wait_for_text("h1", "Blue pots").await;
+    assert_eq!(red_page.eval("window.mark").await, "not loaded again");
+    red_page.wait_for_text("h1", "Red pots").await;
+
+    // Without a label in the host name: the thread that was initialised last.
+    let plain = format!("http://localhost:{}/", room.greenroom.preview_port);
+    let page = room.open(&plain).await;
+    page.wait_for_text("h1", "Blue pots").await;
+    room.init(&red).await;
+    page.call("Page.reload", json!({})).await;
+    page.wait_for_text("h1", "Red pots").await;
+}
+
+/// Opens a socket from a page: `"open"`, or `"refused"`.
+fn dial(url: &str, protocols: &str) -> String {
+    format!(
+        "new Promise((done) => {{
+            const socket = new WebSocket({}, {protocols});
+            socket.onopen = () => done('open');
+            socket.onerror = () => done('refused');
+        }})",
+        json!(url)
+    )
+}
+
+#[tokio::test]
+async fn the_hmr_port_is_a_bridge_for_the_sites_own_pages_alone() {
+    let room = Room::start().await;
+    let (red, blue) = (thread("red"), thread("blue"));
+    let (red_url, blue_url) = (room.init(&red).await, room.init(&blue).await);
+    let (red_page, blue_page) = (room.open(&red_url).await, room.open(&blue_url).await);
+    let (red_host, _) = red_url
+        .strip_prefix("http://")
+        .unwrap()
+        .split_once(':')
+        .unwrap();
+    let bridge = format!("ws://{red_host}:{}/any/path", room.greenroom.hmr_port);
+
+    // A client of no subprotocol, as a page of the site could open one.
+    red_page.eval("window.heard = []").await;
+    assert_eq!(red_page.eval(&dial(&bridge, "[]")).await, "open");
+    hears(&red_page).await;
+    room.greenroom
+        .execute(&red, "Make the accent colour teal")
+        .await
+        .ok();
+    // Each socket of the page hears of each update.
+    red_page
+        .wait_for("heard.some((data, i) => data.includes('\"update\"') && heard.indexOf(data) < i)")
+        .await;
+
+    // Another site's page.
+    assert_eq!(blue_page.eval(&dial(&bridge, "[]")).await, "refused");
+    assert_eq!(
+        blue_page
+            .eval(&dial(&red_url.replacen("http", "ws", 1), "['vite-hmr']"))
+            .await,
+        "refused"
+    );
+}
+
+#[tokio::test]
+async fn a_page_whose_server_is_gone_waits_and_comes_back() {
+    let room = Room::start().await;
+    let main = thread("main");
+    let url = room.init(&main).await;
+    let page = room.open(&url).await;
+    page.wait_for_text("h1", HEADING).await;
+
+    // Killed, and with a broken configuration it cannot come back.
+    let config = room.folders.worktree(&main).join("astro.config.mjs");
+    let good = std::fs::read(&config).unwrap();
+    let server = room.children().into_iter().find(|(_, command)| {
+        command.starts_with("node ") || command.contains("/node ") && command.contains("astro")
+    });
+    let (server, _) = server.unwrap_or_else(|| panic!("no dev server: {:?}", room.children()));
+    // Stopped first, so that it does not see what happens to its configuration.
+    kill(Pid::from_raw(server), Signal::SIGSTOP).unwrap();
+    std::fs::write(&config, "export default {{{").unwrap();
+    kill(Pid::from_raw(server), Signal::SIGKILL).unwrap();
+    let state = async || {
+        let path = format!("{}/preview", main.path());
+        room.greenroom.get(&path).await.ok()["result"].take()
+    };
+    let begun = std::time::Instant::now();
+    let broken = loop {
+        let preview = state().await;
+        if preview["state"] == "error" {
+            break preview;
+        }
+        assert!(begun.elapsed() < crate::support::PATIENCE, "{preview}");
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    };
+    assert_ne!(broken["errors"], json!([]), "{broken}");
+
+    // Vite's client asks each second whether the server is back, and would load the page at a yes.
+    let ping = dial(&url.replacen("http", "ws", 1), "'vite-ping'");
+    assert_eq!(page.eval(&ping).await, "refused");
+    assert_eq!(
+        page.eval("document.querySelector('h1').textContent").await,
+        HEADING
+    );
+
+    // Who opens it now is told, and sees the site once it is repaired.
+    let other = room.chromium.open_with(&url, LISTEN).await;
+    other.wait_for_text("body", "astro.config.mjs").await;
+    other.screenshot("preview-with-a-problem").await;
+    std::fs::write(&config, good).unwrap();
+    other.call("Page.reload", json!({})).await;
+    other.wait_for_text("h1", HEADING).await;
+    // The page that had waited for it is loaded anew, and hears again.
+    page.wait_for("heard.length > 0").await;
+    assert_ne!(page.eval("performance.now()").await, Value::Null);
+}
