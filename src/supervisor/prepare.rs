@@ -275,7 +275,10 @@ fn place(
     let slug = key.slug();
     let taken: HashSet<u16> = inner.previews.ports();
     let wanted = stored.as_ref().map(|place| place.port);
-    let port = pick_port(wanted, &taken, &slug);
+    // Of the worktree, not of the slug alone: another workspace on this machine may hold a thread of
+    // the same name.
+    let seed = format!("{}\n{slug}", paths.worktree().display());
+    let port = pick_port(wanted, &taken, &seed);
     let place = PreviewPlace { slug, port };
     if stored.as_ref() != Some(&place) {
         place.save(&path)?;

@@ -51,7 +51,6 @@ impl Bench {
             .find(|p| p.is_file());
         let tools = NodeTools {
             node: node.expect("Node on PATH"),
-            node_major: 22,
             npm,
             env: Vec::new(),
             readable: Vec::new(),

@@ -7,6 +7,7 @@ mod architecture;
 mod bad_input;
 mod browser;
 mod cli;
+mod dependencies;
 mod execute;
 mod gateway;
 mod hostile;
