@@ -1,9 +1,8 @@
-//! A limit on how long a request's head may take, apart from how long a connection may idle:
-//! hyper has one clock for both, and a connection that may idle for a minute must not be held
-//! for a minute by a header that drips.
+//! Limits on how long a connection may idle and, apart from that, on how long a request's head may
+//! take: hyper has one clock for both, and a connection that may idle for a minute must not be
+//! held for a minute by a header that drips.
 
 use std::{
-    future::Future,
     io,
     pin::Pin,
     sync::{
@@ -16,23 +15,27 @@ use std::{
 
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
-    time::{Sleep, sleep},
+    time::Instant,
 };
 
+use super::alarm::Alarm;
+
+/// Between requests. Longer than the 60 s of common load balancers, which must be the first to
+/// close.
+const IDLE: Duration = Duration::from_secs(75);
 /// From the first byte of a request to the last of its head.
 const HEAD_IN: Duration = Duration::from_secs(15);
 
-/// A stream that fails to read when a request's head takes too long.
+/// A stream that fails to read when a request, or the rest of its head, takes too long to come.
 pub(crate) struct HeaderDeadline<S> {
     stream: S,
     switch: RequestSwitch,
-    clock: Option<Clock>,
-}
-
-struct Clock {
-    /// Requests begun when the clock was started: it is for the one after these.
+    /// Requests begun so far: what is read now is of the one after these.
     begun: usize,
-    end: Pin<Box<Sleep>>,
+    is_in_head: bool,
+    /// Set when a read has to wait.
+    deadline: Option<Instant>,
+    alarm: Alarm,
 }
 
 /// Tells the stream where a request begins.
@@ -84,7 +87,10 @@ impl<S> HeaderDeadline<S> {
         Self {
             stream,
             switch: RequestSwitch::default(),
-            clock: None,
+            begun: 0,
+            is_in_head: false,
+            deadline: None,
+            alarm: Alarm::default(),
         }
     }
 
@@ -102,24 +108,24 @@ impl<S: AsyncRead + Unpin> AsyncRead for HeaderDeadline<S> {
         let this = self.get_mut();
         let state = &this.switch.0;
         let begun = state.begun.load(Ordering::Relaxed);
-        this.clock.take_if(|clock| clock.begun != begun);
-        if let Some(clock) = &mut this.clock
-            && clock.end.as_mut().poll(cx).is_ready()
-        {
-            return Poll::Ready(Err(io::ErrorKind::TimedOut.into()));
+        if this.begun != begun {
+            (this.begun, this.is_in_head, this.deadline) = (begun, false, None);
         }
+        let reads_freely = state.reads_freely.load(Ordering::Relaxed);
         let before = buf.filled().len();
-        ready!(Pin::new(&mut this.stream).poll_read(cx, buf))?;
-        if buf.filled().len() > before
-            && this.clock.is_none()
-            && !state.reads_freely.load(Ordering::Relaxed)
-        {
-            this.clock = Some(Clock {
-                begun,
-                end: Box::pin(sleep(HEAD_IN)),
-            });
+        if let Poll::Ready(read) = Pin::new(&mut this.stream).poll_read(cx, buf) {
+            if buf.filled().len() > before && !this.is_in_head && !reads_freely {
+                (this.is_in_head, this.deadline) = (true, None);
+            }
+            return Poll::Ready(read);
         }
-        Poll::Ready(Ok(()))
+        if reads_freely {
+            return Poll::Pending;
+        }
+        let limit = if this.is_in_head { HEAD_IN } else { IDLE };
+        let deadline = *this.deadline.get_or_insert_with(|| Instant::now() + limit);
+        ready!(this.alarm.poll(cx, deadline));
+        Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
 }
 
@@ -159,40 +165,61 @@ mod tests {
 
     use super::*;
 
+    /// Is nothing to be read for so long?
+    async fn is_quiet(stream: &mut (impl AsyncRead + Unpin), limit: Duration) -> bool {
+        let mut byte = [0];
+        tokio::time::timeout(limit, stream.read(&mut byte))
+            .await
+            .is_err()
+    }
+
+    async fn is_cut(stream: &mut (impl AsyncRead + Unpin)) -> bool {
+        let mut byte = [0];
+        let read = tokio::time::timeout(IDLE * 2, stream.read(&mut byte)).await;
+        matches!(read, Ok(Err(error)) if error.kind() == io::ErrorKind::TimedOut)
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_dripping_head_is_cut_off_and_an_idle_connection_is_not() {
         let (mut far, near) = duplex(1024);
         let mut near = HeaderDeadline::new(near);
         let switch = near.switch();
         let mut byte = [0];
-        // Idle far longer than a head may take.
         assert!(
-            tokio::time::timeout(HEAD_IN * 4, near.read(&mut byte))
-                .await
-                .is_err()
+            is_quiet(&mut near, IDLE - HEAD_IN).await,
+            "before the first"
         );
         far.write_all(b"GE").await.unwrap();
         near.read_exact(&mut byte).await.unwrap();
         let request = switch.begin();
         near.read_exact(&mut byte).await.unwrap();
-        assert!(
-            tokio::time::timeout(HEAD_IN * 4, near.read(&mut byte))
-                .await
-                .is_err(),
-            "a body"
-        );
+        assert!(is_quiet(&mut near, IDLE * 4).await, "a body");
         drop(request);
-        assert!(
-            tokio::time::timeout(HEAD_IN * 4, near.read(&mut byte))
-                .await
-                .is_err(),
-            "idle"
-        );
-        far.write_all(b"G").await.unwrap();
+        assert!(is_quiet(&mut near, IDLE - HEAD_IN).await, "idle");
+        far.write_all(b"GE").await.unwrap();
         near.read_exact(&mut byte).await.unwrap();
-        let cut = tokio::time::timeout(HEAD_IN * 4, near.read(&mut byte))
-            .await
-            .unwrap();
-        assert_eq!(cut.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        near.read_exact(&mut byte).await.unwrap();
+        let start = Instant::now();
+        assert!(is_quiet(&mut near, HEAD_IN / 2).await, "the head");
+        far.write_all(b"T").await.unwrap();
+        near.read_exact(&mut byte).await.unwrap();
+        assert!(is_cut(&mut near).await);
+        assert_eq!(start.elapsed().as_secs(), HEAD_IN.as_secs());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_idle_connection_is_cut_off_in_the_end() {
+        let (_far, near) = duplex(1024);
+        let mut near = HeaderDeadline::new(near);
+        drop(near.switch().begin());
+        assert!(is_cut(&mut near).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_tunnel_may_be_silent() {
+        let (_far, near) = duplex(1024);
+        let mut near = HeaderDeadline::new(near);
+        near.switch().begin().make_last();
+        assert!(is_quiet(&mut near, IDLE * 4).await);
     }
 }

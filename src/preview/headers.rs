@@ -86,27 +86,32 @@ fn lists(headers: &HeaderMap, name: &HeaderName, word: &str) -> bool {
     list(headers, name).any(|w| w.eq_ignore_ascii_case(word))
 }
 
-/// Makes a browser's headers those of the request to the dev server. `host` is what the browser
+/// An address as `X-Forwarded-For` has it.
+pub(crate) fn forwarded_for(peer: IpAddr) -> HeaderValue {
+    let peer = peer.to_canonical().to_string();
+    HeaderValue::from_str(&peer).expect("hex digits, dots and colons")
+}
+
+/// Makes a browser's headers those of the request to the dev server. `peer` is the browser's
+/// address by [`forwarded_for`]. `host` is what the browser
 /// sent; `rewritten` replaces it where the dev server would not take it.
 pub(crate) fn to_upstream(
     headers: &mut HeaderMap,
-    peer: IpAddr,
+    peer: &HeaderValue,
     host: &HeaderValue,
     rewritten: Option<HeaderValue>,
 ) {
     strip_hop_by_hop(headers);
     // Answered by our own server, which asks for the body when it is wanted.
     headers.remove(EXPECT);
-    let peer = peer.to_canonical();
-    let before = list(headers, &FORWARDED_FOR).collect::<Vec<_>>().join(", ");
-    let forwarded = if before.is_empty() {
-        peer.to_string()
+    let mut hops: Vec<&str> = list(headers, &FORWARDED_FOR).collect();
+    let forwarded = if hops.is_empty() {
+        peer.clone()
     } else {
-        format!("{before}, {peer}")
+        hops.extend(peer.to_str());
+        HeaderValue::from_str(&hops.join(", ")).unwrap_or_else(|_| peer.clone())
     };
-    if let Ok(forwarded) = HeaderValue::from_str(&forwarded) {
-        headers.insert(FORWARDED_FOR, forwarded);
-    }
+    headers.insert(FORWARDED_FOR, forwarded);
     headers
         .entry(FORWARDED_HOST)
         .or_insert_with(|| host.clone());
@@ -273,7 +278,7 @@ mod tests {
     #[test]
     fn the_site_learns_who_asked_and_under_which_name() {
         let host = HeaderValue::from_static("a.localhost:4321");
-        let peer = "::ffff:10.1.2.3".parse().unwrap();
+        let peer = &forwarded_for("::ffff:10.1.2.3".parse().unwrap());
         let mut headers = map(&[("host", "a.localhost:4321"), ("expect", "100-continue")]);
         to_upstream(&mut headers, peer, &host, None);
         assert_eq!(headers["host"], "a.localhost:4321");

@@ -8,6 +8,7 @@
 //! Who looks at a preview is told to an [`ActivitySink`]: the idle decision is not made here.
 
 mod access;
+mod alarm;
 mod command;
 mod dev_server;
 mod header_deadline;
@@ -173,12 +174,12 @@ impl Previews {
         site: PreviewSite,
         status: watch::Receiver<PreviewStatus>,
     ) -> PreviewHandle {
-        let handle = PreviewHandle {
+        let handle = PreviewHandle(Arc::new(Handle {
             site: Arc::new(site),
             intents: mpsc::channel(1).0,
             retry: Arc::new(Notify::new()),
             status,
-        };
+        }));
         self.registry()
             .by_slug
             .insert(handle.slug().to_owned(), handle.clone());
@@ -205,7 +206,7 @@ impl Previews {
             Choice::Slug(slug) => slug,
             Choice::Nobody => return None,
         };
-        registry.by_slug.get(&slug).cloned()
+        registry.by_slug.get(&*slug).cloned()
     }
 
     /// Ends a preview's dev server and forgets the preview.
@@ -238,7 +239,10 @@ impl Previews {
 
 /// One preview. Cheap to clone; its driver ends when the last handle is dropped.
 #[derive(Debug, Clone)]
-pub struct PreviewHandle {
+pub struct PreviewHandle(Arc<Handle>);
+
+#[derive(Debug)]
+struct Handle {
     site: Arc<PreviewSite>,
     intents: mpsc::Sender<Intent>,
     retry: Arc<Notify>,
@@ -272,27 +276,32 @@ impl PreviewHandle {
             publish,
         );
         tasks.spawn("preview", driver.drive());
-        Self {
+        Self(Arc::new(Handle {
             site,
             intents,
             retry,
             status,
-        }
+        }))
     }
 
     /// The host label.
     pub fn slug(&self) -> &str {
-        &self.site.slug
+        &self.0.site.slug
     }
 
     /// The site as it was given.
     pub fn site(&self) -> &PreviewSite {
-        &self.site
+        &self.0.site
     }
 
     /// What is true of the preview now, and news of it.
     pub fn status(&self) -> watch::Receiver<PreviewStatus> {
-        self.status.clone()
+        self.0.status.clone()
+    }
+
+    /// The loopback port of a server that can be asked now.
+    pub(crate) fn upstream(&self) -> Option<u16> {
+        self.0.status.borrow().upstream
     }
 
     /// Starts the dev server unless it runs; asking for it also ends a wait between restarts.
@@ -308,6 +317,7 @@ impl PreviewHandle {
         let reason = reason.to_owned();
         // A driver that is gone starts nothing any more.
         if self
+            .0
             .intents
             .send(Intent::Restart { reason, done })
             .await
@@ -319,7 +329,7 @@ impl PreviewHandle {
 
     /// Tries once more if the dev server is down after a failure; else does nothing.
     pub fn retry(&self) {
-        self.retry.notify_one();
+        self.0.retry.notify_one();
     }
 
     /// Says what is being prepared before the dev server can start: `Starting` with this text.
@@ -338,6 +348,7 @@ impl PreviewHandle {
         let (done, ended) = oneshot::channel();
         // A driver that is gone has ended its child.
         if self
+            .0
             .intents
             .send(Intent::Stop { grace, done })
             .await
@@ -348,7 +359,7 @@ impl PreviewHandle {
     }
 
     fn send(&self, intent: Intent) {
-        if let Err(error) = self.intents.try_send(intent) {
+        if let Err(error) = self.0.intents.try_send(intent) {
             tracing::warn!(slug = self.slug(), %error, "the preview's driver doesn't listen");
         }
     }

@@ -14,7 +14,7 @@
 use std::{
     convert::Infallible,
     fmt,
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{Ipv4Addr, SocketAddr},
     pin::Pin,
     sync::{Arc, Mutex},
     task::{Context, Poll},
@@ -35,7 +35,7 @@ use hyper::{
     service::service_fn,
     upgrade::OnUpgrade,
 };
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
@@ -45,6 +45,7 @@ use tokio::{
 use super::{
     ActivityGuard, ActivitySink, PreviewHandle, Previews,
     access::{Verdict, hide_cookies},
+    alarm::{Alarm, Elapsed},
     header_deadline::{HeaderDeadline, InRequest},
     headers,
     pages::{self, Page},
@@ -57,8 +58,6 @@ const MAX_CONNECTIONS: usize = 1024;
 /// Of one request's head, in bytes (request line and fields).
 const MAX_HEAD: usize = 64 * 1024;
 const MAX_HEADERS: usize = 128;
-/// Longer than the 60 s of common load balancers, which must be the first to close.
-const IDLE: Duration = Duration::from_secs(75);
 /// How long a request that can't be shown a page waits for a server that starts.
 const WAIT_FOR_LIVE: Duration = Duration::from_secs(30);
 /// A server that restarts itself in place refuses connections for about a second.
@@ -152,7 +151,7 @@ impl Proxy {
         let switch = stream.switch();
         let downstream = Arc::new(Downstream {
             proxy: self,
-            peer: peer.ip(),
+            peer: headers::forwarded_for(peer.ip()),
             permit: Arc::new(permit),
             pinned: Mutex::default(),
         });
@@ -170,8 +169,7 @@ impl Proxy {
             }
         });
         let connection = http1::Builder::new()
-            .timer(TokioTimer::new())
-            .header_read_timeout(IDLE)
+            .header_read_timeout(None)
             .half_close(true)
             .pipeline_flush(true)
             .max_headers(MAX_HEADERS)
@@ -181,6 +179,7 @@ impl Proxy {
             .with_upgrades();
         let mut connection = std::pin::pin!(connection);
         tokio::select! {
+            biased;
             // A connection that breaks is the browser's business: nothing to say about it.
             _ = connection.as_mut() => return,
             () = token.cancelled() => connection.as_mut().graceful_shutdown(),
@@ -192,7 +191,8 @@ impl Proxy {
 /// One connection from a browser.
 struct Downstream {
     proxy: Arc<Proxy>,
-    peer: IpAddr,
+    /// As `X-Forwarded-For` has it.
+    peer: HeaderValue,
     permit: Arc<OwnedSemaphorePermit>,
     /// The upstream connection of the last request, for the next one.
     pinned: Mutex<Option<Pinned>>,
@@ -201,6 +201,8 @@ struct Downstream {
 struct Pinned {
     port: u16,
     sender: SendRequest<RequestBody>,
+    /// For answers that don't come.
+    alarm: Alarm,
 }
 
 /// Why the dev server gave no answer.
@@ -211,6 +213,12 @@ enum UpstreamError {
     /// The connection ended before an answer.
     Closed,
     TimedOut,
+}
+
+impl From<Elapsed> for UpstreamError {
+    fn from(_: Elapsed) -> Self {
+        Self::TimedOut
+    }
 }
 
 impl Downstream {
@@ -268,7 +276,9 @@ impl Downstream {
         }
         if is_websocket {
             self.check_origin(request.headers(), host_text)?;
-            return self.upgrade(request, host, &preview).await;
+            // Boxed, as all that is rare here: a future is as large as its largest part, and one
+            // is moved with every request.
+            return Box::pin(self.upgrade(request, host, &preview)).await;
         }
         if request.uri().path().starts_with(pages::OWN_PREFIX) {
             return Err(self.answer_own(&request, host_text, &preview));
@@ -332,10 +342,10 @@ impl Downstream {
         as_page: bool,
         guard: ActivityGuard,
     ) -> Result<Response<ResponseBody>, Page> {
-        let port = match upstream(preview) {
+        let port = match preview.upstream() {
             Some(port) => port,
             None if as_page => return Err(hold(preview)),
-            None => await_upstream(preview).await?,
+            None => Box::pin(await_upstream(preview)).await?,
         };
         let (mut parts, body) = request.into_parts();
         let wants_script = headers::asks_for_document(&parts.method, &parts.headers);
@@ -376,7 +386,7 @@ impl Downstream {
             .to_str()
             .is_ok_and(|host| passes_host_check(host, &preview.site().hosts));
         let rewritten = (!passes).then(|| local_host(port));
-        headers::to_upstream(&mut parts.headers, self.peer, host, rewritten);
+        headers::to_upstream(&mut parts.headers, &self.peer, host, rewritten);
         hide_cookies(&mut parts.headers);
         parts.version = Version::HTTP_11;
         if parts.uri.authority().is_some() {
@@ -397,7 +407,7 @@ impl Downstream {
         let deadline = Instant::now() + HEAD_DEADLINE;
         let repeatable = parts.method.is_idempotent() && body.is_end_stream();
         let mut request = Request::from_parts(parts, RequestBody::Streamed(body));
-        if let Some(mut sender) = self.take_pinned(port).await {
+        if let Some(mut pinned) = self.take_pinned(port).await {
             let copy = repeatable.then(|| {
                 let mut copy = Request::new(RequestBody::Empty);
                 copy.method_mut().clone_from(request.method());
@@ -405,10 +415,10 @@ impl Downstream {
                 copy.headers_mut().clone_from(request.headers());
                 copy
             });
-            let sent = timeout_at(deadline, sender.try_send_request(request)).await;
-            match sent.map_err(|_| UpstreamError::TimedOut)? {
+            let sent = pinned.sender.try_send_request(request);
+            match pinned.alarm.limit(deadline, sent).await? {
                 Ok(response) => {
-                    self.pin(port, sender);
+                    self.pin(pinned);
                     return Ok(response);
                 }
                 Err(mut error) => {
@@ -416,36 +426,38 @@ impl Downstream {
                 }
             }
         }
-        let mut sender = self.connect(port).await?;
-        let sent = timeout_at(deadline, sender.send_request(request)).await;
-        let response = sent
-            .map_err(|_| UpstreamError::TimedOut)?
-            .map_err(|_| UpstreamError::Closed)?;
-        self.pin(port, sender);
+        let mut fresh = Pinned {
+            port,
+            sender: Box::pin(self.connect(port)).await?,
+            alarm: Alarm::default(),
+        };
+        let sent = fresh.sender.send_request(request);
+        let response = fresh.alarm.limit(deadline, sent).await?;
+        let response = response.map_err(|_| UpstreamError::Closed)?;
+        self.pin(fresh);
         Ok(response)
     }
 
-    async fn take_pinned(&self, port: u16) -> Option<SendRequest<RequestBody>> {
-        let pinned = self
+    async fn take_pinned(&self, port: u16) -> Option<Pinned> {
+        let mut pinned = self
             .pinned
             .lock()
             .expect("no panic while it is held")
             .take()?;
-        let mut sender = pinned.sender;
-        if pinned.port != port || sender.is_closed() {
+        if pinned.port != port || pinned.sender.is_closed() {
             return None;
         }
-        if !sender.is_ready() {
+        if !pinned.sender.is_ready() {
             // The last answer has been passed on; its connection is about to notice. One whose
             // request body is still on its way never becomes ready.
-            let ready = timeout(Duration::from_millis(20), sender.ready()).await;
-            ready.ok()?.ok()?;
+            let ready = timeout(Duration::from_millis(20), pinned.sender.ready());
+            Box::pin(ready).await.ok()?.ok()?;
         }
-        Some(sender)
+        Some(pinned)
     }
 
-    fn pin(&self, port: u16, sender: SendRequest<RequestBody>) {
-        *self.pinned.lock().expect("no panic while it is held") = Some(Pinned { port, sender });
+    fn pin(&self, pinned: Pinned) {
+        *self.pinned.lock().expect("no panic while it is held") = Some(pinned);
     }
 
     /// A fresh connection to the dev server, with patience for one that restarts in place.
@@ -474,7 +486,7 @@ impl Downstream {
         host: HeaderValue,
         preview: &PreviewHandle,
     ) -> Result<Response<ResponseBody>, Page> {
-        let port = match upstream(preview) {
+        let port = match preview.upstream() {
             Some(port) => port,
             // The browser takes a 101 for "it is back" and reloads.
             None if headers::is_vite_ping(request.headers()) => return Err(not_yet(false)),
@@ -592,11 +604,6 @@ fn host_of(request: &Request<Incoming>) -> Result<HeaderValue, Page> {
         }
         _ => Err(bad_request("the request names no host")),
     }
-}
-
-/// The port of a server that can be asked now.
-fn upstream(preview: &PreviewHandle) -> Option<u16> {
-    preview.status().borrow().upstream
 }
 
 /// Waits for a server that starts, wakes or is being repaired.

@@ -1,21 +1,21 @@
 //! Which preview a request is for, and which page may speak to it. Pure.
 
-use std::net::Ipv6Addr;
+use std::{borrow::Cow, net::Ipv6Addr};
 
 /// The outcome of [`choose`].
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Choice {
-    Slug(String),
+pub(crate) enum Choice<'a> {
+    Slug(Cow<'a, str>),
     Nobody,
 }
 
 /// By the first label of the host name, else the cookie's thread, else the default.
-pub(crate) fn choose(
-    host: Option<&str>,
-    cookie: Option<&str>,
-    default: Option<&str>,
+pub(crate) fn choose<'a>(
+    host: Option<&'a str>,
+    cookie: Option<&'a str>,
+    default: Option<&'a str>,
     known: impl Fn(&str) -> bool,
-) -> Choice {
+) -> Choice<'a> {
     if let Some(label) = host.and_then(first_label) {
         if known(&label) {
             return Choice::Slug(label);
@@ -28,18 +28,23 @@ pub(crate) fn choose(
         .into_iter()
         .flatten()
         .find(|slug| known(slug))
-        .map_or(Choice::Nobody, |slug| Choice::Slug(slug.to_owned()))
+        .map_or(Choice::Nobody, |slug| Choice::Slug(slug.into()))
 }
 
 /// A host without its port, in lower case, and without the dot of a full name.
-pub(crate) fn host_name(host: &str) -> String {
+pub(crate) fn host_name(host: &str) -> Cow<'_, str> {
     let name = match host.rsplit_once(':') {
         Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) && !ends_inside_v6(name) => {
             name
         }
         _ => host,
     };
-    name.trim_end_matches('.').to_ascii_lowercase()
+    let name = name.trim_end_matches('.');
+    if name.bytes().any(|b| b.is_ascii_uppercase()) {
+        name.to_ascii_lowercase().into()
+    } else {
+        name.into()
+    }
 }
 
 /// `[::1` of an address without a port.
@@ -48,11 +53,18 @@ fn ends_inside_v6(name: &str) -> bool {
 }
 
 /// The first of several labels; an address has none.
-fn first_label(host: &str) -> Option<String> {
+fn first_label(host: &str) -> Option<Cow<'_, str>> {
     let name = host_name(host);
     let (label, rest) = name.split_once('.')?;
     let is_address = name.starts_with('[') || rest.rsplit('.').next()?.parse::<u8>().is_ok();
-    (!is_address && !label.is_empty()).then(|| label.to_owned())
+    if is_address || label.is_empty() {
+        return None;
+    }
+    let end = label.len();
+    Some(match name {
+        Cow::Borrowed(name) => name[..end].into(),
+        Cow::Owned(name) => name[..end].to_owned().into(),
+    })
 }
 
 /// Is this a label that `ThreadKey::slug` makes: a dash and 12 hex digits at its end?
@@ -121,7 +133,7 @@ mod tests {
 
     fn chosen(host: &str, cookie: Option<&str>, default: Option<&str>) -> Option<String> {
         match choose(Some(host), cookie, default, |slug| slug == A || slug == B) {
-            Choice::Slug(slug) => Some(slug),
+            Choice::Slug(slug) => Some(slug.into_owned()),
             Choice::Nobody => None,
         }
     }
@@ -152,7 +164,7 @@ mod tests {
         }
         assert_eq!(
             choose(None, None, Some(A), |_| true),
-            Choice::Slug(A.to_owned())
+            Choice::Slug(A.into())
         );
     }
 
