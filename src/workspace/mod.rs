@@ -12,7 +12,7 @@ mod metadata;
 mod template;
 
 pub use dependencies::{
-    AttachedKind, Dependencies, DependencyRequest, GIT_EXCLUDES, InstallError, NodeTools,
+    Attached, AttachedKind, Dependencies, DependencyRequest, GIT_EXCLUDES, InstallError, NodeTools,
     linked_folder,
 };
 pub use files::{append_line, make_private_dir, read_bounded, write_atomic};

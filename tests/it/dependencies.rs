@@ -8,9 +8,7 @@ use std::{
 
 use greenroom::{
     process::{ConfinementMode, Launcher},
-    workspace::dependencies::{
-        Attached, AttachedKind, Dependencies, DependencyRequest, InstallError, NodeTools,
-    },
+    workspace::{Attached, AttachedKind, Dependencies, DependencyRequest, InstallError, NodeTools},
 };
 use tokio::time::timeout;
 
