@@ -59,7 +59,10 @@ struct State {
     /// Until when each preview has a person at it.
     people: HashMap<String, (Instant, Timestamp)>,
     idle_since: Instant,
-    idle_since_utc: Timestamp,
+    /// The same by the wall's clock, once somebody asked.
+    idle_since_utc: Option<Timestamp>,
+    /// [`Activity::idle`] waits for the last holder to go.
+    is_awaited: bool,
 }
 
 impl State {
@@ -81,10 +84,16 @@ impl State {
     fn idle_from(&mut self, at: Instant) {
         if at > self.idle_since {
             self.idle_since = at;
-            let ago = jiff::SignedDuration::try_from(at.elapsed()).unwrap_or_default();
-            let now = Timestamp::now();
-            self.idle_since_utc = now.checked_sub(ago).unwrap_or(now);
+            self.idle_since_utc = None;
         }
+    }
+
+    fn idle_since_utc(&mut self) -> Timestamp {
+        let ago = jiff::SignedDuration::try_from(self.idle_since.elapsed()).unwrap_or_default();
+        *self.idle_since_utc.get_or_insert_with(|| {
+            let now = Timestamp::now();
+            now.checked_sub(ago).unwrap_or(now)
+        })
     }
 }
 
@@ -111,9 +120,15 @@ impl Drop for Guard {
     fn drop(&mut self) {
         let mut state = self.activity.lock();
         state.holders.remove(&self.id);
+        if !state.holders.is_empty() {
+            return;
+        }
         state.idle_from(Instant::now());
-        drop(state);
-        self.activity.0.changed.notify_one();
+        // Every request for a page comes by here: nobody is woken without need.
+        if std::mem::take(&mut state.is_awaited) {
+            drop(state);
+            self.activity.0.changed.notify_one();
+        }
     }
 }
 
@@ -127,7 +142,8 @@ impl Activity {
                 holders: HashMap::new(),
                 people: HashMap::new(),
                 idle_since: Instant::now(),
-                idle_since_utc: Timestamp::now(),
+                idle_since_utc: None,
+                is_awaited: false,
             }),
             changed: Notify::new(),
         }))
@@ -226,7 +242,7 @@ impl Activity {
             IdleDecision::Held | IdleDecision::Forever => None,
         };
         IdleAnswer {
-            idle_since: holders.is_empty().then_some(state.idle_since_utc),
+            idle_since: holders.is_empty().then(|| state.idle_since_utc()),
             stops_at: stops_at.and_then(|wait| {
                 Timestamp::now()
                     .checked_add(jiff::SignedDuration::try_from(wait).ok()?)
@@ -243,7 +259,9 @@ impl Activity {
             let wait = {
                 let mut state = self.lock();
                 state.expire_people(now);
-                match self.decide(&state, now) {
+                let decision = self.decide(&state, now);
+                state.is_awaited = decision == IdleDecision::Held;
+                match decision {
                     IdleDecision::Stop => return,
                     IdleDecision::StopAt(at) => at - now,
                     IdleDecision::Held | IdleDecision::Forever => state
