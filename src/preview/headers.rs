@@ -6,14 +6,11 @@ use http::{
     HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version,
     header::{
         ACCEPT, AUTHORIZATION, CACHE_CONTROL, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH,
-        CONTENT_RANGE, CONTENT_TYPE, COOKIE, DATE, ETAG, EXPECT, HOST, LOCATION, ORIGIN,
-        PROXY_AUTHENTICATE, PROXY_AUTHORIZATION, RANGE, SEC_WEBSOCKET_PROTOCOL, SET_COOKIE, TE,
-        TRANSFER_ENCODING, UPGRADE,
+        CONTENT_RANGE, CONTENT_TYPE, COOKIE, DATE, ETAG, EXPECT, HOST, LOCATION, ORIGIN, RANGE,
+        SEC_WEBSOCKET_PROTOCOL, SET_COOKIE, TRANSFER_ENCODING, UPGRADE,
     },
 };
 
-const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
-const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
@@ -23,28 +20,40 @@ const SEC_FETCH_DEST: HeaderName = HeaderName::from_static("sec-fetch-dest");
 /// `Connection` names. Fields that are meant for everybody stay even when it names them: with
 /// `Connection: Host, Cookie` a sender would have us forward another request than its own.
 pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap) {
-    let named: Vec<HeaderName> = list(headers, &CONNECTION)
-        .filter_map(|name| HeaderName::from_bytes(name.as_bytes()).ok())
-        .filter(|name| !is_end_to_end(name))
+    // Most messages have none or one of them: what isn't there is not removed.
+    let mut gone: Vec<HeaderName> = headers
+        .keys()
+        .filter(|name| is_hop_by_hop(name))
+        .cloned()
         .collect();
-    for name in &named {
-        headers.remove(name);
+    if gone.contains(&CONNECTION) {
+        let named = list(headers, &CONNECTION)
+            .filter(|word| !word.eq_ignore_ascii_case("keep-alive"))
+            .filter_map(|name| HeaderName::from_bytes(name.as_bytes()).ok())
+            .filter(|name| !is_end_to_end(name));
+        gone.extend(named);
     }
     // Framing is hyper's to choose. Where both lengths came, only the coding counted (9112 6.3).
-    if headers.remove(TRANSFER_ENCODING).is_some() {
-        headers.remove(CONTENT_LENGTH);
+    if gone.contains(&TRANSFER_ENCODING) {
+        gone.push(CONTENT_LENGTH);
     }
-    for name in [
-        CONNECTION,
-        KEEP_ALIVE,
-        PROXY_CONNECTION,
-        PROXY_AUTHENTICATE,
-        PROXY_AUTHORIZATION,
-        TE,
-        UPGRADE,
-    ] {
+    for name in gone {
         headers.remove(name);
     }
+}
+
+fn is_hop_by_hop(name: &HeaderName) -> bool {
+    matches!(
+        name.as_str(),
+        "connection"
+            | "keep-alive"
+            | "proxy-authenticate"
+            | "proxy-authorization"
+            | "proxy-connection"
+            | "te"
+            | "transfer-encoding"
+            | "upgrade"
+    )
 }
 
 fn is_end_to_end(name: &HeaderName) -> bool {

@@ -41,10 +41,7 @@ pub use self::{
 };
 use crate::{
     domain::{PreviewError, PreviewStatus},
-    preview::{
-        dev_server::{DevServer, Intent},
-        routing::Choice,
-    },
+    preview::dev_server::{DevServer, Intent},
     process::Launcher,
     task::Tasks,
 };
@@ -201,12 +198,8 @@ impl Previews {
     /// for none: its address must not show another thread's site.
     pub fn route(&self, host: Option<&str>, cookie: Option<&str>) -> Option<PreviewHandle> {
         let registry = self.registry();
-        let known = |slug: &str| registry.by_slug.contains_key(slug);
-        let slug = match routing::choose(host, cookie, registry.default.as_deref(), known) {
-            Choice::Slug(slug) => slug,
-            Choice::Nobody => return None,
-        };
-        registry.by_slug.get(&*slug).cloned()
+        let default = registry.default.as_deref();
+        routing::choose(host, cookie, default, |slug| registry.by_slug.get(slug)).cloned()
     }
 
     /// Ends a preview's dev server and forgets the preview.

@@ -25,7 +25,6 @@ use bytes::Bytes;
 use http::{
     HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version,
     header::{HOST, ORIGIN, SEC_WEBSOCKET_PROTOCOL},
-    request,
     uri::PathAndQuery,
 };
 use hyper::{
@@ -55,9 +54,9 @@ use crate::{domain::PreviewState, task::Tasks};
 
 /// Connections at once on one listener, tunnels included; more wait in the kernel's backlog.
 const MAX_CONNECTIONS: usize = 1024;
-/// Of one request's head, in bytes (request line and fields).
+/// Of one request's head, in bytes (request line and fields). Of fields hyper takes 100; another
+/// number would be allocated anew for every request.
 const MAX_HEAD: usize = 64 * 1024;
-const MAX_HEADERS: usize = 128;
 /// How long a request that can't be shown a page waits for a server that starts.
 const WAIT_FOR_LIVE: Duration = Duration::from_secs(30);
 /// A server that restarts itself in place refuses connections for about a second.
@@ -172,7 +171,6 @@ impl Proxy {
             .header_read_timeout(None)
             .half_close(true)
             .pipeline_flush(true)
-            .max_headers(MAX_HEADERS)
             .max_header_size(MAX_HEAD)
             .max_buf_size(2 * MAX_HEAD)
             .serve_connection(TokioIo::new(stream), service)
@@ -336,7 +334,7 @@ impl Downstream {
 
     async fn forward(
         &self,
-        request: Request<Incoming>,
+        mut request: Request<Incoming>,
         host: HeaderValue,
         preview: &PreviewHandle,
         as_page: bool,
@@ -347,37 +345,34 @@ impl Downstream {
             None if as_page => return Err(hold(preview)),
             None => Box::pin(await_upstream(preview)).await?,
         };
-        let (mut parts, body) = request.into_parts();
-        let wants_script = headers::asks_for_document(&parts.method, &parts.headers);
-        self.make_upstream(&mut parts, &host, preview, port);
-        let response = match self.exchange(port, parts, body).await {
+        let wants_script = headers::asks_for_document(request.method(), request.headers());
+        self.make_upstream(&mut request, &host, preview, port);
+        let response = match self.exchange(port, request).await {
             Ok(response) => response,
             Err(UpstreamError::Unreachable) if as_page => return Err(hold(preview)),
             Err(error) => return Err(upstream_problem(&error, as_page)),
         };
-        let (mut head, body) = response.into_parts();
-        if head.status == StatusCode::SWITCHING_PROTOCOLS {
+        let mut response = response.map(ResponseBody::streamed);
+        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             // Nobody asked for it.
             return Err(upstream_problem(&UpstreamError::Closed, as_page));
         }
-        headers::strip_hop_by_hop(&mut head.headers);
-        head.version = Version::HTTP_11;
-        let tail =
-            (wants_script && headers::is_plain_html(head.status, &head.headers)).then(|| {
-                headers::lengthen(&mut head.headers, pages::PRESENCE_TAG.len());
-                Bytes::from_static(pages::PRESENCE_TAG.as_bytes())
-            });
-        let guard = (!headers::is_event_stream(&head.headers)).then_some(guard);
-        Ok(Response::from_parts(
-            head,
-            ResponseBody::streamed(body, tail, guard),
-        ))
+        headers::strip_hop_by_hop(response.headers_mut());
+        *response.version_mut() = Version::HTTP_11;
+        if wants_script && headers::is_plain_html(response.status(), response.headers()) {
+            headers::lengthen(response.headers_mut(), pages::PRESENCE_TAG.len());
+            response.body_mut().tail = Some(Bytes::from_static(pages::PRESENCE_TAG.as_bytes()));
+        }
+        if !headers::is_event_stream(response.headers()) {
+            response.body_mut().guard = Some(guard);
+        }
+        Ok(response)
     }
 
     /// Turns the browser's request into the dev server's.
-    fn make_upstream(
+    fn make_upstream<B>(
         &self,
-        parts: &mut request::Parts,
+        request: &mut Request<B>,
         host: &HeaderValue,
         preview: &PreviewHandle,
         port: u16,
@@ -386,12 +381,12 @@ impl Downstream {
             .to_str()
             .is_ok_and(|host| passes_host_check(host, &preview.site().hosts));
         let rewritten = (!passes).then(|| local_host(port));
-        headers::to_upstream(&mut parts.headers, &self.peer, host, rewritten);
-        hide_cookies(&mut parts.headers);
-        parts.version = Version::HTTP_11;
-        if parts.uri.authority().is_some() {
-            let path = parts.uri.path_and_query().cloned();
-            parts.uri = path.unwrap_or(PathAndQuery::from_static("/")).into();
+        headers::to_upstream(request.headers_mut(), &self.peer, host, rewritten);
+        hide_cookies(request.headers_mut());
+        *request.version_mut() = Version::HTTP_11;
+        if request.uri().authority().is_some() {
+            let path = request.uri().path_and_query().cloned();
+            *request.uri_mut() = path.unwrap_or(PathAndQuery::from_static("/")).into();
         }
     }
 
@@ -401,12 +396,11 @@ impl Downstream {
     async fn exchange(
         &self,
         port: u16,
-        parts: request::Parts,
-        body: Incoming,
+        request: Request<Incoming>,
     ) -> Result<Response<Incoming>, UpstreamError> {
         let deadline = Instant::now() + HEAD_DEADLINE;
-        let repeatable = parts.method.is_idempotent() && body.is_end_stream();
-        let mut request = Request::from_parts(parts, RequestBody::Streamed(body));
+        let repeatable = request.method().is_idempotent() && request.body().is_end_stream();
+        let mut request = request.map(RequestBody::Streamed);
         if let Some(mut pinned) = self.take_pinned(port).await {
             let copy = repeatable.then(|| {
                 let mut copy = Request::new(RequestBody::Empty);
@@ -426,9 +420,19 @@ impl Downstream {
                 }
             }
         }
+        Box::pin(self.exchange_afresh(port, request, deadline)).await
+    }
+
+    /// The same over a fresh connection.
+    async fn exchange_afresh(
+        &self,
+        port: u16,
+        request: Request<RequestBody>,
+        deadline: Instant,
+    ) -> Result<Response<Incoming>, UpstreamError> {
         let mut fresh = Pinned {
             port,
-            sender: Box::pin(self.connect(port)).await?,
+            sender: self.connect(port).await?,
             alarm: Alarm::default(),
         };
         let sent = fresh.sender.send_request(request);
@@ -493,21 +497,21 @@ impl Downstream {
             None => await_upstream(preview).await?,
         };
         let on_downstream = hyper::upgrade::on(&mut request);
-        let (mut parts, _) = request.into_parts();
-        self.make_upstream(&mut parts, &host, preview, port);
-        headers::ask_for_websocket(&mut parts.headers);
+        let mut asked = request.map(|_| RequestBody::Empty);
+        self.make_upstream(&mut asked, &host, preview, port);
+        headers::ask_for_websocket(asked.headers_mut());
         let mut is_bridged = false;
         if self.proxy.kind == ProxyKind::HmrOnly {
-            parts.uri = root_of(&parts.uri);
-            if !parts.headers.contains_key(SEC_WEBSOCKET_PROTOCOL) {
+            *asked.uri_mut() = root_of(asked.uri());
+            let headers = asked.headers_mut();
+            if !headers.contains_key(SEC_WEBSOCKET_PROTOCOL) {
                 is_bridged = true;
                 let hmr = HeaderValue::from_static("vite-hmr");
-                parts.headers.insert(SEC_WEBSOCKET_PROTOCOL, hmr);
+                headers.insert(SEC_WEBSOCKET_PROTOCOL, hmr);
                 // We have checked it; with one, Vite also wants the token of its own client.
-                parts.headers.remove(ORIGIN);
+                headers.remove(ORIGIN);
             }
         }
-        let asked = Request::from_parts(parts, RequestBody::Empty);
         let exchange = async {
             let mut sender = self.connect(port).await?;
             sender
@@ -528,10 +532,7 @@ impl Downstream {
             if head.status == StatusCode::SWITCHING_PROTOCOLS {
                 return Err(upstream_problem(&UpstreamError::Closed, false));
             }
-            return Ok(Response::from_parts(
-                head,
-                ResponseBody::streamed(body, None, None),
-            ));
+            return Ok(Response::from_parts(head, ResponseBody::streamed(body)));
         };
         headers::ask_for_websocket(&mut head.headers);
         if is_bridged {
@@ -725,7 +726,7 @@ struct ResponseBody {
     stream: Option<Incoming>,
     tail: Option<Bytes>,
     /// Dropped with the body, when the last byte was handed over or the browser is gone.
-    _guard: Option<ActivityGuard>,
+    guard: Option<ActivityGuard>,
     in_request: Option<InRequest>,
 }
 
@@ -735,16 +736,16 @@ impl ResponseBody {
         Self {
             stream: None,
             tail,
-            _guard: None,
+            guard: None,
             in_request: None,
         }
     }
 
-    fn streamed(stream: Incoming, tail: Option<Bytes>, guard: Option<ActivityGuard>) -> Self {
+    fn streamed(stream: Incoming) -> Self {
         Self {
             stream: Some(stream),
-            tail,
-            _guard: guard,
+            tail: None,
+            guard: None,
             in_request: None,
         }
     }

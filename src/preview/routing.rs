@@ -2,33 +2,21 @@
 
 use std::{borrow::Cow, net::Ipv6Addr};
 
-/// The outcome of [`choose`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Choice<'a> {
-    Slug(Cow<'a, str>),
-    Nobody,
-}
-
-/// By the first label of the host name, else the cookie's thread, else the default.
-pub(crate) fn choose<'a>(
-    host: Option<&'a str>,
-    cookie: Option<&'a str>,
-    default: Option<&'a str>,
-    known: impl Fn(&str) -> bool,
-) -> Choice<'a> {
+/// What `find` knows: by the first label of the host name, else the cookie's thread, else the
+/// default.
+pub(crate) fn choose<T>(
+    host: Option<&str>,
+    cookie: Option<&str>,
+    default: Option<&str>,
+    find: impl Fn(&str) -> Option<T>,
+) -> Option<T> {
     if let Some(label) = host.and_then(first_label) {
-        if known(&label) {
-            return Choice::Slug(label);
-        }
-        if is_slug(&label) {
-            return Choice::Nobody;
+        let found = find(&label);
+        if found.is_some() || is_slug(&label) {
+            return found;
         }
     }
-    [cookie, default]
-        .into_iter()
-        .flatten()
-        .find(|slug| known(slug))
-        .map_or(Choice::Nobody, |slug| Choice::Slug(slug.into()))
+    [cookie, default].into_iter().flatten().find_map(find)
 }
 
 /// A host without its port, in lower case, and without the dot of a full name.
@@ -131,11 +119,12 @@ mod tests {
     const A: &str = "acme-alice-main-0123456789ab";
     const B: &str = "acme-alice-blue-ba9876543210";
 
+    fn known(slug: &str) -> Option<String> {
+        [A, B].contains(&slug).then(|| slug.to_owned())
+    }
+
     fn chosen(host: &str, cookie: Option<&str>, default: Option<&str>) -> Option<String> {
-        match choose(Some(host), cookie, default, |slug| slug == A || slug == B) {
-            Choice::Slug(slug) => Some(slug.into_owned()),
-            Choice::Nobody => None,
-        }
+        choose(Some(host), cookie, default, known)
     }
 
     #[test]
@@ -162,10 +151,7 @@ mod tests {
             assert_eq!(chosen(host, Some("gone"), Some(A)), a, "{host}");
             assert_eq!(chosen(host, None, None), None, "{host}");
         }
-        assert_eq!(
-            choose(None, None, Some(A), |_| true),
-            Choice::Slug(A.into())
-        );
+        assert_eq!(choose(None, None, Some(A), known), Some(A.to_owned()));
     }
 
     #[test]
