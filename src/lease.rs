@@ -295,10 +295,9 @@ impl Lease {
                 };
                 let taken_at = now();
                 let (place, mine) = (folder.to_owned(), record.clone());
-                let taken = task::blocking("taking a lease", DISK_DEADLINE, move || {
-                    take(&place, &mine)
-                })
-                .await??;
+                let taken =
+                    task::blocking("taking a lease", DISK_DEADLINE, move || take(&place, &mine))
+                        .await??;
                 if taken {
                     return Ok(Self::hold(folder, record, taken_at, term, tasks));
                 }
@@ -378,7 +377,10 @@ async fn keep(
             () = sleep(interval) => {}
         }
         let begun = now();
-        let Some(left) = held.valid_until().checked_sub(begun).filter(|left| !left.is_zero())
+        let Some(left) = held
+            .valid_until()
+            .checked_sub(begun)
+            .filter(|left| !left.is_zero())
         else {
             tracing::error!(lease = %path.display(), "a lease was lost: it was not beaten in time");
             held.lost.cancel();

@@ -361,13 +361,13 @@ async fn recover(
             .await?;
         } else if record.has_started() {
             tracing::warn!(turn_id = %id, "recovering a turn whose supervisor died");
-            context = site
-                .recover(&accepted, &journal, context)
-                .await
-                .map_err(|error| match site.fence.check() {
-                    Ok(()) => SupervisorError::Internal(format!("{error:#}")),
-                    Err(lost) => lost.into(),
-                })?;
+            context =
+                site.recover(&accepted, &journal, context)
+                    .await
+                    .map_err(|error| match site.fence.check() {
+                        Ok(()) => SupervisorError::Internal(format!("{error:#}")),
+                        Err(lost) => lost.into(),
+                    })?;
         } else {
             requeued.push((accepted, journal));
         }
@@ -473,12 +473,7 @@ pub(super) struct Attach {
 
 impl Attach {
     /// Holds the lease until nothing of it can write any more.
-    fn start(
-        inner: Arc<Inner>,
-        site: TurnSite,
-        place: PreviewPlace,
-        lease: Arc<Lease>,
-    ) -> Self {
+    fn start(inner: Arc<Inner>, site: TurnSite, place: PreviewPlace, lease: Arc<Lease>) -> Self {
         let again = Arc::new(Notify::new());
         let (publish, outcome) = watch::channel(None);
         let tasks = inner.tasks.clone();

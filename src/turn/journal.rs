@@ -724,9 +724,8 @@ mod tests {
         let journal = Journal::create(&paths, accepted(&id), &Fence::open(), &tasks)
             .await
             .unwrap();
-        let other = read_all(
-            TurnRecord::elsewhere(TurnFile::new(&paths, id.clone()), &tasks).events(0),
-        );
+        let other =
+            read_all(TurnRecord::elsewhere(TurnFile::new(&paths, id.clone()), &tasks).events(0));
         let live = read_all(journal.record().events(0));
         for i in 0..700 {
             journal

@@ -13,6 +13,7 @@ mod gateway;
 mod hostile;
 mod init;
 mod lifecycle;
+mod owners;
 mod preview_dev_server;
 mod preview_proxy;
 mod process;
