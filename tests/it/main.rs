@@ -17,3 +17,4 @@ mod preview_dev_server;
 mod preview_proxy;
 mod process;
 mod tenants;
+mod watchdogs;
