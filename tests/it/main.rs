@@ -18,3 +18,4 @@ mod preview_dev_server;
 mod preview_proxy;
 mod process;
 mod tenants;
+mod watchdogs;

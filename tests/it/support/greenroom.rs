@@ -19,7 +19,8 @@ use tokio::{
 };
 
 use super::{
-    Answer, CANARY, Events, Folders, PATIENCE, Sent, StandIn, Who, request, stream, tools, wait_for,
+    Answer, CANARY, Events, Folders, PATIENCE, Sent, StandIn, Who, acting_claude, request, stream,
+    tools, wait_for,
 };
 
 /// How to start it.
@@ -82,6 +83,11 @@ impl Options {
     pub(crate) fn api(self, api: &StandIn) -> Self {
         self.env("ANTHROPIC_BASE_URL", api.url())
             .env("ANTHROPIC_API_KEY", CANARY)
+    }
+
+    /// Its agents are stand-ins that act out what an instruction says; no model is behind them.
+    pub(crate) fn acting(self) -> Self {
+        self.env("CLAUDE_BIN", acting_claude()).rehearsal()
     }
 
     /// It plays the model by itself.

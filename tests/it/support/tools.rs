@@ -42,6 +42,19 @@ pub(crate) fn tools() -> &'static Tools {
     })
 }
 
+/// The stand-in for the CLI (`tests/acting`), for `CLAUDE_BIN`. The tests' runner builds it with them.
+pub(crate) fn acting_claude() -> PathBuf {
+    let test = env::current_exe().expect("a test is a program");
+    let profile = test.ancestors().nth(2).expect("target/PROFILE/deps/TEST");
+    let program = profile.join("examples/acting-claude");
+    assert!(
+        program.is_file(),
+        "{} is not built: run the tests without --test, or cargo build --examples",
+        program.display()
+    );
+    program
+}
+
 fn find_node(path: Option<&OsStr>) -> Option<PathBuf> {
     let named = env::var_os("GREENROOM_TEST_NODE").map(PathBuf::from);
     let named = named.map(|named| {
