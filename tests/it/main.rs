@@ -6,6 +6,7 @@ mod access;
 mod architecture;
 mod bad_input;
 mod browser;
+mod campaign;
 mod cli;
 mod dependencies;
 mod execute;
