@@ -277,6 +277,7 @@ impl RunOutcome {
             session_id: None,
             model: None,
             touched: BTreeSet::new(),
+            left_running: false,
         }
     }
 }
