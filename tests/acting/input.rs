@@ -19,8 +19,15 @@ use crate::voice::Voice;
 
 /// What comes next.
 pub(crate) enum Order {
-    Turn(String),
+    Turn(Instruction),
     End,
+}
+
+/// A turn that is asked for.
+pub(crate) struct Instruction {
+    /// The id that its message has; none for a turn of its own.
+    pub(crate) message: Option<String>,
+    pub(crate) script: String,
 }
 
 /// How a wait ended.
@@ -38,7 +45,7 @@ pub(crate) struct Input {
 
 #[derive(Default)]
 struct State {
-    turns: VecDeque<String>,
+    turns: VecDeque<Instruction>,
     is_closed: bool,
     /// A turn is being played.
     is_playing: bool,
@@ -95,7 +102,12 @@ impl Input {
             };
             match line["type"].as_str() {
                 Some("user") => {
-                    let turn = text_of(&line["message"]["content"]);
+                    let message = line["uuid"].as_str().map(str::to_owned);
+                    if let Some(id) = &message {
+                        voice.lifecycle(id, "queued");
+                    }
+                    let script = text_of(&line["message"]["content"]);
+                    let turn = Instruction { message, script };
                     self.change(|state| state.turns.push_back(turn));
                 }
                 Some("control_request") => self.control(&line, voice),
@@ -120,7 +132,11 @@ impl Input {
         let error = |error: String, code: &str| json!({"subtype": "error", "request_id": id, "error": error, "error_code": code});
         let answer = match subtype {
             "interrupt" if self.lock().is_stubborn => return,
-            "interrupt" => ok(json!({"still_queued": []})),
+            "interrupt" => {
+                let state = self.lock();
+                let queued: Vec<_> = state.turns.iter().map(|turn| &turn.message).collect();
+                ok(json!({"still_queued": queued}))
+            }
             "set_permission_mode" => {
                 const MODES: [&str; 6] = [
                     "acceptEdits",
@@ -212,9 +228,11 @@ impl Input {
             state.is_interrupted = false;
             let now = Instant::now();
             let due = state.own_turn.take_if(|(at, _)| *at <= now);
-            let next = due
-                .map(|(_, turn)| turn)
-                .or_else(|| state.turns.pop_front());
+            let own = |(_, script)| Instruction {
+                message: None,
+                script,
+            };
+            let next = due.map(own).or_else(|| state.turns.pop_front());
             if let Some(turn) = next {
                 state.is_playing = true;
                 return Order::Turn(turn);

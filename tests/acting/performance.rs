@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use crate::{
     IN_SESSION, ask, flood,
-    input::{Input, Waited},
+    input::{Input, Instruction, Waited},
     session::Session,
     voice::{Tokens, Voice},
 };
@@ -67,19 +67,25 @@ impl<'a> Performance<'a> {
     }
 
     /// Plays it; whether it failed.
-    pub(crate) fn play(mut self, instruction: &str) -> bool {
+    pub(crate) fn play(mut self, instruction: &Instruction) -> bool {
         // A summary of an earlier conversation is no part of the script.
         let script = instruction
+            .script
             .rsplit("</conversation-so-far>")
             .next()
             .unwrap_or_default();
         self.session.record("user", script);
-        self.voice.say(json!({
+        let mut init = json!({
             "type": "system", "subtype": "init", "cwd": env::current_dir().unwrap_or_default(),
             "tools": ["Bash", "Edit", "Glob", "Grep", "Read", "Write"], "mcp_servers": [],
             "model": self.input.model(), "permissionMode": self.input.mode(),
             "claude_code_version": "2.1.329",
-        }));
+        });
+        if let Some(message) = &instruction.message {
+            self.voice.lifecycle(message, "started");
+            init["user_message_uuids"] = json!([message]);
+        }
+        self.voice.say(init);
         self.requesting();
         let mut ending = Ok(());
         for line in script.lines() {
@@ -99,7 +105,12 @@ impl<'a> Performance<'a> {
         }
         let text = self.text.clone();
         self.session.record("assistant", &text);
-        self.end(ending)
+        let failed = self.end(ending, instruction.message.as_deref());
+        if let Some(message) = &instruction.message {
+            let state = if failed { "cancelled" } else { "completed" };
+            self.voice.lifecycle(message, state);
+        }
+        failed
     }
 
     fn act(&mut self, line: &str) -> Result<(), Cut> {
@@ -493,7 +504,7 @@ impl<'a> Performance<'a> {
     }
 
     /// The result; whether it is a failure.
-    fn end(mut self, ending: Result<(), Cut>) -> bool {
+    fn end(&mut self, ending: Result<(), Cut>, message: Option<&str>) -> bool {
         let mut result = json!({"type": "result", "is_error": ending.is_err(),
             "api_error_status": null, "permission_denials": [], "stop_reason": null});
         let mut turns = self.answers;
@@ -550,6 +561,10 @@ impl<'a> Performance<'a> {
                     "cacheReadInputTokens": self.usage.read,
                     "cacheCreationInputTokens": self.usage.created, "costUSD": cost}),
             );
+        }
+        match message {
+            Some(message) => result["user_message_uuid"] = json!(message),
+            None => result["origin"] = json!({"kind": "task-notification"}),
         }
         result["usage"] = self.usage.json();
         result["model_usage_since_last_result"] = json!(models);
