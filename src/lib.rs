@@ -12,6 +12,7 @@ pub mod config;
 pub mod domain;
 pub mod gateway;
 pub mod identity;
+pub mod lease;
 pub mod lifecycle;
 pub mod preview;
 pub mod process;

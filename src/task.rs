@@ -130,13 +130,32 @@ where
             .acquire_owned()
             .await
             .expect("the semaphore is never closed");
-        let span = tracing::Span::current();
-        tokio::task::spawn_blocking(move || {
+        let work = move || {
             let _permit = permit;
-            span.in_scope(work)
-        })
-        .await
+            work()
+        };
+        blocking_apart(what, deadline, work).await
     };
+    tokio::time::timeout(deadline, run)
+        .await
+        .unwrap_or(Err(BlockingError::TimedOut { what, deadline }))
+}
+
+/// The same on a thread that is not counted: for the little that must not wait behind other work.
+///
+/// # Errors
+/// As [`blocking`].
+pub async fn blocking_apart<T, F>(
+    what: &'static str,
+    deadline: Duration,
+    work: F,
+) -> Result<T, BlockingError>
+where
+    T: Send + 'static,
+    F: FnOnce() -> T + Send + 'static,
+{
+    let span = tracing::Span::current();
+    let run = tokio::task::spawn_blocking(move || span.in_scope(work));
     match tokio::time::timeout(deadline, run).await {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(_)) => Err(BlockingError::Panicked { what }),

@@ -150,6 +150,12 @@ impl From<SupervisorError> for ApiError {
                 error.to_string(),
             )
             .retry(10),
+            E::BusyElsewhere => Self::new(
+                StatusCode::CONFLICT,
+                "thread_busy_elsewhere",
+                error.to_string(),
+            ),
+            E::Lease(error) => Self::internal(&*error),
             E::Source(missing @ SourceError::LocalMissing) => Self::new(
                 StatusCode::UNPROCESSABLE_ENTITY,
                 "clone_failed",
@@ -189,7 +195,7 @@ impl ApiError {
                 "thread_busy_elsewhere",
                 error.to_string(),
             ),
-            E::Missing | E::Tampered { .. } | E::Git { .. } | E::Disk { .. } => {
+            E::Lost(_) | E::Missing | E::Tampered { .. } | E::Git { .. } | E::Disk { .. } => {
                 Self::internal(error)
             }
         }

@@ -200,6 +200,13 @@ pub(super) async fn metrics(State(state): State<Shared>, headers: HeaderMap) -> 
             state.activity.count(HolderKind::Queue) as f64,
         ),
         (
+            "greenroom_tasks",
+            "Tasks of the runtime: one that only grows is a leak.",
+            tokio::runtime::Handle::current()
+                .metrics()
+                .num_alive_tasks() as f64,
+        ),
+        (
             "greenroom_idle_seconds",
             "Seconds since anybody needed this container.",
             state.activity.idle_for().as_secs_f64(),

@@ -291,6 +291,7 @@ fn supervisor_settings(
         max_concurrent_turns: settings.max_concurrent_turns,
         max_queued_turns: settings.max_queued_turns,
         max_warm_agents: settings.max_warm_agents,
+        lease: settings.lease,
         turn_timeout: settings.turn_timeout,
         node: Arc::default(),
         agent,

@@ -28,6 +28,8 @@ mod worktree;
 
 use std::{io, sync::Once};
 
+use crate::lease::LeaseLost;
+
 pub use remote::{RemoteError, RemoteErrorKind, Remotes};
 pub use source::{Source, SourceError, TemplateFile, parse_source};
 pub use user::{ThreadState, UserRepository};
@@ -61,6 +63,9 @@ pub enum RepositoryError {
     /// Somebody else moved the branch; nothing was committed, and a second try may work.
     #[error("the branch {branch} was moved by somebody else")]
     HeadMoved { branch: String },
+    /// Another process may write by now; the branch was not touched.
+    #[error(transparent)]
+    Lost(#[from] LeaseLost),
     #[error("failed to {operation}")]
     Git {
         operation: &'static str,

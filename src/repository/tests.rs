@@ -11,6 +11,7 @@ use super::*;
 use crate::{
     domain::{FileStatus, Signature},
     identity::{ThreadKey, UserKey},
+    lease::Fence,
 };
 
 /// Runs the git program, shut off from the machine's settings.
@@ -164,6 +165,7 @@ impl Site {
                 },
                 committer: &greenroom(),
                 held_dir: &home.join(".greenroom/held/1"),
+                fence: &Fence::open(),
             })
             .unwrap()
     }

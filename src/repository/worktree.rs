@@ -25,6 +25,7 @@ use super::{
 use crate::{
     domain::{CommitSummary, FileChange, FileStatus, HeldBack, Signature},
     identity::ThreadKey,
+    lease::Fence,
 };
 
 /// The worktree of one thread, on its branch. Plain paths: each call opens what it needs and
@@ -58,6 +59,8 @@ pub struct CommitRequest<'a> {
     pub committer: &'a Signature,
     /// Folder of this turn for copies of what is held back; made when needed.
     pub held_dir: &'a Path,
+    /// Asked right before the branch moves.
+    pub fence: &'a Fence,
 }
 
 /// What [`Worktree::commit`] did.
@@ -165,6 +168,7 @@ impl Worktree {
             author: &who,
             committer: &who,
             held_dir: &self.path.with_file_name("held"),
+            fence: &Fence::open(),
         };
         self.commit_onto(&self.open()?, head, &request)
     }
@@ -231,12 +235,13 @@ impl Worktree {
             let text = message::compose(request.instruction, request.trailers);
             let author = message::signature(request.author)?;
             let committer = message::signature(request.committer)?;
-            let id = repo.commit(None, &author, &committer, &text, &tree, &[&parent])?;
-            let branch = format!("refs/heads/{}", self.branch);
-            repo.reference_matching(&branch, id, true, head, "commit")?;
-            Ok(id)
+            repo.commit(None, &author, &committer, &text, &tree, &[&parent])
         };
-        write().map_err(|error: git2::Error| match error.code() {
+        let id = write().during("commit")?;
+        let branch = format!("refs/heads/{}", self.branch);
+        request.fence.check()?;
+        let moved = repo.reference_matching(&branch, id, true, head, "commit");
+        moved.map_err(|error| match error.code() {
             ErrorCode::Modified | ErrorCode::NotFound => RepositoryError::HeadMoved {
                 branch: self.branch.clone(),
             },
@@ -244,7 +249,8 @@ impl Worktree {
                 operation: "commit",
                 source: error,
             },
-        })
+        })?;
+        Ok(id)
     }
 
     /// At most the first `max_bytes` bytes of a regular file as it is committed.

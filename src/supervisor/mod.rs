@@ -27,13 +27,14 @@ use crate::{
     domain::{PreviewStatus, Signature, TurnResult, TurnStatus},
     gateway::Gateway,
     identity::{ThreadId, ThreadKey, TurnId, UserKey},
+    lease::{Lease, LeaseError, LeaseLost, Patience},
     lifecycle::{Activity, HolderKind},
     preview::Previews,
     process::Launcher,
     repository::{Remotes, RepositoryError, SourceError},
     task::{self, BlockingError, Tasks},
     turn::{JournalError, StoredContext, TurnFile, TurnRecord, blank_result},
-    workspace::{Cache, Dependencies, InstallError, ThreadPaths, WorkspaceError},
+    workspace::{Cache, Dependencies, InstallError, ThreadPaths, UserPaths, WorkspaceError},
 };
 
 pub use view::{ExecuteRequest, InitAnswer, InitRequest, PreviewView, ThreadView, TurnSummary};
@@ -44,6 +45,9 @@ use warm::WarmAgents;
 
 /// Reading small files of the workspace.
 const DISK_DEADLINE: Duration = Duration::from_secs(30);
+
+/// The longest that somebody else's clone or merge is waited for.
+const REPOSITORY_PATIENCE: Duration = Duration::from_secs(15 * 60);
 
 /// A dev server ends within milliseconds of its SIGTERM; then it is killed.
 const PREVIEW_GRACE: Duration = Duration::from_secs(2);
@@ -61,16 +65,20 @@ pub enum SupervisorError {
     RepoMismatch { user: UserKey, present: String },
     #[error("{limit} turns are waiting in this thread already; ask again when one is done")]
     QueueFull { limit: usize },
+    #[error("another container works on this thread; ask there, or again once it is done")]
+    BusyElsewhere,
+    #[error(transparent)]
+    Lease(Arc<LeaseError>),
     #[error(transparent)]
     Source(#[from] SourceError),
     #[error(transparent)]
-    Repository(#[from] Arc<RepositoryError>),
+    Repository(Arc<RepositoryError>),
     #[error(transparent)]
     Install(#[from] Arc<InstallError>),
     #[error(transparent)]
     Workspace(#[from] Arc<WorkspaceError>),
     #[error(transparent)]
-    Journal(#[from] Arc<JournalError>),
+    Journal(Arc<JournalError>),
     #[error(transparent)]
     Blocking(#[from] Arc<BlockingError>),
     #[error("{0}")]
@@ -86,13 +94,43 @@ macro_rules! shared_error {
         }
     )*};
 }
-shared_error!(
-    RepositoryError,
-    InstallError,
-    WorkspaceError,
-    JournalError,
-    BlockingError
-);
+shared_error!(InstallError, WorkspaceError, BlockingError);
+
+impl From<LeaseLost> for SupervisorError {
+    fn from(_: LeaseLost) -> Self {
+        Self::BusyElsewhere
+    }
+}
+
+impl From<LeaseError> for SupervisorError {
+    fn from(error: LeaseError) -> Self {
+        match error {
+            LeaseError::Held { .. } => {
+                tracing::warn!(%error, "the thread is another process's");
+                Self::BusyElsewhere
+            }
+            error => Self::Lease(Arc::new(error)),
+        }
+    }
+}
+
+impl From<JournalError> for SupervisorError {
+    fn from(error: JournalError) -> Self {
+        match error {
+            JournalError::Lost(lost) => lost.into(),
+            error => Self::Journal(Arc::new(error)),
+        }
+    }
+}
+
+impl From<RepositoryError> for SupervisorError {
+    fn from(error: RepositoryError) -> Self {
+        match error {
+            RepositoryError::Lost(lost) => lost.into(),
+            error => Self::Repository(Arc::new(error)),
+        }
+    }
+}
 
 impl Clone for SupervisorError {
     fn clone(&self) -> Self {
@@ -104,6 +142,8 @@ impl Clone for SupervisorError {
                 present: present.clone(),
             },
             Self::QueueFull { limit } => Self::QueueFull { limit: *limit },
+            Self::BusyElsewhere => Self::BusyElsewhere,
+            Self::Lease(error) => Self::Lease(error.clone()),
             Self::Source(error) => Self::Source(error.clone()),
             Self::Repository(error) => Self::Repository(error.clone()),
             Self::Install(error) => Self::Install(error.clone()),
@@ -137,11 +177,26 @@ pub struct SupervisorSettings {
     pub max_concurrent_turns: usize,
     pub max_queued_turns: usize,
     pub max_warm_agents: usize,
+    /// A lease without a beat for so long is stale.
+    pub lease: Duration,
     pub turn_timeout: Duration,
     /// Node's version, or what to do about it; empty until it was asked.
     pub node: Arc<OnceLock<Result<String, String>>>,
     /// `None`: the CLI is missing; turns then fail with a sentence.
     pub agent: Option<Arc<AgentSettings>>,
+}
+
+/// Clone, worktree changes and what else touches what all threads of a user share: one at a time.
+#[derive(Debug)]
+struct RepositoryLock {
+    lease: Lease,
+    _guard: OwnedMutexGuard<()>,
+}
+
+impl RepositoryLock {
+    async fn release(self) {
+        self.lease.release().await;
+    }
 }
 
 /// A turn that somebody can still stop.
@@ -187,12 +242,20 @@ impl Inner {
         Cache::new(&self.settings.cache)
     }
 
-    async fn lock_repository(&self, user: &UserKey) -> OwnedMutexGuard<()> {
+    /// Waits for its turn among the threads of the user, here and in other containers.
+    async fn lock_repository(&self, user: &UserKey) -> Result<RepositoryLock, LeaseError> {
         let mutex = lock(&self.repositories)
             .entry(user.clone())
             .or_default()
             .clone();
-        mutex.lock_owned().await
+        let guard = mutex.lock_owned().await;
+        let folder = UserPaths::new(&self.settings.workspace, user).lease();
+        let patience = Patience::UpTo(REPOSITORY_PATIENCE);
+        let lease = Lease::acquire(&folder, self.settings.lease, patience, &self.tasks).await?;
+        Ok(RepositoryLock {
+            lease,
+            _guard: guard,
+        })
     }
 
     fn preview_view(&self, key: &ThreadKey, status: &PreviewStatus) -> PreviewView {
@@ -335,7 +398,12 @@ impl Supervisor {
         }
         if !is_over {
             // Its supervisor died: preparing the thread gives it an outcome, or its place in line.
-            self.revive(id.key()).await?;
+            match self.revive(id.key()).await {
+                Err(SupervisorError::BusyElsewhere) => {
+                    return Ok(TurnRecord::elsewhere(file, &self.0.tasks));
+                }
+                revived => revived?,
+            }
             if let Some(live) = lock(&self.0.live).get(id) {
                 return Ok(live.record.clone());
             }
@@ -383,6 +451,8 @@ impl Supervisor {
         if let Some(live) = live {
             live.cancel.cancel();
             self.thread(id.key())?.send(Request::Wake).await?;
+        } else if record.is_live() {
+            return Err(SupervisorError::BusyElsewhere);
         }
         Ok(record.outcome().await?)
     }
@@ -436,7 +506,7 @@ impl Supervisor {
     /// # Errors
     /// If the workspace cannot be read.
     pub async fn threads(&self, user: &UserKey) -> Result<Vec<ThreadView>, SupervisorError> {
-        let folder = crate::workspace::UserPaths::new(&self.0.settings.workspace, user)
+        let folder = UserPaths::new(&self.0.settings.workspace, user)
             .state()
             .join("threads");
         let names = task::blocking("listing threads", DISK_DEADLINE, move || {
@@ -513,9 +583,7 @@ impl Supervisor {
             .drain()
             .map(|(_, handle)| handle)
             .collect();
-        for handle in handles {
-            handle.stop().await;
-        }
+        futures_util::future::join_all(handles.into_iter().map(ThreadHandle::stop)).await;
         self.0.previews.stop_all(PREVIEW_GRACE).await;
     }
 }

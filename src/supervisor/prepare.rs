@@ -21,6 +21,7 @@ use crate::{
     agent::{Agent, AgentSite},
     domain::{Continuity, PreviewError, PreviewState},
     identity::{ThreadKey, TurnId},
+    lease::{Fence, Lease, Patience},
     preview::{PreviewSite, pick_port},
     repository::{self, Source, ThreadState, UserRepository, Worktree},
     task,
@@ -37,6 +38,7 @@ const CLONE_DEADLINE: Duration = Duration::from_secs(15 * 60);
 /// A thread that is ready. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(super) struct Prepared {
+    /// With the fence of the thread's lease.
     pub(super) site: TurnSite,
     pub(super) attach: Attach,
     /// What `repoUrl` has to mean for this workspace; `None` for the template.
@@ -47,6 +49,7 @@ pub(super) struct Prepared {
 /// What comes of a preparation.
 #[derive(Debug)]
 pub(super) struct Preparation {
+    pub(super) lease: Arc<Lease>,
     pub(super) prepared: Prepared,
     pub(super) context: StoredContext,
     pub(super) agent: Option<(Agent, Continuity)>,
@@ -72,15 +75,28 @@ pub(super) async fn prepare(
     wishes: Option<InitRequest>,
 ) -> Result<Preparation, SupervisorError> {
     let paths = inner.paths(key);
-    let repository = inner.lock_repository(&key.user_key()).await;
+    {
+        // Bad wishes leave no trace, not even a lease.
+        let (inner, key, paths, wishes) =
+            (inner.clone(), key.clone(), paths.clone(), wishes.clone());
+        task::blocking("looking at the repository", DISK_DEADLINE, move || {
+            choose_repository(&inner, &key, &paths, wishes.as_ref()).map(drop)
+        })
+        .await??;
+    }
+    let term = inner.settings.lease;
+    let lease = Lease::acquire(&paths.lease(), term, Patience::None, &inner.tasks).await?;
+    let fence = lease.fence().clone();
+    let lease = Arc::new(lease);
+    let repository = inner.lock_repository(&key.user_key()).await?;
     let checked_out = {
         let (inner, key, paths) = (inner.clone(), key.clone(), paths.clone());
-        task::blocking("checking the site out", CLONE_DEADLINE, move || {
-            check_out(&inner, &key, &paths, wishes)
-        })
-        .await??
+        let work = move || check_out(&inner, &key, &paths, wishes);
+        fence
+            .write("checking the site out", CLONE_DEADLINE, work)
+            .await?
     };
-    drop(repository);
+    repository.release().await;
 
     let CheckedOut {
         state,
@@ -121,6 +137,7 @@ pub(super) async fn prepare(
         launcher: inner.launcher.clone(),
         gateway: inner.gateway.clone(),
         committer: inner.settings.committer.clone(),
+        fence,
         tasks: inner.tasks.clone(),
     };
     let (mut context, requeued) = recover(inner, &site, &paths, context).await?;
@@ -136,8 +153,9 @@ pub(super) async fn prepare(
         },
         _ => None,
     };
-    let attach = Attach::start(inner.clone(), site.clone(), place);
+    let attach = Attach::start(inner.clone(), site.clone(), place, lease.clone());
     Ok(Preparation {
+        lease,
         prepared: Prepared {
             site,
             attach,
@@ -166,24 +184,7 @@ fn check_out(
     };
     let settings = &inner.settings;
     let user = key.user_key();
-    let present = Metadata::load(&paths.user.metadata())?;
-    let asked = wishes
-        .as_ref()
-        .and_then(|wishes| wishes.repo_url.as_deref());
-    let parse = |url: &str| {
-        repository::parse_source(url, settings.allowed_local_repos.as_deref())
-            .map_err(SupervisorError::from)
-    };
-    let repo_url = match &present {
-        Some(metadata) => {
-            check_repository(&user, metadata.repo_url.as_deref(), asked, &parse)?;
-            metadata.repo_url.clone()
-        }
-        None => match asked.or(settings.repo_url.as_deref()) {
-            Some(url) => parse(url)?.url(),
-            None => None,
-        },
-    };
+    let (present, repo_url) = choose_repository(inner, key, paths, wishes.as_ref())?;
     let project = paths.user.project();
     let base = wishes
         .as_ref()
@@ -192,7 +193,7 @@ fn check_out(
         UserRepository::open(&project)?
     } else {
         let source = match &repo_url {
-            Some(url) => parse(url)?,
+            Some(url) => repository::parse_source(url, settings.allowed_local_repos.as_deref())?,
             None => Source::Template(template_files()),
         };
         let created = UserRepository::create(
@@ -233,6 +234,34 @@ fn check_out(
         notes,
         timings,
     })
+}
+
+/// What the user's workspace holds or is to hold; reads only.
+fn choose_repository(
+    inner: &Inner,
+    key: &ThreadKey,
+    paths: &ThreadPaths,
+    wishes: Option<&InitRequest>,
+) -> Result<(Option<Metadata>, Option<String>), SupervisorError> {
+    let settings = &inner.settings;
+    let present = Metadata::load(&paths.user.metadata())?;
+    let asked = wishes.and_then(|wishes| wishes.repo_url.as_deref());
+    let parse = |url: &str| {
+        repository::parse_source(url, settings.allowed_local_repos.as_deref())
+            .map_err(SupervisorError::from)
+    };
+    let repo_url = match &present {
+        Some(metadata) => {
+            let present = metadata.repo_url.as_deref();
+            check_repository(&key.user_key(), present, asked, &parse)?;
+            metadata.repo_url.clone()
+        }
+        None => match asked.or(settings.repo_url.as_deref()) {
+            Some(url) => parse(url)?.url(),
+            None => None,
+        },
+    };
+    Ok((present, repo_url))
 }
 
 fn check_repository(
@@ -323,7 +352,7 @@ async fn recover(
             .await?;
             continue;
         };
-        let journal = Journal::reopen(file, &inner.tasks).await?;
+        let journal = Journal::reopen(file, &site.fence, &inner.tasks).await?;
         let record = journal.record();
         if !record.is_live() {
             task::blocking("sweeping a mark", DISK_DEADLINE, move || {
@@ -332,10 +361,13 @@ async fn recover(
             .await?;
         } else if record.has_started() {
             tracing::warn!(turn_id = %id, "recovering a turn whose supervisor died");
-            context = site
-                .recover(&accepted, &journal, context)
-                .await
-                .map_err(|error| SupervisorError::Internal(format!("{error:#}")))?;
+            context =
+                site.recover(&accepted, &journal, context)
+                    .await
+                    .map_err(|error| match site.fence.check() {
+                        Ok(()) => SupervisorError::Internal(format!("{error:#}")),
+                        Err(lost) => lost.into(),
+                    })?;
         } else {
             requeued.push((accepted, journal));
         }
@@ -381,11 +413,12 @@ pub(super) async fn answer(
     let worktree = prepared.site.worktree.clone();
     let head = {
         let (paths, repo_url) = (inner.paths(key), prepared.repo_url.clone());
-        task::blocking("reading the head", DISK_DEADLINE, move || {
+        let read = move || {
             touch(&paths, repo_url);
-            worktree.head()
-        })
-        .await??
+            Ok::<_, SupervisorError>(worktree.head()?)
+        };
+        let fence = &prepared.site.fence;
+        fence.write("reading the head", DISK_DEADLINE, read).await?
     };
     Ok(InitAnswer {
         paths: inner.paths(key),
@@ -439,21 +472,29 @@ pub(super) struct Attach {
 }
 
 impl Attach {
-    fn start(inner: Arc<Inner>, site: TurnSite, place: PreviewPlace) -> Self {
+    /// Holds the lease until nothing of it can write any more.
+    fn start(inner: Arc<Inner>, site: TurnSite, place: PreviewPlace, lease: Arc<Lease>) -> Self {
         let again = Arc::new(Notify::new());
         let (publish, outcome) = watch::channel(None);
         let tasks = inner.tasks.clone();
         let wake = again.clone();
         let token = tasks.token().clone();
         let work = async move {
-            loop {
-                let attached = attach(&inner, &site, &place).await;
-                publish.send_replace(Some(attached.map_err(Arc::new)));
-                tokio::select! {
-                    () = wake.notified() => {}
-                    () = token.cancelled() => return,
-                    () = inner.draining.cancelled() => return,
+            let work = async {
+                loop {
+                    let attached = attach(&inner, &site, &place).await;
+                    publish.send_replace(Some(attached.map_err(Arc::new)));
+                    tokio::select! {
+                        () = wake.notified() => {}
+                        () = token.cancelled() => return,
+                        () = inner.draining.cancelled() => return,
+                    }
                 }
+            };
+            tokio::select! {
+                // What it is just starting ends with it.
+                () = lease.fence().lost() => {}
+                () = work => {}
             }
         };
         tasks.spawn("attach", work);
@@ -583,13 +624,11 @@ impl IdempotencyMark {
         Ok(exists.then_some(id))
     }
 
-    pub(super) async fn set(&self, turn: &TurnId) -> Result<(), SupervisorError> {
+    pub(super) async fn set(&self, turn: &TurnId, fence: &Fence) -> Result<(), SupervisorError> {
         let (path, text) = (self.0.clone(), turn.to_string());
-        Ok(
-            task::blocking("writing an idempotency key", DISK_DEADLINE, move || {
-                write_atomic(&path, text.as_bytes())
-            })
-            .await??,
-        )
+        let set = move || Ok(write_atomic(&path, text.as_bytes())?);
+        fence
+            .write("writing an idempotency key", DISK_DEADLINE, set)
+            .await
     }
 }

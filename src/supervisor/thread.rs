@@ -20,8 +20,8 @@ use crate::{
     agent::Agent,
     domain::{CommitSummary, Continuity, PreviewState, TurnEvent, TurnPreview, TurnStatus},
     identity::{ThreadKey, TurnId},
+    lease::Lease,
     lifecycle::{Guard, HolderKind},
-    task,
     turn::{
         Accepted, Journal, RunEnd, StoredContext, TurnFile, TurnRecord, blank_result, run_turn,
     },
@@ -89,6 +89,7 @@ pub(super) fn start(inner: Arc<Inner>, key: ThreadKey) -> ThreadHandle {
         inner,
         key,
         prepared: None,
+        lease: None,
         context: None,
         agent: None,
         agent_idle_since: Instant::now(),
@@ -132,6 +133,8 @@ struct Driver {
     inner: Arc<Inner>,
     key: ThreadKey,
     prepared: Option<Prepared>,
+    /// Held as long as anything of ours may write.
+    lease: Option<Arc<Lease>>,
     context: Option<StoredContext>,
     agent: Option<(Agent, Continuity)>,
     agent_idle_since: Instant,
@@ -153,6 +156,7 @@ impl Driver {
                     // A panic below is a panic here: it stops the program instead of a thread.
                     Err(error) => std::panic::resume_unwind(error.into_panic()),
                 },
+                () = lost(self.lease.as_deref()) => self.lose(),
                 () = sleep_until(agent_idle_at), if self.agent.is_some() => self.rest_agent(),
                 request = inbox.recv() => match request {
                     None => break,
@@ -200,7 +204,7 @@ impl Driver {
     /// Starts the preparation, unless it is under way. The first waiter's wishes are followed:
     /// a thread's repository and base are chosen once.
     fn prepare(&mut self) {
-        if self.is_preparing {
+        if self.is_preparing || self.inner.draining.is_cancelled() {
             return;
         }
         self.is_preparing = true;
@@ -220,7 +224,9 @@ impl Driver {
         match done {
             Done::Nothing => {}
             Done::Dropped(id, context) => {
-                self.context = Some(*context);
+                if self.prepared.is_some() {
+                    self.context = Some(*context);
+                }
                 lock(&self.inner.live).remove(&id);
             }
             Done::Prepared(Err(error)) => {
@@ -235,12 +241,14 @@ impl Driver {
             Done::Prepared(Ok(preparation)) => {
                 self.is_preparing = false;
                 let Preparation {
+                    lease,
                     prepared,
                     context,
                     agent,
                     requeued,
                     resumed,
                 } = *preparation;
+                self.lease = Some(lease);
                 self.context = Some(context);
                 self.agent = agent;
                 self.prepared = Some(prepared);
@@ -268,6 +276,11 @@ impl Driver {
             Done::Turn(id, end) => {
                 self.running = None;
                 lock(&self.inner.live).remove(&id);
+                if self.prepared.is_none() {
+                    // The lease was lost under it.
+                    self.prepare();
+                    return;
+                }
                 self.context = Some(end.context);
                 self.agent = end.agent.map(|agent| (agent, Continuity::Native));
                 if self.agent.is_some() {
@@ -295,6 +308,10 @@ impl Driver {
     /// Writes a turn into its journal and puts it in line.
     async fn admit(&mut self, request: ExecuteRequest) -> Result<TurnRecord, SupervisorError> {
         let paths = self.inner.paths(&self.key);
+        let Some(prepared) = &self.prepared else {
+            return Err(SupervisorError::BusyElsewhere);
+        };
+        let fence = &prepared.site.fence;
         let seen = request
             .idempotency_key
             .map(|key| prepare::IdempotencyMark::new(&paths, &key));
@@ -324,9 +341,9 @@ impl Driver {
         if let Some(mark) = seen {
             // Before the journal: a crash between the two leaves a mark of a turn that is not
             // there, which the next call with this key takes over.
-            mark.set(&accepted.turn_id).await?;
+            mark.set(&accepted.turn_id, fence).await?;
         }
-        let journal = Journal::create(&paths, accepted.clone(), &self.inner.tasks).await?;
+        let journal = Journal::create(&paths, accepted.clone(), fence, &self.inner.tasks).await?;
         let position = self.queue.len() + usize::from(self.running.is_some());
         journal.append(TurnEvent::Queued { position }).await?;
         let record = journal.record();
@@ -414,9 +431,10 @@ impl Driver {
             .partition(|turn| turn.cancel.is_cancelled());
         self.queue = waiting;
         for turn in cancelled {
-            let Some(context) = &mut self.context else {
+            let (Some(context), Some(prepared)) = (&mut self.context, &self.prepared) else {
                 return;
             };
+            let fence = prepared.site.fence.clone();
             let mut result = blank_result(&turn.accepted, context);
             result.status = TurnStatus::Cancelled;
             context.record(&turn.accepted, &result);
@@ -424,10 +442,9 @@ impl Driver {
             let (context, path) = (context.clone(), self.inner.paths(&self.key).context());
             let work = async move {
                 let saved = context.clone();
-                let save =
-                    task::blocking("saving the context", STOP_GRACE, move || saved.save(&path));
-                if !matches!(save.await, Ok(Ok(()))) {
-                    tracing::warn!("failed to save the context; the journal has it all");
+                let save = move || Ok::<_, SupervisorError>(saved.save(&path)?);
+                if let Err(error) = fence.write("saving the context", STOP_GRACE, save).await {
+                    tracing::warn!(%error, "failed to save the context; the journal has it all");
                 }
                 turn.journal.append(TurnEvent::terminal(result)).await.ok();
                 turn.journal.flush().await.ok();
@@ -460,6 +477,30 @@ impl Driver {
         }
     }
 
+    /// Nothing of ours may write any more: what runs is killed without an outcome, what waits
+    /// stays in its journals. The next owner recovers both; where nobody else came, that is us.
+    fn lose(&mut self) {
+        tracing::error!("the thread's lease is lost; all of its work here ends");
+        self.lease = None;
+        self.prepared = None;
+        self.context = None;
+        self.queue.clear();
+        lock(&self.inner.live).retain(|id, _| *id.key() != self.key);
+        self.inner.warm.remove(&self.key);
+        // Dropped, it is killed.
+        self.agent = None;
+        let preview = self.inner.previews.get(&self.key.slug());
+        self.work.spawn(async move {
+            if let Some(preview) = preview {
+                preview.stop(Duration::ZERO).await;
+            }
+            Done::Nothing
+        });
+        if self.running.is_none() {
+            self.prepare();
+        }
+    }
+
     async fn stop(&mut self) {
         self.rest_agent();
         // Turns that never began stay in their journals, and in line.
@@ -484,8 +525,21 @@ impl Driver {
         };
         if tokio::time::timeout(STOP_GRACE, finish).await.is_err() {
             tracing::error!("a thread did not end in time");
+            // Something may still write: the lease ends with the process.
+            std::mem::forget(self.lease.take());
         }
         self.work.shutdown().await;
+        if let Some(preview) = self.inner.previews.get(&self.key.slug()) {
+            preview.stop(super::PREVIEW_GRACE).await;
+        }
+        self.lease = None;
+    }
+}
+
+async fn lost(lease: Option<&Lease>) {
+    match lease {
+        Some(lease) => lease.fence().lost().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -20,6 +20,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::{
     domain::{Author, TurnEvent, TurnMode, TurnResult},
     identity::TurnId,
+    lease::{Fence, LeaseLost},
     task::{self, BlockingError, Tasks},
     workspace::{ThreadPaths, WorkspaceError, make_private_dir},
 };
@@ -43,6 +44,9 @@ pub enum JournalError {
     Damaged { turn: TurnId },
     #[error("the journal's writer has stopped")]
     Stopped,
+    /// Its next owner gives the turn an outcome.
+    #[error(transparent)]
+    Lost(#[from] LeaseLost),
 }
 
 /// What was admitted: the first line of a journal.
@@ -134,6 +138,14 @@ pub struct Committed {
     pub has_started: bool,
     /// The last event was the outcome.
     pub is_done: bool,
+    /// The writer lost the thread's lease: somebody else writes what follows.
+    pub is_lost: bool,
+}
+
+impl Committed {
+    fn is_over(&self) -> bool {
+        self.is_done || self.is_lost
+    }
 }
 
 enum Command {
@@ -163,48 +175,56 @@ impl Journal {
     pub async fn create(
         paths: &ThreadPaths,
         accepted: Accepted,
+        fence: &Fence,
         tasks: &Tasks,
     ) -> Result<Self, JournalError> {
         let turn = TurnFile::new(paths, accepted.turn_id.clone());
-        let (file, bytes) = {
+        let create = {
             let turn = turn.clone();
-            task::blocking("creating a turn's journal", DISK_DEADLINE, move || {
-                turn.create(accepted)
-            })
-            .await??
+            move || Ok::<_, JournalError>(turn.create(accepted)?)
         };
-        Ok(Self::start(
-            turn,
-            file,
-            Committed {
-                bytes,
-                ..Committed::default()
-            },
-            tasks,
-        ))
+        let (file, bytes) = fence
+            .write("creating a turn's journal", DISK_DEADLINE, create)
+            .await?;
+        let committed = Committed {
+            bytes,
+            ..Committed::default()
+        };
+        Ok(Self::start(turn, file, committed, fence.clone(), tasks))
     }
 
-    /// Goes on with the journal of a turn that has no outcome. A torn last line is cut off.
+    /// Goes on with the journal of a turn that has no outcome. A torn last line is cut off. The
+    /// file is another one from then on: what an earlier owner still has open leads nowhere.
     ///
     /// # Errors
     /// [`JournalError`].
-    pub async fn reopen(turn: TurnFile, tasks: &Tasks) -> Result<Self, JournalError> {
-        let (file, committed) = {
+    pub async fn reopen(
+        turn: TurnFile,
+        fence: &Fence,
+        tasks: &Tasks,
+    ) -> Result<Self, JournalError> {
+        let reopen = {
             let turn = turn.clone();
-            task::blocking("reopening a turn's journal", DISK_DEADLINE, move || {
-                turn.reopen()
-            })
-            .await??
+            move || turn.reopen()
         };
-        Ok(Self::start(turn, file, committed, tasks))
+        let (file, committed) = fence
+            .write("reopening a turn's journal", DISK_DEADLINE, reopen)
+            .await?;
+        Ok(Self::start(turn, file, committed, fence.clone(), tasks))
     }
 
-    fn start(turn: TurnFile, file: File, committed: Committed, tasks: &Tasks) -> Self {
+    fn start(
+        turn: TurnFile,
+        file: File,
+        committed: Committed,
+        fence: Fence,
+        tasks: &Tasks,
+    ) -> Self {
         let (sender, receiver) = mpsc::channel(QUEUE);
         let (publish, watch) = watch::channel(committed);
         tasks.spawn(
             "journal",
-            write_events(turn.clone(), file, receiver, publish),
+            write_events(turn.clone(), file, fence, receiver, publish),
         );
         Self {
             turn,
@@ -249,13 +269,25 @@ impl Journal {
 async fn write_events(
     turn: TurnFile,
     file: File,
+    fence: Fence,
     mut commands: mpsc::Receiver<Command>,
     publish: watch::Sender<Committed>,
 ) {
     let file = Arc::new(file);
     let mut committed = *publish.borrow();
     let mut batch = Vec::new();
-    while commands.recv_many(&mut batch, QUEUE).await > 0 {
+    loop {
+        let received = tokio::select! {
+            biased;
+            () = fence.lost() => {
+                publish.send_modify(|committed| committed.is_lost = true);
+                return;
+            }
+            received = commands.recv_many(&mut batch, QUEUE) => received,
+        };
+        if received == 0 {
+            return;
+        }
         let mut text = Vec::new();
         let mut flushed = Vec::new();
         for command in batch.drain(..) {
@@ -280,17 +312,19 @@ async fn write_events(
         committed.bytes += text.len() as u64;
         if !text.is_empty() {
             let (file, marked, is_done) = (file.clone(), turn.clone(), committed.is_done);
-            let written = task::blocking("writing a turn's journal", DISK_DEADLINE, move || {
-                crate::workspace::append_line(&file, &text, is_done)?;
-                if is_done { marked.mark_done() } else { Ok(()) }
-            })
-            .await;
+            let append = move || -> Result<(), JournalError> {
+                crate::workspace::append_line(&file, &text, is_done)
+                    .and_then(|()| if is_done { marked.mark_done() } else { Ok(()) })
+                    .map_err(WorkspaceError::io("write", &marked.journal))?;
+                Ok(())
+            };
+            let written = fence
+                .write("writing a turn's journal", DISK_DEADLINE, append)
+                .await;
             match written {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => {
-                    tracing::error!(turn_id = %turn.id, %error, "failed to write the journal");
-                    return;
-                }
+                Ok(()) => {}
+                // The next look at the fence tells the readers.
+                Err(JournalError::Lost(_)) => continue,
                 Err(error) => {
                     tracing::error!(turn_id = %turn.id, %error, "failed to write the journal");
                     return;
@@ -351,13 +385,28 @@ impl TurnFile {
     }
 
     fn reopen(&self) -> Result<(File, Committed), JournalError> {
-        let whole = self.scan()?;
-        let file = OpenOptions::new()
-            .append(true)
-            .open(&self.journal)
-            .map_err(WorkspaceError::io("open", &self.journal))?;
-        file.set_len(whole.bytes)
-            .map_err(WorkspaceError::io("cut", &self.journal))?;
+        let mut whole = Committed::default();
+        self.scan(&mut whole)?;
+        let copy = self
+            .journal
+            .with_extension(format!("{}.tmp", uuid::Uuid::new_v4().simple()));
+        let replace = || -> io::Result<File> {
+            let from = File::open(&self.journal)?;
+            let mut file = OpenOptions::new()
+                .append(true)
+                .create_new(true)
+                .mode(0o600)
+                .open(&copy)?;
+            io::copy(&mut from.take(whole.bytes), &mut file)?;
+            file.sync_data()?;
+            fs::rename(&copy, &self.journal)?;
+            Ok(file)
+        };
+        let file = replace().map_err(|error| {
+            // Best effort: a copy that is left over harms nobody.
+            fs::remove_file(&copy).ok();
+            WorkspaceError::io("replace", &self.journal)(error)
+        })?;
         Ok((file, whole))
     }
 
@@ -368,10 +417,9 @@ impl TurnFile {
         }
     }
 
-    /// How far the file holds whole lines.
-    fn scan(&self) -> Result<Committed, JournalError> {
-        let mut committed = Committed::default();
-        self.each_line(0, u64::MAX, |line, end| {
+    /// How far the file holds whole lines, beyond what is known already.
+    fn scan(&self, committed: &mut Committed) -> Result<(), JournalError> {
+        self.each_line(committed.bytes, u64::MAX, |line, end| {
             if let Ok(event) = serde_json::from_slice::<EventLine>(line) {
                 committed.last_id = event.id;
                 committed.has_started |= matches!(event.event, TurnEvent::Started {});
@@ -379,8 +427,7 @@ impl TurnFile {
             }
             committed.bytes = end;
             true
-        })?;
-        Ok(committed)
+        })
     }
 
     /// Calls `visit` with each whole line between two offsets and the offset after it, until it
@@ -495,6 +542,17 @@ impl TurnRecord {
         Self { turn, live: None }
     }
 
+    /// A turn that another process works on: its file is looked at again and again, as long as
+    /// somebody wants to know.
+    pub fn elsewhere(turn: TurnFile, tasks: &Tasks) -> Self {
+        let (publish, live) = watch::channel(Committed::default());
+        tasks.spawn("journal of another", follow_file(turn.clone(), publish));
+        Self {
+            turn,
+            live: Some(live),
+        }
+    }
+
     /// The turn's file.
     pub fn file(&self) -> &TurnFile {
         &self.turn
@@ -504,7 +562,7 @@ impl TurnRecord {
     pub fn is_live(&self) -> bool {
         self.live
             .as_ref()
-            .is_some_and(|live| !live.borrow().is_done)
+            .is_some_and(|live| !live.borrow().is_over())
     }
 
     /// Has it begun to run?
@@ -517,13 +575,18 @@ impl TurnRecord {
     /// Waits for the outcome.
     ///
     /// # Errors
-    /// [`JournalError::Stopped`] if the writer ended without one.
+    /// [`JournalError::Lost`] if the turn is another process's now, [`JournalError::Stopped`] if
+    /// the writer ended without one.
     pub async fn outcome(&self) -> Result<TurnResult, JournalError> {
         if let Some(live) = &self.live {
-            live.clone()
-                .wait_for(|committed| committed.is_done)
+            let mut live = live.clone();
+            let over = live
+                .wait_for(Committed::is_over)
                 .await
                 .map_err(|_| JournalError::Stopped)?;
+            if !over.is_done {
+                return Err(LeaseLost.into());
+            }
         }
         let turn = self.turn.clone();
         task::blocking("reading a turn's outcome", DISK_DEADLINE, move || {
@@ -567,10 +630,11 @@ impl Events {
                 Some(live) => {
                     let offset = self.offset;
                     let gone = live
-                        .wait_for(|c| c.bytes > offset || c.is_done)
+                        .wait_for(|c| c.bytes > offset || c.is_over())
                         .await
                         .is_err();
-                    (live.borrow().bytes, gone)
+                    let committed = live.borrow();
+                    (committed.bytes, gone || committed.is_lost)
                 }
             };
             let (turn, from) = (self.turn.clone(), self.offset);
@@ -592,6 +656,30 @@ impl Events {
             }
         }
         Ok(Vec::new())
+    }
+}
+
+async fn follow_file(turn: TurnFile, publish: watch::Sender<Committed>) {
+    const LOOK_AGAIN: Duration = Duration::from_millis(500);
+    let mut committed = Committed::default();
+    while !committed.is_done && !publish.is_closed() {
+        let (file, mut further) = (turn.clone(), committed);
+        let look = task::blocking("following a turn's journal", DISK_DEADLINE, move || {
+            file.scan(&mut further).map(|()| further)
+        });
+        // A disk that hiccups is looked at again.
+        if let Ok(Ok(further)) = look.await {
+            committed = further;
+            publish.send_if_modified(|seen| {
+                let is_new = *seen != committed;
+                *seen = committed;
+                is_new
+            });
+        }
+        tokio::select! {
+            () = publish.closed() => {}
+            () = tokio::time::sleep(LOOK_AGAIN) => {}
+        }
     }
 }
 
@@ -633,9 +721,11 @@ mod tests {
         let paths = ThreadPaths::new(folder.path(), &key);
         let id = TurnId::new(&key);
         let tasks = Tasks::new();
-        let journal = Journal::create(&paths, accepted(&id), &tasks)
+        let journal = Journal::create(&paths, accepted(&id), &Fence::open(), &tasks)
             .await
             .unwrap();
+        let other =
+            read_all(TurnRecord::elsewhere(TurnFile::new(&paths, id.clone()), &tasks).events(0));
         let live = read_all(journal.record().events(0));
         for i in 0..700 {
             journal
@@ -652,6 +742,7 @@ mod tests {
         journal.flush().await.unwrap();
 
         let live = live.await;
+        assert_eq!(other.await, live, "another process follows");
         let file = TurnFile::new(&paths, id.clone());
         let replayed = read_all(TurnRecord::at_rest(file.clone()).events(0)).await;
         assert_eq!(live, replayed);
@@ -673,7 +764,7 @@ mod tests {
         let paths = ThreadPaths::new(folder.path(), &key);
         let id = TurnId::new(&key);
         let tasks = Tasks::new();
-        let journal = Journal::create(&paths, accepted(&id), &tasks)
+        let journal = Journal::create(&paths, accepted(&id), &Fence::open(), &tasks)
             .await
             .unwrap();
         journal.append(TurnEvent::Started {}).await.unwrap();
@@ -683,7 +774,10 @@ mod tests {
         let mut raw = OpenOptions::new().append(true).open(&file.journal).unwrap();
         io::Write::write_all(&mut raw, b"{\"id\":2,\"at\":\"20").unwrap();
 
-        let journal = Journal::reopen(file.clone(), &tasks).await.unwrap();
+        let journal = Journal::reopen(file.clone(), &Fence::open(), &tasks)
+            .await
+            .unwrap();
+        io::Write::write_all(&mut raw, b"from a process that woke up late").unwrap();
         assert!(journal.record().has_started());
         journal
             .append(TurnEvent::TextDelta { text: "on".into() })

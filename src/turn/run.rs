@@ -20,6 +20,7 @@ use crate::{
     },
     gateway::Gateway,
     identity::ThreadKey,
+    lease::{Fence, LeaseLost},
     process::Launcher,
     repository::{CommitRequest, Committed, RepositoryError, Worktree},
     task::{self, Tasks},
@@ -41,6 +42,8 @@ pub struct TurnSite {
     pub launcher: Launcher,
     pub gateway: Gateway,
     pub committer: Signature,
+    /// Of the thread's lease.
+    pub fence: Fence,
     pub tasks: Tasks,
 }
 
@@ -63,6 +66,8 @@ enum RunError {
     Workspace(#[from] WorkspaceError),
     #[error(transparent)]
     Blocking(#[from] task::BlockingError),
+    #[error(transparent)]
+    Lost(#[from] LeaseLost),
     #[error(transparent)]
     Agent(#[from] crate::agent::AgentError),
 }
@@ -114,12 +119,19 @@ impl TurnSite {
     async fn new_session(&self, context: &mut StoredContext) -> SessionStart {
         let id = uuid::Uuid::new_v4().to_string();
         context.session_id = Some(id.clone());
-        let (path, copy) = (self.paths.context(), context.clone());
-        let save = task::blocking("saving the context", GIT_DEADLINE, move || copy.save(&path));
-        if !matches!(save.await, Ok(Ok(()))) {
-            tracing::warn!("failed to keep the id of a conversation");
+        if let Err(error) = self.save_context(context).await {
+            tracing::warn!(%error, "failed to keep the id of a conversation");
         }
         SessionStart::New(id)
+    }
+
+    async fn save_context(&self, context: &StoredContext) -> Result<(), RunError> {
+        let (path, copy) = (self.paths.context(), context.clone());
+        self.fence
+            .write("saving the context", GIT_DEADLINE, move || {
+                Ok(copy.save(&path)?)
+            })
+            .await
     }
 
     async fn spawn_agent(&self, session: &SessionStart) -> Result<Agent, crate::agent::AgentError> {
@@ -144,7 +156,9 @@ impl TurnSite {
         work: impl FnOnce(&Worktree) -> Result<T, RepositoryError> + Send + 'static,
     ) -> Result<T, RunError> {
         let worktree = self.worktree.clone();
-        Ok(task::blocking(what, GIT_DEADLINE, move || work(&worktree)).await??)
+        self.fence
+            .write(what, GIT_DEADLINE, move || Ok(work(&worktree)?))
+            .await
     }
 
     /// Commits what is in the worktree, as the work of nobody's turn.
@@ -155,6 +169,7 @@ impl TurnSite {
         ];
         let committer = self.committer.clone();
         let held_dir = self.paths.held_outside();
+        let fence = self.fence.clone();
         let committed = self
             .on_disk("committing outside edits", move |tree| {
                 tree.commit(&CommitRequest {
@@ -163,6 +178,7 @@ impl TurnSite {
                     author: &committer,
                     committer: &committer,
                     held_dir: &held_dir,
+                    fence: &fence,
                 })
             })
             .await?;
@@ -194,6 +210,7 @@ impl TurnSite {
         let author = accepted.author.clone().unwrap_or_else(|| committer.clone());
         let instruction = accepted.instruction.clone();
         let held_dir = self.paths.held(&accepted.turn_id);
+        let fence = self.fence.clone();
         self.on_disk("committing a turn", move |tree| {
             tree.commit(&CommitRequest {
                 instruction: &instruction,
@@ -201,6 +218,7 @@ impl TurnSite {
                 author: &author,
                 committer: &committer,
                 held_dir: &held_dir,
+                fence: &fence,
             })
         })
         .await
@@ -251,11 +269,7 @@ impl TurnSite {
             .retain(|entry| entry.turn_id != accepted.turn_id);
         context.record(accepted, result);
         result.context = context.answer();
-        let (path, saved) = (self.paths.context(), context.clone());
-        task::blocking("saving the context", GIT_DEADLINE, move || {
-            saved.save(&path)
-        })
-        .await??;
+        self.save_context(context).await?;
         journal.append(TurnEvent::terminal(result.clone())).await?;
         journal.flush().await?;
         Ok(())
@@ -346,6 +360,14 @@ pub async fn run_turn(
         result.status = TurnStatus::Failed;
         result.error = Some(failure.message);
         result.code = Some(failure.code);
+    }
+    if site.fence.check().is_err() {
+        tracing::warn!("gave a turn up with the thread's lease: its next owner recovers it");
+        return RunEnd {
+            result,
+            agent: None,
+            context,
+        };
     }
     result.preview = preview(result.commit.as_ref()).await;
     result.duration_ms = started.elapsed().as_millis() as u64;
@@ -482,7 +504,12 @@ async fn follow(
         }
         failed
     };
-    let (outcome, failed) = tokio::join!(agent.run(request, sender, cancel), forward);
+    let (outcome, failed) = tokio::select! {
+        biased;
+        // At once, and without a word to anybody: dropped with its agent, the run is killed.
+        () = site.fence.lost() => return Err(LeaseLost.into()),
+        both = async { tokio::join!(agent.run(request, sender, cancel), forward) } => both,
+    };
     match failed {
         None => Ok(outcome),
         Some(error) => Err(error.into()),

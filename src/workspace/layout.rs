@@ -44,6 +44,11 @@ impl UserPaths {
         self.state().join("scratch")
     }
 
+    /// Who may change what all threads of the user share.
+    pub fn lease(&self) -> PathBuf {
+        self.state().join("lease")
+    }
+
     /// Created, last accessed, repository.
     pub fn metadata(&self) -> PathBuf {
         self.root.join("metadata.json")
@@ -88,6 +93,11 @@ impl ThreadPaths {
     /// The supervisor's own state of this thread.
     pub fn state(&self) -> PathBuf {
         self.user.state().join("threads").join(&self.thread)
+    }
+
+    /// Who may write to the thread.
+    pub fn lease(&self) -> PathBuf {
+        self.state().join("lease")
     }
 
     /// Slug and port, stored at the first init.

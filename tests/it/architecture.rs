@@ -12,7 +12,7 @@ use std::{
 };
 
 /// Rooms that everybody may use. They use each other and no other room.
-const COMMON: [&str; 4] = ["identity", "domain", "task", "text"];
+const COMMON: [&str; 5] = ["identity", "domain", "lease", "task", "text"];
 
 /// Who may use whom, beside the common rooms.
 const ARROWS: &[(&str, &[&str])] = &[
@@ -93,6 +93,7 @@ const CRATES: &[(&str, &[&str])] = &[
         &[
             "process",
             "config",     // the uid in the runtime folder's name, and its owner
+            "lease",      // a clock that runs while the machine sleeps
             "repository", // locks and links of the git directory
         ],
     ),

@@ -34,7 +34,7 @@ use serde_json::{Value, json};
 
 pub(crate) use folders::{Folders, SITE, files_below, git, holds};
 pub(crate) use greenroom::{Options, TestGreenroom};
-pub(crate) use http::{Answer, Events, Sent, request, stream};
+pub(crate) use http::{Answer, Events, Sent, ServerEvent, request, stream};
 pub(crate) use processes::processes_below;
 pub(crate) use tools::{acting_claude, tools};
 
