@@ -3,19 +3,25 @@
 
 use std::{
     collections::VecDeque,
-    io::{BufRead, stdin},
+    fs::File,
+    io::{BufRead, BufReader, stdin},
+    os::fd::AsFd,
     process,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::signal::{Signal, kill, killpg},
     unistd::Pid,
 };
 use serde_json::{Value, json};
 
 use crate::voice::Voice;
+
+/// How often it is looked whether to listen at all, in milliseconds.
+const LOOK_EVERY: u8 = 20;
 
 /// What comes next.
 pub(crate) enum Order {
@@ -87,13 +93,28 @@ impl Input {
 
     /// Reads standard input to its end.
     pub(crate) fn read(&self, voice: &Voice) {
-        for line in stdin().lock().lines() {
-            let Ok(line) = line else { break };
-            if self.lock().is_deaf {
-                // The pipe fills up from here.
-                return;
+        let Ok(pipe) = stdin().as_fd().try_clone_to_owned() else {
+            return;
+        };
+        let mut reader = BufReader::new(File::from(pipe));
+        loop {
+            if reader.buffer().is_empty() {
+                let mut ready = [PollFd::new(reader.get_ref().as_fd(), PollFlags::POLLIN)];
+                let found = poll(&mut ready, LOOK_EVERY).unwrap_or_default();
+                if self.lock().is_deaf {
+                    // The pipe fills up from here.
+                    return;
+                }
+                if found == 0 {
+                    continue;
+                }
             }
-            let Ok(line) = serde_json::from_str::<Value>(&line) else {
+            let mut line = String::new();
+            if !matches!(reader.read_line(&mut line), Ok(1..)) {
+                break;
+            }
+            let line = line.trim_end();
+            let Ok(line) = serde_json::from_str::<Value>(line) else {
                 eprintln!(
                     "Error parsing streaming input line (type=unknown, {} chars): SyntaxError",
                     line.len()

@@ -139,6 +139,10 @@ impl<'a> Performance<'a> {
                 Ok(())
             }
             ("pause", Some(ms)) => self.pause(Duration::from_millis(ms)),
+            ("muse", Some(ms)) => {
+                let times = rest.split(' ').nth(1).and_then(|n| n.parse().ok());
+                self.muse(Duration::from_millis(ms), times.unwrap_or(1))
+            }
             ("silent", _) => self.pause(FOR_EVER),
             ("retry", Some(status)) => {
                 let delay = rest.split(' ').nth(1).and_then(|ms| ms.parse().ok());
@@ -154,6 +158,14 @@ impl<'a> Performance<'a> {
             ("half-line", _) => {
                 let half = br#"{"type":"stream_event","event":{"type":"content_bl"#;
                 self.voice.print(half);
+                Ok(())
+            }
+            ("lose-tool", _) => {
+                self.call(
+                    "Bash",
+                    &json!({"command": "true", "description": "a command"}),
+                );
+                self.voice.print(b"{\"type\":\"user\",\n");
                 Ok(())
             }
             ("long-line", Some(megabytes)) => {
@@ -470,9 +482,16 @@ impl<'a> Performance<'a> {
     }
 
     fn ask(&mut self, words: &str) -> Result<(), Cut> {
-        let mut text = String::new();
-        match ask::ask(&self.input.model(), self.voice.session(), words, &mut text) {
-            Ok(()) => {
+        let (model, session) = (self.input.model(), self.voice.session().to_owned());
+        let words = words.to_owned();
+        let asking = thread::spawn(move || ask::ask(&model, &session, &words));
+        while !asking.is_finished() {
+            if self.input.wait(Duration::from_millis(2)) == Waited::Interrupted {
+                return Err(Cut::Aborted("aborted_streaming"));
+            }
+        }
+        match asking.join().unwrap_or(Err(500)) {
+            Ok(text) => {
                 self.say(&text);
                 Ok(())
             }
@@ -489,6 +508,16 @@ impl<'a> Performance<'a> {
             Waited::Enough => Ok(()),
             Waited::Interrupted => Err(Cut::Aborted("aborted_streaming")),
         }
+    }
+
+    fn muse(&mut self, time: Duration, times: u32) -> Result<(), Cut> {
+        for _ in 0..times {
+            self.pause(time)?;
+            self.voice
+                .stream(json!({"type": "content_block_delta", "index": 0,
+                "delta": {"type": "thinking_delta", "thinking": "hm"}}));
+        }
+        Ok(())
     }
 
     fn retry(&mut self, status: u64, delay: u64) -> Result<(), Cut> {
