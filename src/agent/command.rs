@@ -1,6 +1,6 @@
 //! How the CLI is started: its command line, environment and confinement.
 
-use std::{ffi::OsString, path::PathBuf};
+use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use crate::{
     domain::TurnMode,
@@ -29,6 +29,43 @@ pub struct AgentSettings {
     pub tool_folders: Vec<PathBuf>,
     /// Is the agent held by the kernel in files, network and processes?
     pub is_confined: bool,
+    pub limits: Limits,
+}
+
+/// How long greenroom waits for the CLI before it acts. The defaults fit the CLI as it was measured,
+/// with room for a busy machine; tests have shorter ones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// From the first instruction of a process to the beginning of its turn. 60 s: it takes 0.4 s
+    /// when the machine has nothing else to do, and the program's 378 MB may have to be read first.
+    pub begin: Duration,
+    /// The same once the process has served a turn. 15 s: it takes 20 to 40 ms.
+    pub begin_again: Duration,
+    /// Silence with no tool running. 150 s: the CLI itself waits 300 s, and then calls half an
+    /// answer a success.
+    pub stall: Duration,
+    /// For the answer to a change of mode or model. 30 s: for a model the CLI asks the API.
+    pub control: Duration,
+    /// From an interrupt to the result. 2 s: it takes 30 ms, and a whole cancel has 6 s.
+    pub interrupt: Duration,
+    /// SIGTERM to SIGKILL, where an interrupt did not help. 2 s.
+    pub terminate: Duration,
+    /// SIGTERM to SIGKILL of a turn that is over its time. 5 s, by the contract.
+    pub timeout: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            begin: Duration::from_secs(60),
+            begin_again: Duration::from_secs(15),
+            stall: Duration::from_secs(150),
+            control: Duration::from_secs(30),
+            interrupt: Duration::from_secs(2),
+            terminate: Duration::from_secs(2),
+            timeout: Duration::from_secs(5),
+        }
+    }
 }
 
 /// One thread's place for the CLI.
@@ -194,6 +231,7 @@ mod tests {
             path: "/usr/bin".into(),
             tool_folders: Vec::new(),
             is_confined: true,
+            limits: Limits::default(),
         };
         let site = AgentSite {
             worktree: "/w".into(),

@@ -4,9 +4,13 @@
 //! Facts about the CLI (events, endings, control requests) were measured with version 2.1.329.
 
 mod command;
+mod idle;
 mod permission;
 mod process;
 mod protocol;
+mod run;
+mod wire;
 
-pub use command::{AgentSettings, AgentSite, SessionStart};
-pub use process::{Agent, AgentError, Ending, RunEvent, RunOutcome, RunRequest};
+pub use command::{AgentSettings, AgentSite, Limits, SessionStart};
+pub use process::{Agent, AgentError, RunRequest};
+pub use run::{Ending, RunEvent, RunOutcome};

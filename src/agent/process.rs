@@ -1,57 +1,41 @@
 //! The CLI as a process that serves one run after another.
 //!
 //! A run is over at its result event, its exit or its deadline, whichever comes first: we decide.
-//! Two tasks read what the process prints, all the time and bounded; they end with its pipes.
+//! Which turn a line belongs to is known by the id of our message, which the CLI repeats at the
+//! turn's beginning and in its result: a turn that it starts by itself has none, and one from
+//! before has another.
 
-use std::{
-    collections::BTreeSet,
-    path::Path,
-    sync::{Arc, Mutex, PoisonError},
-    time::Duration,
-};
+use std::{path::Path, time::Duration};
 
 use jiff::Timestamp;
 use serde_json::Value;
 use tokio::{
-    io::{AsyncBufReadExt, AsyncRead, AsyncWriteExt, BufReader},
-    net::unix::pipe::Sender,
     sync::mpsc,
     time::{Instant, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    Limits,
     command::{AgentSettings, AgentSite, SessionStart, spec},
+    idle::Idle,
     permission::{self, Question},
     protocol::{self, CliResult, Line},
+    run::{self, Ending, Run, RunEvent, RunOutcome, Stage},
+    wire::{self, Tail, Wire},
 };
 use crate::{
-    domain::{TurnMode, Usage},
-    gateway::{AgentToken, Gateway},
-    process::{Launcher, ProcessError, ProcessHandle},
+    domain::TurnMode,
+    gateway::{ActiveRun, AgentToken, Gateway, Hold},
+    process::{Exit, Launcher, ProcessError, ProcessHandle},
     task::{self, BlockingError, Tasks},
 };
 
 /// A handful of small files.
 const SETTINGS_DEADLINE: Duration = Duration::from_secs(30);
-/// Longest output line that is read; a longer one is passed over.
-const MAX_LINE: usize = 16 << 20;
-/// Lines that wait for us; more and the CLI waits for its pipe.
-const LINES: usize = 256;
-/// What is kept of the standard error, from its end.
-const STDERR_TAIL: usize = 8 << 10;
-/// Most text of one run that is gathered for its result.
-const MAX_TEXT: usize = 256 << 10;
-/// The CLI answers a control request in milliseconds.
-const CONTROL_DEADLINE: Duration = Duration::from_secs(10);
-/// An interrupt takes 30 ms; the whole cancel has to fit into 6 s.
-const INTERRUPT_GRACE: Duration = Duration::from_secs(2);
-const TERMINATE_GRACE: Duration = Duration::from_secs(2);
-/// By the contract: SIGTERM, 5 s later SIGKILL.
-const TIMEOUT_GRACE: Duration = Duration::from_secs(5);
-/// Silence with no tool running; the CLI itself would wait five minutes and then call half an
-/// answer a success.
-const STALL: Duration = Duration::from_secs(150);
+/// Once the process has ended its last words are in the pipe; one that somebody holds open does
+/// not count.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// The agent could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -78,75 +62,27 @@ pub struct RunRequest {
     pub deadline: Instant,
 }
 
-/// What happens during a run.
-#[derive(Debug, Clone, PartialEq)]
-pub enum RunEvent {
-    Text(String),
-    ToolStarted {
-        id: String,
-        name: String,
-        input: Value,
-    },
-    ToolFinished {
-        id: String,
-        ok: bool,
-        summary: String,
-    },
-    /// Absolute path, as the CLI names it.
-    FileTouched {
-        path: String,
-        is_new: bool,
-    },
-    Waiting {
-        until: Timestamp,
-        reason: String,
-    },
-}
-
-/// How a run ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Ending {
-    Completed,
-    /// With a sentence for a person.
-    Failed(String),
-    Cancelled,
-    TimedOut,
-    /// The CLI does not know the conversation that it was to resume; nothing was done.
-    SessionLost,
-}
-
-/// All that is known of a run that is over.
-#[derive(Debug, Clone, PartialEq)]
-pub struct RunOutcome {
-    pub ending: Ending,
-    pub text: String,
-    pub usage: Usage,
-    pub num_turns: u64,
-    pub session_id: Option<String>,
-    pub model: Option<String>,
-    /// Absolute paths of files that tools wrote.
-    pub touched: BTreeSet<String>,
-}
-
-type Tail = Arc<Mutex<Vec<u8>>>;
-
 /// A running CLI. Dropping it ends the process and all that it started.
 #[derive(Debug)]
 pub struct Agent {
     process: ProcessHandle,
-    stdin: Sender,
-    lines: mpsc::Receiver<Line>,
+    /// `None` while a run has the pipes, and once they are of no use.
+    idle: Option<Idle>,
     stderr: Tail,
     token: AgentToken,
     site: AgentSite,
     is_confined: bool,
+    limits: Limits,
     default_model: Option<String>,
     mode: TurnMode,
     model: Option<String>,
-    /// The CLI's own cost is cumulative over the process.
+    /// The CLI's own cost is cumulative.
     cost_before: f64,
-    next_request: u64,
+    /// The CLI repeats the ids of our messages; one that never did so is believed without.
+    names_messages: bool,
+    has_served: bool,
     is_broken: bool,
+    tasks: Tasks,
 }
 
 impl Agent {
@@ -174,41 +110,39 @@ impl Agent {
         let child = launcher
             .spawn(spec(settings, &site, session, token.as_str()))
             .await?;
-        let process = child.handle();
-        let (sender, lines) = mpsc::channel(LINES);
-        let stderr = Tail::default();
-        tasks.spawn("agent output", read_lines(child.stdout, sender));
-        tasks.spawn("agent errors", keep_tail(child.stderr, stderr.clone()));
+        let (wire, stderr, process) = wire::connect(child, tasks);
+        let limits = settings.limits;
         Ok(Self {
+            idle: Some(Idle::listen(wire, process.clone(), limits, tasks)),
             process,
-            stdin: child.stdin.expect("the spec asks for a pipe"),
-            lines,
             stderr,
             token,
             site,
             is_confined: settings.is_confined,
+            limits,
             default_model: settings.model.clone(),
             mode: TurnMode::Execute,
             model: settings.model.clone(),
             cost_before: 0.0,
-            next_request: 0,
+            names_messages: false,
+            has_served: false,
             is_broken: false,
+            tasks: tasks.clone(),
         })
     }
 
     /// Can it serve another run?
     pub fn is_usable(&self) -> bool {
-        !self.is_broken && self.process.try_exit().is_none()
+        !self.is_broken && self.idle.is_some() && self.process.try_exit().is_none()
     }
 
     /// Ends the process and all that it started.
     pub async fn stop(self) {
-        drop(self.stdin);
-        self.process.terminate(TERMINATE_GRACE).await;
+        self.process.terminate(self.limits.terminate).await;
     }
 
-    /// Serves one instruction. Whatever the ending, nothing that the run started is left, and the
-    /// process is either usable or gone.
+    /// Serves one instruction. Whatever the ending, nothing that the run started is left (or
+    /// [`RunOutcome::left_running`] says so), and the process is either usable or gone.
     ///
     /// Not cancel safe: cancel through the token.
     pub async fn run(
@@ -217,78 +151,106 @@ impl Agent {
         events: mpsc::Sender<RunEvent>,
         cancel: &CancellationToken,
     ) -> RunOutcome {
-        let active = self.token.begin(&request.label);
-        let mut run = Run {
-            events,
-            ..Run::new(request.mode)
+        let active = self.token.begin_until(&request.label, request.deadline);
+        let message = uuid::Uuid::new_v4().to_string();
+        let mut run = Run::new(request.mode, message, events);
+        let prepared = tokio::select! {
+            biased;
+            () = cancel.cancelled() => Err(Ending::Cancelled),
+            () = sleep_until(request.deadline) => Err(Ending::TimedOut),
+            prepared = self.prepare(&request, &run) => prepared,
         };
-        let ending = match self.prepare(&request).await {
-            Ok(()) => self.follow(&request, &mut run, cancel).await,
-            Err(problem) => problem,
-        };
-        if self.is_broken {
-            self.process.terminate(TERMINATE_GRACE).await;
-            self.log_errors();
-        } else {
-            // What a command left behind must not outlive the run.
-            if let Err(error) = self.process.sweep().await {
-                tracing::warn!(%error, "ending the agent's process");
-                self.is_broken = true;
-                self.process.kill().await;
+        let ending = match prepared {
+            Ok(mut wire) => {
+                let ending = self
+                    .follow(&mut wire, &request, &mut run, &active, cancel)
+                    .await;
+                if !self.is_broken {
+                    let process = self.process.clone();
+                    self.idle = Some(Idle::listen(wire, process, self.limits, &self.tasks));
+                }
+                ending
             }
-        }
+            Err(ending) => {
+                // Nobody knows how much of what it was to be told has reached it.
+                self.is_broken = true;
+                ending
+            }
+        };
+        let left_running = !self.clean_up(&ending).await;
         drop(active);
-        run.outcome(ending)
+        run.outcome(ending, left_running)
+    }
+
+    /// Ends what the run left behind, and a process that is of no more use; whether all is gone.
+    async fn clean_up(&mut self, ending: &Ending) -> bool {
+        let mut swept = Ok(());
+        if !self.is_broken {
+            swept = self.process.sweep().await;
+            self.is_broken = swept.is_err();
+        }
+        if self.is_broken {
+            self.idle = None;
+            let grace = if *ending == Ending::TimedOut {
+                self.limits.timeout
+            } else {
+                self.limits.terminate
+            };
+            self.process.terminate(grace).await;
+            let errors = self.stderr.text();
+            if !errors.is_empty() {
+                tracing::warn!(stderr = errors, "what the agent's program said last");
+            }
+            swept = self.process.sweep().await;
+        }
+        if let Err(error) = &swept {
+            tracing::error!(%error, "something that the agent started does not end");
+        }
+        swept.is_ok()
     }
 
     /// Gets the mode and model right and hands the instruction over.
-    async fn prepare(&mut self, request: &RunRequest) -> Result<(), Ending> {
-        while let Ok(line) = self.lines.try_recv() {
-            tracing::warn!(?line, "the agent spoke outside of a turn");
-        }
+    async fn prepare(&mut self, request: &RunRequest, run: &Run) -> Result<Wire, Ending> {
+        let wire = match self.idle.take() {
+            Some(idle) => idle.take_back().await,
+            None => None,
+        };
+        let Some(mut wire) = wire else {
+            return Err(self.gone().await);
+        };
         if self.mode != request.mode {
-            let id = self.request_id();
-            self.control(&id, protocol::set_mode(&id, request.mode))
+            let id = wire.request_id();
+            self.control(&mut wire, &id, protocol::set_mode(&id, request.mode))
                 .await?;
             self.mode = request.mode;
         }
         let model = request.model.clone().or_else(|| self.default_model.clone());
         if self.model != model {
-            let id = self.request_id();
-            self.control(&id, protocol::set_model(&id, model.as_deref()))
-                .await?;
+            let id = wire.request_id();
+            let message = protocol::set_model(&id, model.as_deref());
+            self.control(&mut wire, &id, message).await?;
             self.model = model;
         }
-        self.write(protocol::user_message(&request.instruction))
-            .await
+        let message = protocol::user_message(&run.message, &request.instruction);
+        match wire.write(&message, self.begin_limit()).await {
+            Ok(()) => Ok(wire),
+            Err(wire::Deaf) => Err(self.gone().await),
+        }
     }
 
-    fn request_id(&mut self) -> String {
-        self.next_request += 1;
-        format!("greenroom-{}", self.next_request)
-    }
-
-    async fn write(&mut self, message: Value) -> Result<(), Ending> {
-        let mut line = message.to_string();
-        line.push('\n');
-        let write = async {
-            self.stdin.write_all(line.as_bytes()).await?;
-            self.stdin.flush().await
-        };
-        match timeout(CONTROL_DEADLINE, write).await {
-            Ok(Ok(())) => Ok(()),
-            _ => {
-                self.is_broken = true;
-                Err(self.gone().await)
-            }
+    fn begin_limit(&self) -> Duration {
+        if self.has_served {
+            self.limits.begin_again
+        } else {
+            self.limits.begin
         }
     }
 
     /// Sends a control request and waits for its answer.
-    async fn control(&mut self, id: &str, message: Value) -> Result<(), Ending> {
-        self.write(message).await?;
+    async fn control(&mut self, wire: &mut Wire, id: &str, message: Value) -> Result<(), Ending> {
         let answer = async {
-            while let Some(line) = self.lines.recv().await {
+            wire.write(&message, self.limits.control).await.ok()?;
+            while let Some(line) = wire.lines.recv().await {
                 if let Line::ControlResponse { request_id, error } = line
                     && request_id == id
                 {
@@ -297,309 +259,292 @@ impl Agent {
             }
             None
         };
-        match timeout(CONTROL_DEADLINE, answer).await {
+        match timeout(self.limits.control, answer).await {
             Ok(Some(None)) => Ok(()),
             Ok(Some(Some(error))) => {
                 tracing::warn!(%error, "the agent refused a setting");
                 Err(Ending::Failed(
-                    "The agent refused the mode or model asked for.".into(),
+                    "The agent refused the mode or model asked for; please choose another one."
+                        .into(),
                 ))
             }
-            Ok(None) | Err(_) => {
-                self.is_broken = true;
-                Err(self.gone().await)
-            }
+            Ok(None) => Err(self.gone().await),
+            Err(_) => Err(run::never_began()),
         }
     }
 
     /// Why nothing more comes from the process.
     async fn gone(&mut self) -> Ending {
-        let exit = timeout(CONTROL_DEADLINE, self.process.terminate(TERMINATE_GRACE)).await;
-        let how = exit.map_or_else(|_| "it does not end".into(), |exit| exit.to_string());
-        let errors = self.stderr_text();
-        if errors.contains("No conversation found") {
+        self.is_broken = true;
+        let own = timeout(LAST_WORDS, self.process.wait()).await;
+        let how = match own {
+            Ok(Exit {
+                code: None,
+                signal: None,
+            }) => "ended unexpectedly".to_owned(),
+            Ok(exit) => format!("ended unexpectedly ({exit})"),
+            Err(_) => {
+                self.process.terminate(self.limits.terminate).await;
+                "stopped talking to greenroom".to_owned()
+            }
+        };
+        if run::is_conversation_lost(&self.stderr.text()) {
             return Ending::SessionLost;
         }
-        Ending::Failed(format!(
-            "The agent's program ended unexpectedly ({how}). The edits so far are kept; \
-             please send the instruction again."
+        run::failed(&format!(
+            "The agent's program {how}. The edits so far are kept"
         ))
     }
 
     async fn follow(
         &mut self,
+        wire: &mut Wire,
         request: &RunRequest,
         run: &mut Run,
+        active: &ActiveRun,
         cancel: &CancellationToken,
     ) -> Ending {
         // Set once the run was interrupted: how it then ends, and until when it may.
         let mut interrupted: Option<(Ending, Instant)> = None;
+        let mut holds = active.holds();
+        let process = self.process.clone();
+        let last_words = async {
+            process.wait().await;
+            tokio::time::sleep(LAST_WORDS).await;
+        };
+        tokio::pin!(last_words);
+        run.heard = Instant::now();
         loop {
-            let stall_at = run.stall_at();
-            tokio::select! {
+            let stall_at = run.stall_at(self.limits, self.begin_limit());
+            let next = tokio::select! {
                 biased;
                 () = cancel.cancelled(), if interrupted.is_none() => {
-                    interrupted = Some(self.interrupt(Ending::Cancelled).await);
+                    Next::Interrupt(Ending::Cancelled)
                 }
                 () = sleep_until(request.deadline), if interrupted.is_none() => {
+                    // By the contract its process ends too; interrupted, it tells the cost before.
                     self.is_broken = true;
-                    self.process.terminate(TIMEOUT_GRACE).await;
-                    return Ending::TimedOut;
+                    Next::Interrupt(Ending::TimedOut)
                 }
                 () = until(interrupted.as_ref().map(|(_, at)| *at)) => {
+                    tracing::warn!("the agent does not obey; its process is ended");
                     self.is_broken = true;
-                    return interrupted.map_or(Ending::Cancelled, |(ending, _)| ending);
+                    Next::End(Ending::Cancelled)
                 }
                 () = sleep_until(stall_at), if interrupted.is_none() => {
-                    interrupted = Some(self.interrupt(Ending::Failed(
-                        "The model stopped answering in the middle. The edits so far are kept; \
-                         please send the instruction again."
-                            .into(),
-                    )).await);
-                }
-                line = self.lines.recv() => {
-                    let Some(line) = line else {
+                    if run.stage == Stage::Ours {
+                        Next::Interrupt(run::stalled())
+                    } else {
                         self.is_broken = true;
-                        let gone = self.gone().await;
-                        return interrupted.map_or(gone, |(ending, _)| ending);
-                    };
-                    match self.handle(line, run).await {
-                        Next::Go => {}
-                        Next::Interrupt(ending) if interrupted.is_none() => {
-                            interrupted = Some(self.interrupt(ending).await);
-                        }
-                        Next::Interrupt(_) => {}
-                        Next::End(ending) => {
-                            return interrupted.map_or(ending, |(ending, _)| ending);
-                        }
+                        Next::End(run::never_began())
                     }
                 }
+                Ok(()) = holds.changed() => {
+                    let hold = *holds.borrow_and_update();
+                    if let Some(hold) = hold {
+                        self.wait_for_upstream(hold, run).await;
+                    }
+                    Next::Go
+                }
+                line = wire.lines.recv() => match line {
+                    Some(line) => self.handle(wire, line, run, active, interrupted.is_some()).await,
+                    None => Next::End(self.gone().await),
+                },
+                () = &mut last_words => Next::End(self.gone().await),
+            };
+            match next {
+                Next::Go => {}
+                Next::Interrupt(ending) if interrupted.is_none() => {
+                    let until = Instant::now() + self.limits.interrupt;
+                    // One that cannot be written is as one that is not obeyed.
+                    wire.interrupt(self.limits.interrupt).await.ok();
+                    interrupted = Some((ending, until));
+                }
+                Next::Interrupt(_) => {}
+                Next::End(ending) => return interrupted.map_or(ending, |(ending, _)| ending),
             }
         }
     }
 
-    async fn interrupt(&mut self, ending: Ending) -> (Ending, Instant) {
-        let id = self.request_id();
-        let written = self.write(protocol::interrupt(&id)).await.is_ok();
-        let grace = if written {
-            INTERRUPT_GRACE
-        } else {
-            Duration::ZERO
-        };
-        (ending, Instant::now() + grace)
+    /// The gateway waits for the upstream, which asked for a pause.
+    async fn wait_for_upstream(&self, hold: Hold, run: &mut Run) {
+        let pause = hold.until.saturating_duration_since(Instant::now());
+        run.heard = hold.until;
+        run.tell(RunEvent::Waiting {
+            until: Timestamp::now() + pause,
+            reason: waiting_reason(Some(u64::from(hold.status))).into(),
+        })
+        .await;
     }
 
-    async fn handle(&mut self, line: Line, run: &mut Run) -> Next {
-        run.last_line = Instant::now();
+    /// Is this a turn that answers our message?
+    fn is_ours(&mut self, run: &Run, messages: &[String]) -> bool {
+        self.names_messages |= !messages.is_empty();
+        messages.contains(&run.message) || (messages.is_empty() && !self.names_messages)
+    }
+
+    async fn handle(
+        &mut self,
+        wire: &mut Wire,
+        line: Line,
+        run: &mut Run,
+        active: &ActiveRun,
+        is_interrupted: bool,
+    ) -> Next {
+        run.heard = run.heard.max(Instant::now());
         match line {
-            Line::Init { session_id, model } => {
-                run.session_id = Some(session_id);
-                run.model = Some(model);
-            }
-            Line::TextDelta(text) => {
-                if run.text.len() + text.len() <= MAX_TEXT {
-                    run.text.push_str(&text);
-                }
-                run.tell(RunEvent::Text(text)).await;
-            }
-            Line::ToolUse { id, name, input } => {
-                run.open_tools.insert(id.clone());
-                // Text before a tool call and after it are two paragraphs.
-                if !run.text.is_empty() && !run.text.ends_with('\n') {
-                    run.text.push_str("\n\n");
-                }
-                run.tell(RunEvent::ToolStarted {
-                    id,
-                    name,
-                    input: shorten(input),
-                })
-                .await;
-            }
-            Line::ToolResult {
-                id,
-                ok,
-                summary,
-                file,
+            Line::Init {
+                session_id,
+                model,
+                messages,
             } => {
-                run.open_tools.remove(&id);
-                run.tell(RunEvent::ToolFinished { id, ok, summary }).await;
-                if let Some(file) = file {
-                    run.touched.insert(file.path.clone());
-                    run.tell(RunEvent::FileTouched {
-                        path: file.path,
-                        is_new: file.is_new,
-                    })
-                    .await;
+                if self.is_ours(run, &messages) {
+                    run.stage = Stage::Ours;
+                    run.session_id = Some(session_id);
+                    run.model = Some(model);
+                    self.has_served = true;
+                    if is_interrupted {
+                        // The first one came before there was something to interrupt.
+                        wire.interrupt(self.limits.interrupt).await.ok();
+                    }
+                } else {
+                    tracing::warn!("the agent is at a turn that nobody asked for; it is stopped");
+                    run.stage = Stage::Foreign;
+                    wire.interrupt(self.limits.interrupt).await.ok();
                 }
+                return Next::Go;
             }
-            Line::ApiRetry {
-                status: Some(401 | 403),
-                ..
-            } => {
-                // The CLI would try ten times, for three minutes.
-                return Next::Interrupt(Ending::Failed(credential_refused()));
-            }
-            Line::ApiRetry {
-                status,
-                delay_ms,
-                error,
-            } => {
-                tracing::warn!(?status, delay_ms, %error, "the model API failed; the agent tries again");
-                let delay = Duration::from_millis(delay_ms.min(3_600_000));
-                run.last_line += delay;
-                let until = Timestamp::now() + delay;
-                let reason = match status {
-                    Some(429) => "the model API limits the rate",
-                    Some(529) => "the model API is overloaded",
-                    _ => "the model API did not answer",
-                };
-                run.tell(RunEvent::Waiting {
-                    until,
-                    reason: reason.into(),
-                })
-                .await;
-            }
+            Line::Result(result) => return self.end(*result, run, active),
             Line::PermissionRequest {
                 request_id,
                 tool,
                 input,
             } => {
-                let decision = permission::decide(Question {
-                    tool: &tool,
-                    input: &input,
-                    mode: run.mode,
-                    is_confined: self.is_confined,
-                    worktree: &self.site.worktree,
-                });
+                let decision = if run.stage == Stage::Ours {
+                    permission::decide(Question {
+                        tool: &tool,
+                        input: &input,
+                        mode: run.mode,
+                        is_confined: self.is_confined,
+                        worktree: &self.site.worktree,
+                    })
+                } else {
+                    Err("The person has not asked for this.".into())
+                };
                 let answer = protocol::permission_response(&request_id, decision.map(|()| input));
-                if let Err(ending) = self.write(answer).await {
-                    return Next::End(ending);
-                }
+                return match wire.write(&answer, self.limits.interrupt).await {
+                    Ok(()) => Next::Go,
+                    Err(wire::Deaf) => Next::End(self.gone().await),
+                };
             }
-            Line::Result(result) => return Next::End(self.end(*result, run)),
-            Line::ControlResponse { .. } | Line::Other => {}
+            _ => {}
         }
-        Next::Go
+        if run.stage == Stage::Ours {
+            gather(line, run).await
+        } else {
+            Next::Go
+        }
     }
 
-    fn end(&mut self, result: CliResult, run: &mut Run) -> Ending {
-        run.usage = result.usage;
-        run.usage.cost_usd = (result.usage.cost_usd - self.cost_before).max(0.0);
-        self.cost_before = result.usage.cost_usd;
-        run.num_turns = result.num_turns;
-        if !result.session_id.is_empty() {
-            run.session_id = Some(result.session_id.clone());
-        }
-        if !result.is_error {
-            run.text.clone_from(&result.text);
-            return Ending::Completed;
-        }
-        if result
-            .errors
-            .iter()
-            .any(|error| error.contains("No conversation found"))
-        {
+    fn end(&mut self, result: CliResult, run: &mut Run, active: &ActiveRun) -> Next {
+        if result.errors.iter().any(|e| run::is_conversation_lost(e)) {
             self.is_broken = true;
-            return Ending::SessionLost;
+            return Next::End(Ending::SessionLost);
+        }
+        let messages: Vec<String> = result.message.iter().cloned().collect();
+        if !self.is_ours(run, &messages) {
+            tracing::warn!("the agent told the result of another turn; it is passed over");
+            self.cost_before = result.usage.cost_usd;
+            return Next::Go;
+        }
+        run.take_in(&result, self.cost_before);
+        self.cost_before = result.usage.cost_usd;
+        if !result.is_error {
+            return Next::End(Ending::Completed);
         }
         tracing::warn!(
             subtype = result.subtype, terminal_reason = result.terminal_reason,
             status = ?result.api_error_status, text = result.text, errors = ?result.errors,
             "the agent failed"
         );
-        Ending::Failed(match result.api_error_status {
-            Some(401 | 403) => credential_refused(),
-            Some(429) => "The model API limits the rate; please try again in a while.".into(),
-            Some(500..) => {
-                "The model API is overloaded or down; please try again in a while.".into()
-            }
-            Some(413) => "The conversation has become too long for the model.".into(),
-            Some(status) => format!("The model API refused the request (status {status})."),
-            None if result.terminal_reason.starts_with("aborted") => "The turn was stopped.".into(),
-            None => "The agent could not finish; the edits so far are kept.".into(),
-        })
-    }
-
-    fn stderr_text(&self) -> String {
-        let tail = self.stderr.lock().unwrap_or_else(PoisonError::into_inner);
-        String::from_utf8_lossy(&tail).trim().to_owned()
-    }
-
-    fn log_errors(&self) {
-        let errors = self.stderr_text();
-        if !errors.is_empty() {
-            tracing::warn!(stderr = errors, "what the agent's program said last");
-        }
+        Next::End(run::failure(&result, active.upstream_note()))
     }
 }
 
-fn credential_refused() -> String {
-    "The model API refused the credential. The operator has to set a valid ANTHROPIC_API_KEY or \
-     CLAUDE_CREDENTIALS_FILE."
-        .into()
+/// Takes in a line of our turn.
+async fn gather(line: Line, run: &mut Run) -> Next {
+    match line {
+        Line::TextDelta(text) => {
+            run.add_text(&text);
+            run.tell(RunEvent::Text(text)).await;
+        }
+        Line::AnswerStarted(usage) => run.start_answer(usage),
+        Line::AnswerCounted(usage) => run.count_answer(usage),
+        Line::ToolUse { id, name, input } => {
+            run.open_tools.insert(id.clone());
+            run.end_paragraph();
+            let input = shorten(input);
+            run.tell(RunEvent::ToolStarted { id, name, input }).await;
+        }
+        Line::ToolResult {
+            id,
+            ok,
+            summary,
+            file,
+        } => {
+            run.open_tools.remove(&id);
+            run.tell(RunEvent::ToolFinished { id, ok, summary }).await;
+            if let Some(file) = file {
+                run.touched.insert(file.path.clone());
+                run.tell(RunEvent::FileTouched {
+                    path: file.path,
+                    is_new: file.is_new,
+                })
+                .await;
+            }
+        }
+        // The CLI would try ten times, for three minutes.
+        Line::ApiRetry {
+            status: Some(401 | 403),
+            ..
+        } => return Next::Interrupt(run::credential_refused()),
+        Line::ApiRetry {
+            status,
+            delay_ms,
+            error,
+        } => {
+            tracing::warn!(?status, delay_ms, %error, "the model API failed; the agent tries again");
+            let delay = Duration::from_millis(delay_ms.min(3_600_000));
+            run.heard += delay;
+            run.tell(RunEvent::Waiting {
+                until: Timestamp::now() + delay,
+                reason: waiting_reason(status).into(),
+            })
+            .await;
+        }
+        // It may have been the end of a tool: silence counts again.
+        Line::Garbled => run.open_tools.clear(),
+        Line::Init { .. }
+        | Line::Result(_)
+        | Line::PermissionRequest { .. }
+        | Line::ControlResponse { .. }
+        | Line::Other => {}
+    }
+    Next::Go
+}
+
+fn waiting_reason(status: Option<u64>) -> &'static str {
+    match status {
+        Some(429) => "the model API limits the rate",
+        Some(503 | 529) => "the model API is overloaded",
+        _ => "the model API did not answer",
+    }
 }
 
 enum Next {
     Go,
     Interrupt(Ending),
     End(Ending),
-}
-
-/// What is gathered while a run goes on.
-struct Run {
-    mode: TurnMode,
-    events: mpsc::Sender<RunEvent>,
-    text: String,
-    usage: Usage,
-    num_turns: u64,
-    session_id: Option<String>,
-    model: Option<String>,
-    touched: BTreeSet<String>,
-    open_tools: BTreeSet<String>,
-    last_line: Instant,
-}
-
-impl Run {
-    fn new(mode: TurnMode) -> Self {
-        Self {
-            mode,
-            events: mpsc::channel(1).0,
-            text: String::new(),
-            usage: Usage::default(),
-            num_turns: 0,
-            session_id: None,
-            model: None,
-            touched: BTreeSet::new(),
-            open_tools: BTreeSet::new(),
-            last_line: Instant::now(),
-        }
-    }
-
-    /// When silence becomes a failure. A tool may take as long as the turn may.
-    fn stall_at(&self) -> Instant {
-        if self.open_tools.is_empty() {
-            self.last_line + STALL
-        } else {
-            self.last_line + Duration::from_secs(86_400)
-        }
-    }
-
-    async fn tell(&self, event: RunEvent) {
-        // The turn reads until the run is over.
-        self.events.send(event).await.ok();
-    }
-
-    fn outcome(self, ending: Ending) -> RunOutcome {
-        RunOutcome {
-            ending,
-            text: self.text,
-            usage: self.usage,
-            num_turns: self.num_turns,
-            session_id: self.session_id,
-            model: self.model,
-            touched: self.touched,
-        }
-    }
 }
 
 async fn until(at: Option<Instant>) {
@@ -651,64 +596,4 @@ fn clear_settings(config_dir: &Path) -> std::io::Result<()> {
         }
     }
     Ok(())
-}
-
-async fn read_lines(stdout: impl AsyncRead + Unpin, lines: mpsc::Sender<Line>) {
-    let mut reader = BufReader::with_capacity(64 << 10, stdout);
-    let mut line = Vec::new();
-    let mut is_too_long = false;
-    loop {
-        let (used, is_whole) = match reader.fill_buf().await {
-            Ok(buffer) if !buffer.is_empty() => {
-                let end = buffer.iter().position(|byte| *byte == b'\n');
-                let part = &buffer[..end.unwrap_or(buffer.len())];
-                is_too_long |= line.len() + part.len() > MAX_LINE;
-                if is_too_long {
-                    line = Vec::new();
-                } else {
-                    line.extend_from_slice(part);
-                }
-                (part.len() + usize::from(end.is_some()), end.is_some())
-            }
-            _ => return,
-        };
-        reader.consume(used);
-        if !is_whole {
-            continue;
-        }
-        if is_too_long {
-            tracing::warn!(
-                limit = MAX_LINE,
-                "the agent printed a line that is too long"
-            );
-        } else if let Some(parsed) = protocol::parse(&line) {
-            if parsed != Line::Other && lines.send(parsed).await.is_err() {
-                return;
-            }
-        } else if !line.is_empty() {
-            tracing::warn!(
-                bytes = line.len(),
-                "the agent printed a line that is no JSON"
-            );
-        }
-        is_too_long = false;
-        line.clear();
-        line.shrink_to(1 << 20);
-    }
-}
-
-async fn keep_tail(stderr: impl AsyncRead + Unpin, tail: Tail) {
-    let mut reader = BufReader::new(stderr);
-    while let Ok(buffer) = reader.fill_buf().await {
-        if buffer.is_empty() {
-            return;
-        }
-        let used = buffer.len();
-        let mut tail = tail.lock().unwrap_or_else(PoisonError::into_inner);
-        tail.extend_from_slice(buffer);
-        let surplus = tail.len().saturating_sub(STDERR_TAIL);
-        tail.drain(..surplus);
-        drop(tail);
-        reader.consume(used);
-    }
 }

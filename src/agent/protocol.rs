@@ -12,8 +12,15 @@ pub(super) enum Line {
     Init {
         session_id: String,
         model: String,
+        /// The messages of ours that it answers, by the ids that we gave them. None: the CLI
+        /// begins it by itself.
+        messages: Vec<String>,
     },
     TextDelta(String),
+    /// The model begins an answer. With its tokens so far.
+    AnswerStarted(Usage),
+    /// The tokens of the answer under way, all of it so far.
+    AnswerCounted(Usage),
     ToolUse {
         id: String,
         name: String,
@@ -41,7 +48,27 @@ pub(super) enum Line {
         error: Option<String>,
     },
     Result(Box<CliResult>),
+    /// Longer than we read, or no JSON: whatever it told is lost.
+    Garbled,
+    /// Nothing that greenroom needs to know, but a sign of life.
     Other,
+}
+
+impl Line {
+    /// Does the CLI work at a turn when it prints this?
+    pub(super) fn is_of_a_turn(&self) -> bool {
+        match self {
+            Self::Init { .. }
+            | Self::TextDelta(_)
+            | Self::AnswerStarted(_)
+            | Self::AnswerCounted(_)
+            | Self::ToolUse { .. }
+            | Self::ToolResult { .. }
+            | Self::ApiRetry { .. }
+            | Self::PermissionRequest { .. } => true,
+            Self::ControlResponse { .. } | Self::Result(_) | Self::Garbled | Self::Other => false,
+        }
+    }
 }
 
 /// A file that a tool wrote.
@@ -61,8 +88,13 @@ pub(super) struct CliResult {
     pub(super) errors: Vec<String>,
     pub(super) session_id: String,
     pub(super) num_turns: u64,
-    /// Of this turn; the cost is cumulative over the process.
+    /// Of this turn; the cost is cumulative, over the process and (once it ended in peace) over
+    /// those before it that served the same conversation. Nought where a stream was aborted.
     pub(super) usage: Usage,
+    /// Tokens and cost of this turn alone, of all models.
+    pub(super) since_last: Option<Usage>,
+    /// The message of ours that it answers.
+    pub(super) message: Option<String>,
     pub(super) terminal_reason: String,
     pub(super) api_error_status: Option<u64>,
 }
@@ -95,6 +127,12 @@ fn system(value: &Value) -> Line {
         "init" => Line::Init {
             session_id: owned(value, "session_id"),
             model: owned(value, "model"),
+            messages: value["user_message_uuids"]
+                .as_array()
+                .into_iter()
+                .flatten()
+                .filter_map(|id| id.as_str().map(str::to_owned))
+                .collect(),
         },
         "api_retry" => Line::ApiRetry {
             status: value["error_status"].as_u64(),
@@ -114,10 +152,40 @@ fn system(value: &Value) -> Line {
 
 fn stream_event(event: &Value) -> Line {
     let delta = &event["delta"];
-    if text(event, "type") == "content_block_delta" && text(delta, "type") == "text_delta" {
-        return Line::TextDelta(owned(delta, "text"));
+    match text(event, "type") {
+        "content_block_delta" if text(delta, "type") == "text_delta" => {
+            Line::TextDelta(owned(delta, "text"))
+        }
+        "message_start" => Line::AnswerStarted(usage(&event["message"]["usage"])),
+        "message_delta" => Line::AnswerCounted(usage(&event["usage"])),
+        _ => Line::Other,
     }
-    Line::Other
+}
+
+/// Tokens as the API names them.
+fn usage(value: &Value) -> Usage {
+    let count = |key: &str| value[key].as_u64().unwrap_or_default();
+    Usage {
+        input_tokens: count("input_tokens"),
+        output_tokens: count("output_tokens"),
+        cache_read_tokens: count("cache_read_input_tokens"),
+        cache_creation_tokens: count("cache_creation_input_tokens"),
+        cost_usd: 0.0,
+    }
+}
+
+/// Tokens and cost of each model, added up.
+fn model_usage(models: &Value) -> Option<Usage> {
+    let mut sum = Usage::default();
+    for model in models.as_object()?.values() {
+        let count = |key: &str| model[key].as_u64().unwrap_or_default();
+        sum.input_tokens += count("inputTokens");
+        sum.output_tokens += count("outputTokens");
+        sum.cache_read_tokens += count("cacheReadInputTokens");
+        sum.cache_creation_tokens += count("cacheCreationInputTokens");
+        sum.cost_usd += model["costUSD"].as_f64().unwrap_or_default();
+    }
+    Some(sum)
 }
 
 /// An `assistant` line carries one finished content block; text was streamed before.
@@ -206,8 +274,6 @@ fn control_response(response: &Value) -> Line {
 }
 
 fn result(value: &Value) -> CliResult {
-    let usage = &value["usage"];
-    let count = |key: &str| usage[key].as_u64().unwrap_or_default();
     CliResult {
         subtype: owned(value, "subtype"),
         is_error: value["is_error"].as_bool().unwrap_or(true),
@@ -221,20 +287,19 @@ fn result(value: &Value) -> CliResult {
         session_id: owned(value, "session_id"),
         num_turns: value["num_turns"].as_u64().unwrap_or_default(),
         usage: Usage {
-            input_tokens: count("input_tokens"),
-            output_tokens: count("output_tokens"),
-            cache_read_tokens: count("cache_read_input_tokens"),
-            cache_creation_tokens: count("cache_creation_input_tokens"),
             cost_usd: value["total_cost_usd"].as_f64().unwrap_or_default(),
+            ..usage(&value["usage"])
         },
+        since_last: model_usage(&value["model_usage_since_last_result"]),
+        message: value["user_message_uuid"].as_str().map(str::to_owned),
         terminal_reason: owned(value, "terminal_reason"),
         api_error_status: value["api_error_status"].as_u64(),
     }
 }
 
 /// The person's instruction. One that begins with a slash would be taken for a command of the CLI's
-/// own ("/help isn't available"), and never reach the model.
-pub(super) fn user_message(instruction: &str) -> Value {
+/// own ("/help isn't available"), and never reach the model. The turn that answers it names `id`.
+pub(super) fn user_message(id: &str, instruction: &str) -> Value {
     let text = if instruction.trim_start().starts_with('/') {
         format!("Instruction: {instruction}")
     } else {
@@ -242,6 +307,7 @@ pub(super) fn user_message(instruction: &str) -> Value {
     };
     json!({
         "type": "user",
+        "uuid": id,
         "message": {"role": "user", "content": [{"type": "text", "text": text}]},
     })
 }
@@ -342,6 +408,36 @@ mod tests {
             ),
             "{read:?}"
         );
+    }
+
+    #[test]
+    fn a_turn_names_the_message_that_it_answers() {
+        let init = json!({"type": "system", "subtype": "init", "session_id": "s", "model": "m"});
+        let mut ours = init.clone();
+        ours["user_message_uuids"] = json!(["a", "b"]);
+        let messages = |value| match line(value) {
+            Line::Init { messages, .. } => messages,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(messages(ours), ["a", "b"]);
+        assert!(messages(init).is_empty(), "the CLI begins it by itself");
+    }
+
+    #[test]
+    fn the_cost_of_one_turn_is_told_from_that_of_all() {
+        let Line::Result(result) = line(json!({
+            "type": "result", "is_error": true, "total_cost_usd": 7.0, "user_message_uuid": "a",
+            "usage": {"output_tokens": 0},
+            "model_usage_since_last_result": {
+                "one": {"inputTokens": 1, "outputTokens": 2, "costUSD": 0.25},
+                "two": {"inputTokens": 10, "cacheReadInputTokens": 3, "costUSD": 0.5}}
+        })) else {
+            panic!("a result")
+        };
+        let usage = result.since_last.unwrap();
+        assert_eq!((usage.input_tokens, usage.output_tokens), (11, 2));
+        assert_eq!((usage.cache_read_tokens, usage.cost_usd), (3, 0.75));
+        assert_eq!(result.message.as_deref(), Some("a"));
     }
 
     #[test]

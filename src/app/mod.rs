@@ -15,7 +15,7 @@ use tokio::net::TcpListener;
 
 use self::programs::{Programs, look_at_programs};
 use crate::{
-    agent::AgentSettings,
+    agent::{AgentSettings, Limits},
     api::{self, Access, AccessSettings, ApiState, Facts, Pins, Readiness},
     config::{self, CredentialSource, Loaded, Mode, Settings},
     domain::Signature,
@@ -263,6 +263,7 @@ fn supervisor_settings(
             path: programs.path.clone(),
             tool_folders: programs.folders(),
             is_confined: launcher.confinement().bash == Bash::All,
+            limits: Limits::default(),
         })
     });
     let preview_base_url = settings.preview_url("{slug}", listeners.preview_port());

@@ -176,6 +176,10 @@ pub struct TurnResult {
     pub held_back: Vec<HeldBack>,
     pub continuity: Continuity,
     pub context: ThreadContext,
+    /// Something that the turn had started could not be ended (stuck in the kernel) and may still
+    /// run. False: no process of it is left.
+    #[serde(default)]
+    pub processes_left: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -30,7 +30,7 @@ use url::Url;
 use crate::task::Tasks;
 
 pub use credential::{Credential, load_credentials_file};
-pub use run::{ActiveRun, AgentToken, UpstreamNote};
+pub use run::{ActiveRun, AgentToken, Hold, UpstreamNote};
 
 use relay::Relay;
 use run::Tokens;

@@ -24,7 +24,7 @@ use url::{Host, Url};
 use super::{
     GatewayConfig, GatewayError,
     credential::Credential,
-    run::{Admission, Exchange, Tokens},
+    run::{Admission, Exchange, Tokens, retry_after},
 };
 use crate::task;
 
@@ -165,7 +165,18 @@ impl Relay {
             }
             Ok(answer) => {
                 exchange.head(answer.status(), answer.headers());
-                relayed(answer, exchange)
+                let pause = retry_after(answer.headers());
+                let is_over = match pause {
+                    Some(pause) => exchange.run().wait_out(answer.status(), pause).await,
+                    None => false,
+                };
+                let mut relayed = relayed(answer, exchange);
+                if is_over {
+                    // The CLI asks again by itself: its body did not have to be kept here.
+                    let soon = HeaderValue::from_static("1");
+                    relayed.headers_mut().insert(header::RETRY_AFTER, soon);
+                }
+                relayed
             }
             Err(_) if exceeded.load(Ordering::Relaxed) => too_large(),
             Err(error) => {

@@ -12,7 +12,9 @@ use std::{
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use http::{HeaderMap, StatusCode, header};
+use jiff::Timestamp;
 use sha2::{Digest, Sha256};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 /// How the upstream last met a run.
@@ -27,12 +29,24 @@ pub enum UpstreamNote {
     Unreachable,
 }
 
+/// The upstream asked for a pause that the CLI would not wait out: the gateway does, holding the
+/// CLI's request meanwhile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Hold {
+    /// What the upstream answered.
+    pub status: u16,
+    pub until: tokio::time::Instant,
+}
+
 /// One run as the gateway sees it. Shared by its [`ActiveRun`] and the requests under way.
 #[derive(Debug)]
 pub(super) struct Run {
     label: String,
     requests: AtomicU64,
     note: Mutex<Option<UpstreamNote>>,
+    /// When it is over at the latest; `None`: nothing is held for it.
+    deadline: Option<tokio::time::Instant>,
+    hold: watch::Sender<Option<Hold>>,
     /// Cancelled when the run is over: what is still under way for it is cut.
     pub(super) over: CancellationToken,
 }
@@ -105,10 +119,26 @@ impl AgentToken {
     /// Opens the gateway to this token for one run, until the guard is dropped. `label` names the
     /// run in the log (a turn's id). A run that was still active is over with that.
     pub fn begin(&self, label: impl Into<String>) -> ActiveRun {
+        self.open(label.into(), None)
+    }
+
+    /// The same for a run that ends by itself at `deadline`: pauses that the upstream asks for and
+    /// that are over before are waited out ([`ActiveRun::holds`]).
+    pub fn begin_until(
+        &self,
+        label: impl Into<String>,
+        deadline: tokio::time::Instant,
+    ) -> ActiveRun {
+        self.open(label.into(), Some(deadline))
+    }
+
+    fn open(&self, label: String, deadline: Option<tokio::time::Instant>) -> ActiveRun {
         let run = Arc::new(Run {
-            label: label.into(),
+            label,
             requests: AtomicU64::new(0),
             note: Mutex::new(None),
+            deadline,
+            hold: watch::Sender::new(None),
             over: CancellationToken::new(),
         });
         if let Some(tokens) = self.tokens.upgrade()
@@ -160,6 +190,11 @@ impl ActiveRun {
         *self.run.note()
     }
 
+    /// The pauses that are waited out for this run: the newest, as they begin.
+    pub fn holds(&self) -> watch::Receiver<Option<Hold>> {
+        self.run.hold.subscribe()
+    }
+
     /// The status of the upstream's last answer; `None` before the first one and while it cannot
     /// be reached.
     pub fn last_upstream_status(&self) -> Option<u16> {
@@ -185,9 +220,48 @@ impl Drop for ActiveRun {
 }
 
 impl Run {
+    /// Waits out a pause, if that is worth it; whether it did. Cancel safe.
+    pub(super) async fn wait_out(&self, status: StatusCode, pause: Duration) -> bool {
+        let until = tokio::time::Instant::now() + pause;
+        if !is_worth_waiting(status, pause) || self.deadline.is_none_or(|end| until >= end) {
+            return false;
+        }
+        let hold = Hold {
+            status: status.as_u16(),
+            until,
+        };
+        tracing::warn!(
+            run = self.label,
+            status = hold.status,
+            pause_s = pause.as_secs(),
+            "the model API asks for a pause; it is waited out"
+        );
+        self.hold.send_replace(Some(hold));
+        tokio::time::sleep_until(until).await;
+        true
+    }
+
     fn note(&self) -> MutexGuard<'_, Option<UpstreamNote>> {
         self.note.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The CLI waits out up to a minute by itself and gives up at once on more; it gives a request up
+/// that was not answered for ten (measured with 2.1.329).
+fn is_worth_waiting(status: StatusCode, pause: Duration) -> bool {
+    matches!(status.as_u16(), 429 | 503 | 529)
+        && pause > Duration::from_secs(60)
+        && pause < Duration::from_secs(9 * 60 + 30)
+}
+
+/// The pause that an answer asks for: seconds, or a date.
+pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let value = headers.get(header::RETRY_AFTER)?.to_str().ok()?.trim();
+    if let Ok(seconds) = value.parse() {
+        return Some(Duration::from_secs(seconds));
+    }
+    let at = jiff::fmt::rfc2822::parse(value).ok()?.timestamp();
+    Duration::try_from(at - Timestamp::now()).ok()
 }
 
 /// One request on its way through: the single place that sees its start, the head and every chunk
@@ -227,10 +301,7 @@ impl Exchange {
         self.status = Some(status);
         *self.run.note() = Some(UpstreamNote::Answered {
             status: status.as_u16(),
-            retry_after: headers
-                .get(header::RETRY_AFTER)
-                .and_then(|value| value.to_str().ok()?.trim().parse().ok())
-                .map(Duration::from_secs),
+            retry_after: retry_after(headers),
         });
     }
 
@@ -259,6 +330,29 @@ impl Drop for Exchange {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pause_is_read_and_weighed() {
+        let pause = |value: &str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::RETRY_AFTER, value.parse().unwrap());
+            retry_after(&headers)
+        };
+        assert_eq!(pause("90"), Some(Duration::from_secs(90)));
+        assert_eq!(pause("soon"), None);
+        assert_eq!(pause("Sun, 06 Nov 1994 08:49:37 GMT"), None, "in the past");
+        let ahead = pause("Fri, 31 Dec 2100 23:59:59 GMT").unwrap();
+        assert!(ahead > Duration::from_secs(86_400));
+
+        let worth = |status, seconds| {
+            let status = StatusCode::from_u16(status).unwrap();
+            is_worth_waiting(status, Duration::from_secs(seconds))
+        };
+        assert!(worth(429, 90) && worth(529, 500) && worth(503, 61));
+        assert!(!worth(429, 3), "the CLI waits");
+        assert!(!worth(429, 3600), "the CLI would give up the request");
+        assert!(!worth(500, 90));
+    }
 
     fn admitted(tokens: &Tokens, token: &str) -> String {
         match tokens.admit(token) {

@@ -148,17 +148,19 @@ impl ProcessHandle {
     }
 
     /// SIGKILL to every descendant of the program, also those in sessions of their own, but not
-    /// to the program: ends what a turn left behind. Returns once they are gone.
+    /// to the program: ends what a turn left behind. Returns once they are gone. After the exit it
+    /// only tells whether all were gone by then.
     ///
     /// # Errors
-    /// [`ProcessError::Sweep`] if some are still there after seconds.
+    /// [`ProcessError::Sweep`] if some are still there after seconds, or were at the exit.
     pub async fn sweep(&self) -> Result<(), ProcessError> {
         let id = self.connection.next_sweep.fetch_add(1, Ordering::Relaxed) + 1;
         self.connection.tell(&Command::Sweep { id });
         let mut status = self.connection.status.clone();
         let swept = status.wait_for(|status| status.exit.is_some() || status.swept.0 >= id);
         let clean = match timeout(SWEEP_ANSWER, swept).await {
-            Ok(Ok(status)) => status.exit.is_some() || status.swept.1,
+            Ok(Ok(status)) if status.exit.is_some() => !status.is_left_over,
+            Ok(Ok(status)) => status.swept.1,
             // Without the task that hears it there is no warden either.
             Ok(Err(_)) => true,
             Err(_) => false,
@@ -245,6 +247,8 @@ pub(super) struct Status {
     pub(super) started: Option<u32>,
     pub(super) failure: Option<Failure>,
     pub(super) exit: Option<Exit>,
+    /// At the exit something was there that did not end, or that nobody could look for.
+    is_left_over: bool,
     /// The last sweep that is over, and whether it left nothing.
     swept: (u64, bool),
 }
@@ -271,7 +275,10 @@ pub(super) async fn attend(
                 status.failure = Some(failure);
                 status.exit = Some(Exit::UNKNOWN);
             }
-            Report::Exited(exit) => status.exit = Some(exit),
+            Report::Exited { exit, clean } => {
+                status.exit = Some(exit);
+                status.is_left_over = !clean;
+            }
             Report::Swept { id, clean } => status.swept = (id, clean),
         });
     }
@@ -286,7 +293,11 @@ pub(super) async fn attend(
         if let Some(pid) = status.borrow().started {
             signal::killpg(Pid::from_raw(pid.cast_signed()), Signal::SIGKILL).ok();
         }
-        status.send_modify(|status| status.exit = Some(Exit::UNKNOWN));
+        status.send_modify(|status| {
+            status.exit = Some(Exit::UNKNOWN);
+            // What left the group lives on, and nobody can find it any more.
+            status.is_left_over = true;
+        });
     }
 }
 

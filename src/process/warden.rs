@@ -166,10 +166,13 @@ impl Warden {
             if let Some((exit, since)) = self.exited {
                 if !self.has_reported && (is_alone || now >= since + REPORT_WAIT) {
                     self.hear_program(control.as_ref());
-                    let report = self
-                        .failure
-                        .take()
-                        .map_or(Report::Exited(exit), Report::Failed);
+                    let report = self.failure.take().map_or(
+                        Report::Exited {
+                            exit,
+                            clean: is_alone,
+                        },
+                        Report::Failed,
+                    );
                     tell(control.as_ref(), &report);
                     self.has_reported = true;
                 }

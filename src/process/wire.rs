@@ -62,8 +62,12 @@ pub(super) enum Report {
         pid: u32,
     },
     Failed(Failure),
-    /// The program and all its descendants are gone.
-    Exited(Exit),
+    /// The program is gone; and all its descendants, or (`clean` is false) some are stuck in the
+    /// kernel.
+    Exited {
+        exit: Exit,
+        clean: bool,
+    },
     /// The sweep of that id is over; whether nothing was left.
     Swept {
         id: u64,

@@ -291,6 +291,7 @@ impl RunOutcome {
             session_id: None,
             model: None,
             touched: BTreeSet::new(),
+            left_running: false,
         }
     }
 }
@@ -314,6 +315,7 @@ pub fn blank_result(accepted: &Accepted, context: &StoredContext) -> TurnResult 
         held_back: Vec::new(),
         continuity: Continuity::Fresh,
         context: context.answer(),
+        processes_left: false,
         error: None,
         code: None,
     }
@@ -551,6 +553,10 @@ impl TurnSite {
     }
 }
 
+/// Said where not all could be ended.
+const LEFT_RUNNING: &str = "Something that the turn had started could not be ended and may still \
+                            run; the operator has to look after it.";
+
 /// Takes what the agent's run says into the result.
 fn apply(
     outcome: &RunOutcome,
@@ -561,7 +567,19 @@ fn apply(
     result.usage = outcome.usage;
     result.num_turns = outcome.num_turns;
     result.session_id.clone_from(&outcome.session_id);
-    let fail = |code, message: String| Some(TurnFailure { code, message });
+    result.processes_left = outcome.left_running;
+    if outcome.left_running {
+        if !result.text.is_empty() {
+            result.text.push_str("\n\n");
+        }
+        result.text.push_str(LEFT_RUNNING);
+    }
+    let fail = |code, mut message: String| {
+        if outcome.left_running {
+            message = format!("{message} {LEFT_RUNNING}");
+        }
+        Some(TurnFailure { code, message })
+    };
     match &outcome.ending {
         Ending::Completed => {
             result.status = TurnStatus::Completed;
@@ -574,7 +592,7 @@ fn apply(
         Ending::Failed(why) => fail(ErrorCode::AgentFailed, why.clone()),
         Ending::SessionLost => fail(
             ErrorCode::AgentFailed,
-            "The agent could not begin the conversation.".into(),
+            "The agent could not begin the conversation; please send the instruction again.".into(),
         ),
         Ending::TimedOut => fail(
             ErrorCode::TurnTimeout,

@@ -11,12 +11,13 @@ use serde_json::{Value, json};
 /// What a failed connection counts as.
 const UNREACHABLE: u64 = 502;
 
-/// Asks, and puts what the model says into `text`; the status where it is no success.
-pub(crate) fn ask(model: &str, session: &str, words: &str, text: &mut String) -> Result<(), u64> {
+/// What the model says; the status where it is no success.
+pub(crate) fn ask(model: &str, session: &str, words: &str) -> Result<String, u64> {
     let answer = send(model, session, words).map_err(|_| UNREACHABLE)?;
     if answer.0 != 200 {
         return Err(answer.0);
     }
+    let mut text = String::new();
     for line in answer.1.lines() {
         let Some(data) = line.strip_prefix("data: ") else {
             continue;
@@ -24,7 +25,7 @@ pub(crate) fn ask(model: &str, session: &str, words: &str, text: &mut String) ->
         let event: Value = serde_json::from_str(data).map_err(|_| UNREACHABLE)?;
         text.push_str(event["delta"]["text"].as_str().unwrap_or_default());
     }
-    Ok(())
+    Ok(text)
 }
 
 fn send(model: &str, session: &str, words: &str) -> std::io::Result<(u64, String)> {

@@ -12,12 +12,14 @@
 //! | `ask WORDS` | asks the API, and says what it streams |
 //! | `remember WORDS` · `recall` | says what was last to be remembered in this conversation |
 //! | `pause MS` | thinks, without a word |
+//! | `muse MS N` | thinks aloud N times, so long each |
 //! | `silent` | says nothing more; obeys an interrupt |
 //! | `retry STATUS MS` | an `api_retry`, and its delay |
 //! | `fail STATUS` | ends the turn as the API's refusal does: `is_error` with `success` |
 //! | `break` | ends the turn as a broken stream does: `error_during_execution` |
 //! | `exit CODE` · `die` | ends the process without a result, by itself or by SIGKILL |
 //! | `half-line` | prints half a line, without its end |
+//! | `lose-tool` | runs a command whose end nobody can read |
 //! | `long-line MB` | prints one line so long |
 //! | `flood-stderr MB` | prints as much on standard error |
 //! | `close-stdout` | closes its standard output, and stays |

@@ -3,13 +3,16 @@
 
 use std::{
     collections::VecDeque,
-    io::{BufRead, stdin},
+    fs::File,
+    io::{BufRead, BufReader, stdin},
+    os::fd::AsFd,
     process,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::signal::{Signal, kill, killpg},
     unistd::Pid,
 };
@@ -17,10 +20,20 @@ use serde_json::{Value, json};
 
 use crate::voice::Voice;
 
+/// How often it is looked whether to listen at all, in milliseconds.
+const LOOK_EVERY: u8 = 20;
+
 /// What comes next.
 pub(crate) enum Order {
-    Turn(String),
+    Turn(Instruction),
     End,
+}
+
+/// A turn that is asked for.
+pub(crate) struct Instruction {
+    /// The id that its message has; none for a turn of its own.
+    pub(crate) message: Option<String>,
+    pub(crate) script: String,
 }
 
 /// How a wait ended.
@@ -38,7 +51,7 @@ pub(crate) struct Input {
 
 #[derive(Default)]
 struct State {
-    turns: VecDeque<String>,
+    turns: VecDeque<Instruction>,
     is_closed: bool,
     /// A turn is being played.
     is_playing: bool,
@@ -80,13 +93,28 @@ impl Input {
 
     /// Reads standard input to its end.
     pub(crate) fn read(&self, voice: &Voice) {
-        for line in stdin().lock().lines() {
-            let Ok(line) = line else { break };
-            if self.lock().is_deaf {
-                // The pipe fills up from here.
-                return;
+        let Ok(pipe) = stdin().as_fd().try_clone_to_owned() else {
+            return;
+        };
+        let mut reader = BufReader::new(File::from(pipe));
+        loop {
+            if reader.buffer().is_empty() {
+                let mut ready = [PollFd::new(reader.get_ref().as_fd(), PollFlags::POLLIN)];
+                let found = poll(&mut ready, LOOK_EVERY).unwrap_or_default();
+                if self.lock().is_deaf {
+                    // The pipe fills up from here.
+                    return;
+                }
+                if found == 0 {
+                    continue;
+                }
             }
-            let Ok(line) = serde_json::from_str::<Value>(&line) else {
+            let mut line = String::new();
+            if !matches!(reader.read_line(&mut line), Ok(1..)) {
+                break;
+            }
+            let line = line.trim_end();
+            let Ok(line) = serde_json::from_str::<Value>(line) else {
                 eprintln!(
                     "Error parsing streaming input line (type=unknown, {} chars): SyntaxError",
                     line.len()
@@ -95,7 +123,12 @@ impl Input {
             };
             match line["type"].as_str() {
                 Some("user") => {
-                    let turn = text_of(&line["message"]["content"]);
+                    let message = line["uuid"].as_str().map(str::to_owned);
+                    if let Some(id) = &message {
+                        voice.lifecycle(id, "queued");
+                    }
+                    let script = text_of(&line["message"]["content"]);
+                    let turn = Instruction { message, script };
                     self.change(|state| state.turns.push_back(turn));
                 }
                 Some("control_request") => self.control(&line, voice),
@@ -120,7 +153,11 @@ impl Input {
         let error = |error: String, code: &str| json!({"subtype": "error", "request_id": id, "error": error, "error_code": code});
         let answer = match subtype {
             "interrupt" if self.lock().is_stubborn => return,
-            "interrupt" => ok(json!({"still_queued": []})),
+            "interrupt" => {
+                let state = self.lock();
+                let queued: Vec<_> = state.turns.iter().map(|turn| &turn.message).collect();
+                ok(json!({"still_queued": queued}))
+            }
             "set_permission_mode" => {
                 const MODES: [&str; 6] = [
                     "acceptEdits",
@@ -212,9 +249,11 @@ impl Input {
             state.is_interrupted = false;
             let now = Instant::now();
             let due = state.own_turn.take_if(|(at, _)| *at <= now);
-            let next = due
-                .map(|(_, turn)| turn)
-                .or_else(|| state.turns.pop_front());
+            let own = |(_, script)| Instruction {
+                message: None,
+                script,
+            };
+            let next = due.map(own).or_else(|| state.turns.pop_front());
             if let Some(turn) = next {
                 state.is_playing = true;
                 return Order::Turn(turn);

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use crate::{
     IN_SESSION, ask, flood,
-    input::{Input, Waited},
+    input::{Input, Instruction, Waited},
     session::Session,
     voice::{Tokens, Voice},
 };
@@ -67,19 +67,25 @@ impl<'a> Performance<'a> {
     }
 
     /// Plays it; whether it failed.
-    pub(crate) fn play(mut self, instruction: &str) -> bool {
+    pub(crate) fn play(mut self, instruction: &Instruction) -> bool {
         // A summary of an earlier conversation is no part of the script.
         let script = instruction
+            .script
             .rsplit("</conversation-so-far>")
             .next()
             .unwrap_or_default();
         self.session.record("user", script);
-        self.voice.say(json!({
+        let mut init = json!({
             "type": "system", "subtype": "init", "cwd": env::current_dir().unwrap_or_default(),
             "tools": ["Bash", "Edit", "Glob", "Grep", "Read", "Write"], "mcp_servers": [],
             "model": self.input.model(), "permissionMode": self.input.mode(),
             "claude_code_version": "2.1.329",
-        }));
+        });
+        if let Some(message) = &instruction.message {
+            self.voice.lifecycle(message, "started");
+            init["user_message_uuids"] = json!([message]);
+        }
+        self.voice.say(init);
         self.requesting();
         let mut ending = Ok(());
         for line in script.lines() {
@@ -99,7 +105,12 @@ impl<'a> Performance<'a> {
         }
         let text = self.text.clone();
         self.session.record("assistant", &text);
-        self.end(ending)
+        let failed = self.end(ending, instruction.message.as_deref());
+        if let Some(message) = &instruction.message {
+            let state = if failed { "cancelled" } else { "completed" };
+            self.voice.lifecycle(message, state);
+        }
+        failed
     }
 
     fn act(&mut self, line: &str) -> Result<(), Cut> {
@@ -128,6 +139,10 @@ impl<'a> Performance<'a> {
                 Ok(())
             }
             ("pause", Some(ms)) => self.pause(Duration::from_millis(ms)),
+            ("muse", Some(ms)) => {
+                let times = rest.split(' ').nth(1).and_then(|n| n.parse().ok());
+                self.muse(Duration::from_millis(ms), times.unwrap_or(1))
+            }
             ("silent", _) => self.pause(FOR_EVER),
             ("retry", Some(status)) => {
                 let delay = rest.split(' ').nth(1).and_then(|ms| ms.parse().ok());
@@ -143,6 +158,14 @@ impl<'a> Performance<'a> {
             ("half-line", _) => {
                 let half = br#"{"type":"stream_event","event":{"type":"content_bl"#;
                 self.voice.print(half);
+                Ok(())
+            }
+            ("lose-tool", _) => {
+                self.call(
+                    "Bash",
+                    &json!({"command": "true", "description": "a command"}),
+                );
+                self.voice.print(b"{\"type\":\"user\",\n");
                 Ok(())
             }
             ("long-line", Some(megabytes)) => {
@@ -459,9 +482,16 @@ impl<'a> Performance<'a> {
     }
 
     fn ask(&mut self, words: &str) -> Result<(), Cut> {
-        let mut text = String::new();
-        match ask::ask(&self.input.model(), self.voice.session(), words, &mut text) {
-            Ok(()) => {
+        let (model, session) = (self.input.model(), self.voice.session().to_owned());
+        let words = words.to_owned();
+        let asking = thread::spawn(move || ask::ask(&model, &session, &words));
+        while !asking.is_finished() {
+            if self.input.wait(Duration::from_millis(2)) == Waited::Interrupted {
+                return Err(Cut::Aborted("aborted_streaming"));
+            }
+        }
+        match asking.join().unwrap_or(Err(500)) {
+            Ok(text) => {
                 self.say(&text);
                 Ok(())
             }
@@ -480,6 +510,16 @@ impl<'a> Performance<'a> {
         }
     }
 
+    fn muse(&mut self, time: Duration, times: u32) -> Result<(), Cut> {
+        for _ in 0..times {
+            self.pause(time)?;
+            self.voice
+                .stream(json!({"type": "content_block_delta", "index": 0,
+                "delta": {"type": "thinking_delta", "thinking": "hm"}}));
+        }
+        Ok(())
+    }
+
     fn retry(&mut self, status: u64, delay: u64) -> Result<(), Cut> {
         self.voice.say(
             json!({"type": "system", "subtype": "api_retry", "attempt": 1,
@@ -493,7 +533,7 @@ impl<'a> Performance<'a> {
     }
 
     /// The result; whether it is a failure.
-    fn end(mut self, ending: Result<(), Cut>) -> bool {
+    fn end(&mut self, ending: Result<(), Cut>, message: Option<&str>) -> bool {
         let mut result = json!({"type": "result", "is_error": ending.is_err(),
             "api_error_status": null, "permission_denials": [], "stop_reason": null});
         let mut turns = self.answers;
@@ -550,6 +590,10 @@ impl<'a> Performance<'a> {
                     "cacheReadInputTokens": self.usage.read,
                     "cacheCreationInputTokens": self.usage.created, "costUSD": cost}),
             );
+        }
+        match message {
+            Some(message) => result["user_message_uuid"] = json!(message),
+            None => result["origin"] = json!({"kind": "task-notification"}),
         }
         result["usage"] = self.usage.json();
         result["model_usage_since_last_result"] = json!(models);

@@ -82,6 +82,11 @@ impl Voice {
         drop(guard);
     }
 
+    /// How a message of the caller's stands.
+    pub(crate) fn lifecycle(&self, message: &str, state: &str) {
+        self.say(json!({"type": "command_lifecycle", "command_uuid": message, "state": state}));
+    }
+
     /// One of the API's own events.
     pub(crate) fn stream(&self, event: Value) {
         self.say(json!({"type": "stream_event", "event": event, "parent_tool_use_id": null}));

@@ -14,6 +14,7 @@ mod gateway;
 mod hostile;
 mod init;
 mod lifecycle;
+mod limits;
 mod owners;
 mod preview_dev_server;
 mod preview_proxy;

@@ -85,6 +85,12 @@ impl Options {
             .env("ANTHROPIC_API_KEY", CANARY)
     }
 
+    /// It has a model behind it after all, as [`Options::api`] says.
+    pub(crate) fn without_rehearsal(mut self) -> Self {
+        self.args.retain(|arg| arg != "--rehearsal");
+        self
+    }
+
     /// Its agents are stand-ins that act out what an instruction says; no model is behind them.
     pub(crate) fn acting(self) -> Self {
         self.env("CLAUDE_BIN", acting_claude()).rehearsal()
