@@ -13,6 +13,7 @@ use crate::support::{
 #[derive(Debug, PartialEq)]
 struct Traces {
     results: Vec<Value>,
+    costs: Vec<f64>,
     files: BTreeMap<String, String>,
     subjects: String,
     requests: Vec<Value>,
@@ -31,7 +32,7 @@ async fn play(adapt: impl FnOnce(Options) -> Options) -> Traces {
     let alice = who("acme", "alice", "main");
     let greenroom = TestGreenroom::start(adapt(Options::new(&folders).api(&api))).await;
     greenroom.init(&alice, json!({"repoUrl": site})).await.ok();
-    let mut results = Vec::new();
+    let (mut results, mut costs) = (Vec::new(), Vec::new());
     for fields in [
         json!({"instruction": "first"}),
         json!({"instruction": "think", "mode": "plan"}),
@@ -39,9 +40,10 @@ async fn play(adapt: impl FnOnce(Options) -> Options) -> Traces {
         json!({"instruction": "third"}),
     ] {
         let result = greenroom.execute_with(&alice, fields).await.ok();
+        costs.push(result["usage"]["costUsd"].as_f64().unwrap());
         results.push(json!({
             "text": result["text"], "mode": result["mode"], "continuity": result["continuity"],
-            "usage": result["usage"], "numTurns": result["numTurns"],
+            "numTurns": result["numTurns"],
             "files": result["commit"]["files"],
             "history": result["context"]["history"].as_array().unwrap().iter().map(|entry| {
                 json!([entry["instruction"], entry["text"], entry["status"], entry["mode"]])
@@ -64,6 +66,7 @@ async fn play(adapt: impl FnOnce(Options) -> Options) -> Traces {
     });
     Traces {
         results,
+        costs,
         files: BTreeMap::from(files),
         subjects: git(&worktree, &["log", "--format=%s"]),
         requests: requests.collect(),
@@ -75,6 +78,10 @@ async fn warm_and_cold_agents_leave_the_same() {
     let warm = play(|options| options).await;
     let cold = play(|options| options.env("MAX_WARM_AGENTS", "0")).await;
     assert_eq!(warm.results, cold.results);
+    // To a token or two: a conversation that is read from its transcript has other ids in it.
+    for (warm, cold) in warm.costs.iter().zip(&cold.costs) {
+        assert!((warm - cold).abs() < warm * 0.01, "{warm} became {cold}");
+    }
     assert_eq!(warm.files, cold.files);
     assert_eq!(warm.subjects, cold.subjects);
     assert_eq!(warm.requests.len(), cold.requests.len());
