@@ -518,7 +518,11 @@ impl Downstream {
             }
         };
         stream.set_nodelay(true).ok();
-        let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
+        // One buffer, one plain write: nearly all requests have no body, and bodies cost no more.
+        let handshake = hyper::client::conn::http1::Builder::new()
+            .writev(false)
+            .handshake(TokioIo::new(stream))
+            .await;
         let (sender, connection) = handshake.map_err(|_| UpstreamError::Unreachable)?;
         // Ends when the sender and the bodies are dropped: with the downstream connection.
         self.proxy.tasks.spawn("preview upstream", async move {
