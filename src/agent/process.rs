@@ -75,7 +75,9 @@ pub struct Agent {
     limits: Limits,
     default_model: Option<String>,
     mode: TurnMode,
-    model: Option<String>,
+    /// `None`: not known. A resumed conversation goes on with the model that it had last, whatever
+    /// the command line says (measured with 2.1.329).
+    model: Option<Option<String>>,
     /// The CLI's own cost is cumulative.
     cost_before: f64,
     /// The CLI repeats the ids of our messages; one that never did so is believed without.
@@ -122,7 +124,7 @@ impl Agent {
             limits,
             default_model: settings.model.clone(),
             mode: TurnMode::Execute,
-            model: settings.model.clone(),
+            model: matches!(session, SessionStart::New(_)).then(|| settings.model.clone()),
             cost_before: 0.0,
             names_messages: false,
             has_served: false,
@@ -225,11 +227,11 @@ impl Agent {
             self.mode = request.mode;
         }
         let model = request.model.clone().or_else(|| self.default_model.clone());
-        if self.model != model {
+        if self.model.as_ref() != Some(&model) {
             let id = wire.request_id();
             let message = protocol::set_model(&id, model.as_deref());
             self.control(&mut wire, &id, message).await?;
-            self.model = model;
+            self.model = Some(model);
         }
         let message = protocol::user_message(&run.message, &request.instruction);
         match wire.write(&message, self.begin_limit()).await {

@@ -2,7 +2,8 @@
 //! at a preview each hold one; when the last is gone the idle clock starts.
 
 use std::{
-    collections::HashMap,
+    borrow::Cow,
+    collections::{BTreeMap, HashMap},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -36,7 +37,8 @@ pub enum HolderKind {
 #[derive(Debug, Clone, Serialize, ToSchema)]
 pub struct Holder {
     pub kind: HolderKind,
-    pub who: String,
+    #[schema(value_type = String)]
+    pub who: Cow<'static, str>,
     /// RFC 3339, UTC.
     #[schema(value_type = String)]
     pub since: Timestamp,
@@ -55,7 +57,7 @@ pub struct IdleAnswer {
 
 #[derive(Debug)]
 struct State {
-    holders: HashMap<u64, Holder>,
+    holders: BTreeMap<u64, Holder>,
     /// Until when each preview has a person at it.
     people: HashMap<String, (Instant, Timestamp)>,
     idle_since: Instant,
@@ -139,7 +141,7 @@ impl Activity {
             limit,
             next: AtomicU64::new(0),
             state: Mutex::new(State {
-                holders: HashMap::new(),
+                holders: BTreeMap::new(),
                 people: HashMap::new(),
                 idle_since: Instant::now(),
                 idle_since_utc: None,
@@ -154,7 +156,7 @@ impl Activity {
     }
 
     /// Keeps the container awake while the guard lives.
-    pub fn hold(&self, kind: HolderKind, who: impl Into<String>) -> Guard {
+    pub fn hold(&self, kind: HolderKind, who: impl Into<Cow<'static, str>>) -> Guard {
         let id = self.0.next.fetch_add(1, Ordering::Relaxed);
         let holder = Holder {
             kind,
@@ -232,7 +234,7 @@ impl Activity {
         let mut holders: Vec<Holder> = state.holders.values().cloned().collect();
         holders.extend(state.people.iter().map(|(who, (_, since))| Holder {
             kind: HolderKind::Preview,
-            who: who.clone(),
+            who: who.clone().into(),
             since: *since,
         }));
         holders.sort_by_key(|holder| holder.since);

@@ -122,6 +122,7 @@ impl Access {
         headers: &'a HeaderMap,
         now: i64,
     ) -> Option<&'a str> {
+        self.key?;
         let (_, token) = split_query(query);
         token
             .and_then(|token| self.verify("link", token, now))

@@ -4,7 +4,7 @@
 
 use std::{
     future::Future,
-    pin::{Pin, pin},
+    pin::Pin,
     task::{Context, Poll},
 };
 
@@ -36,13 +36,13 @@ impl Alarm {
         Poll::Pending
     }
 
-    /// Waits for a future until a deadline.
+    /// Waits for a future until a deadline. The future stays where it is: one that holds a request
+    /// is large.
     pub(crate) async fn limit<F: Future>(
         &mut self,
         deadline: Instant,
-        future: F,
+        mut future: Pin<&mut F>,
     ) -> Result<F::Output, Elapsed> {
-        let mut future = pin!(future);
         std::future::poll_fn(|cx| match future.as_mut().poll(cx) {
             Poll::Ready(output) => Poll::Ready(Ok(output)),
             Poll::Pending => self.poll(cx, deadline).map(|()| Err(Elapsed)),
@@ -53,7 +53,7 @@ impl Alarm {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use std::{pin::pin, time::Duration};
 
     use super::*;
 
@@ -64,16 +64,16 @@ mod tests {
         let at = |seconds| start + Duration::from_secs(seconds);
         let never = std::future::pending::<()>;
         let soon = tokio::time::sleep(Duration::from_secs(3));
-        assert!(alarm.limit(at(10), soon).await.is_ok());
+        assert!(alarm.limit(at(10), pin!(soon)).await.is_ok());
         // Later than the one that it is armed for, then sooner.
-        assert!(alarm.limit(at(20), never()).await.is_err());
+        assert!(alarm.limit(at(20), pin!(never())).await.is_err());
         assert_eq!(start.elapsed().as_secs(), 20);
         let soon = tokio::time::sleep(Duration::from_secs(1));
-        assert!(alarm.limit(at(60), soon).await.is_ok());
-        assert!(alarm.limit(at(30), never()).await.is_err());
+        assert!(alarm.limit(at(60), pin!(soon)).await.is_ok());
+        assert!(alarm.limit(at(30), pin!(never())).await.is_err());
         assert_eq!(start.elapsed().as_secs(), 30);
         // One that is over already.
-        assert!(alarm.limit(at(5), never()).await.is_err());
+        assert!(alarm.limit(at(5), pin!(never())).await.is_err());
         assert_eq!(start.elapsed().as_secs(), 30);
     }
 }

@@ -6,7 +6,7 @@ use http::{
     HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version,
     header::{
         ACCEPT, AUTHORIZATION, CACHE_CONTROL, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH,
-        CONTENT_RANGE, CONTENT_TYPE, COOKIE, DATE, ETAG, EXPECT, HOST, LOCATION, ORIGIN, RANGE,
+        CONTENT_RANGE, CONTENT_TYPE, COOKIE, DATE, ETAG, HOST, LOCATION, ORIGIN, RANGE,
         SEC_WEBSOCKET_PROTOCOL, SET_COOKIE, TRANSFER_ENCODING, UPGRADE,
     },
 };
@@ -14,32 +14,40 @@ use http::{
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+/// Fields that a request to the dev server has besides the browser's: `Host` and these three.
+const OF_OURS: usize = 4;
 const SEC_FETCH_DEST: HeaderName = HeaderName::from_static("sec-fetch-dest");
 
-/// Removes what belongs to one connection (RFC 9110 7.6.1): the known fields, and those that
-/// `Connection` names. Fields that are meant for everybody stay even when it names them: with
-/// `Connection: Host, Cookie` a sender would have us forward another request than its own.
+/// Removes what belongs to the connection that a message came by.
 pub(crate) fn strip_hop_by_hop(headers: &mut HeaderMap) {
-    // Most messages have none or one of them: what isn't there is not removed.
-    let mut gone: Vec<HeaderName> = headers
-        .keys()
-        .filter(|name| is_hop_by_hop(name))
-        .cloned()
-        .collect();
-    if gone.contains(&CONNECTION) {
-        let named = list(headers, &CONNECTION)
-            .filter(|word| !word.eq_ignore_ascii_case("keep-alive"))
-            .filter_map(|name| HeaderName::from_bytes(name.as_bytes()).ok())
-            .filter(|name| !is_end_to_end(name));
-        gone.extend(named);
-    }
-    // Framing is hyper's to choose. Where both lengths came, only the coding counted (9112 6.3).
-    if gone.contains(&TRANSFER_ENCODING) {
-        gone.push(CONTENT_LENGTH);
-    }
-    for name in gone {
+    for name in hop_by_hop(headers) {
         headers.remove(name);
     }
+}
+
+/// What belongs to one connection (RFC 9110 7.6.1): the known fields, and those that `Connection`
+/// names. Fields that are meant for everybody stay even when it names them: with
+/// `Connection: Host, Cookie` a sender would have us forward another request than its own.
+fn hop_by_hop(headers: &HeaderMap) -> Vec<HeaderName> {
+    let mut gone = Vec::new();
+    for (name, value) in headers {
+        if !is_hop_by_hop(name) {
+            continue;
+        }
+        gone.push(name.clone());
+        // What most say is no list of names.
+        if *name == CONNECTION && value != "keep-alive" {
+            let named = words(value)
+                .filter_map(|name| HeaderName::from_bytes(name.as_bytes()).ok())
+                .filter(|name| !is_end_to_end(name));
+            gone.extend(named);
+        }
+        // Framing is hyper's to choose. Where both lengths came, only the coding counted (9112 6.3).
+        if *name == TRANSFER_ENCODING {
+            gone.push(CONTENT_LENGTH);
+        }
+    }
+    gone
 }
 
 fn is_hop_by_hop(name: &HeaderName) -> bool {
@@ -82,13 +90,12 @@ fn is_end_to_end(name: &HeaderName) -> bool {
 
 /// The comma separated words of all fields of a name.
 fn list<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item = &'a str> {
-    headers
-        .get_all(name)
-        .into_iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .map(str::trim)
-        .filter(|word| !word.is_empty())
+    headers.get_all(name).into_iter().flat_map(words)
+}
+
+fn words(value: &HeaderValue) -> impl Iterator<Item = &str> {
+    let words = value.to_str().unwrap_or_default().split(',');
+    words.map(str::trim).filter(|word| !word.is_empty())
 }
 
 fn lists(headers: &HeaderMap, name: &HeaderName, word: &str) -> bool {
@@ -101,33 +108,45 @@ pub(crate) fn forwarded_for(peer: IpAddr) -> HeaderValue {
     HeaderValue::from_str(&peer).expect("hex digits, dots and colons")
 }
 
-/// Makes a browser's headers those of the request to the dev server. `peer` is the browser's
-/// address by [`forwarded_for`]. `host` is what the browser
-/// sent; `rewritten` replaces it where the dev server would not take it.
+/// Makes the headers of the request to the dev server from a browser's. `peer` is the browser's
+/// address by [`forwarded_for`]. `host` is what the browser sent; `rewritten` replaces it where
+/// the dev server would not take it.
 pub(crate) fn to_upstream(
-    headers: &mut HeaderMap,
+    headers: &HeaderMap,
     peer: &HeaderValue,
     host: &HeaderValue,
     rewritten: Option<HeaderValue>,
-) {
-    strip_hop_by_hop(headers);
-    // Answered by our own server, which asks for the body when it is wanted.
-    headers.remove(EXPECT);
-    let mut hops: Vec<&str> = list(headers, &FORWARDED_FOR).collect();
+) -> HeaderMap {
+    let gone = hop_by_hop(headers);
+    let mut upstream = HeaderMap::with_capacity(headers.len() + OF_OURS);
+    upstream.insert(HOST, rewritten.unwrap_or_else(|| host.clone()));
+    let mut hops: Vec<&str> = Vec::new();
+    for (name, value) in headers {
+        match name.as_str() {
+            // An expectation was answered by our own server, which asks for the body when it is
+            // wanted.
+            "host" | "expect" => {}
+            "x-forwarded-for" => hops.extend(words(value)),
+            _ if gone.contains(name) => {}
+            _ => {
+                upstream.append(name, value.clone());
+            }
+        }
+    }
     let forwarded = if hops.is_empty() {
         peer.clone()
     } else {
         hops.extend(peer.to_str());
         HeaderValue::from_str(&hops.join(", ")).unwrap_or_else(|_| peer.clone())
     };
-    headers.insert(FORWARDED_FOR, forwarded);
-    headers
+    upstream.insert(FORWARDED_FOR, forwarded);
+    upstream
         .entry(FORWARDED_HOST)
         .or_insert_with(|| host.clone());
-    headers
+    upstream
         .entry(FORWARDED_PROTO)
         .or_insert(HeaderValue::from_static("http"));
-    headers.insert(HOST, rewritten.unwrap_or_else(|| host.clone()));
+    upstream
 }
 
 /// Asks for a WebSocket again, after [`to_upstream`].
@@ -289,7 +308,7 @@ mod tests {
         let host = HeaderValue::from_static("a.localhost:4321");
         let peer = &forwarded_for("::ffff:10.1.2.3".parse().unwrap());
         let mut headers = map(&[("host", "a.localhost:4321"), ("expect", "100-continue")]);
-        to_upstream(&mut headers, peer, &host, None);
+        headers = to_upstream(&headers, peer, &host, None);
         assert_eq!(headers["host"], "a.localhost:4321");
         assert_eq!(headers["x-forwarded-for"], "10.1.2.3");
         assert_eq!(headers["x-forwarded-host"], "a.localhost:4321");
@@ -304,12 +323,8 @@ mod tests {
             ("sec-fetch-site", "cross-site"),
         ]);
         let rewritten = Some(HeaderValue::from_static("localhost:20001"));
-        to_upstream(
-            &mut headers,
-            peer,
-            &HeaderValue::from_static("x.example"),
-            rewritten,
-        );
+        let host = HeaderValue::from_static("x.example");
+        headers = to_upstream(&headers, peer, &host, rewritten);
         assert_eq!(headers["host"], "localhost:20001");
         assert_eq!(headers["x-forwarded-for"], "1.1.1.1, 2.2.2.2, 10.1.2.3");
         assert_eq!(headers["x-forwarded-host"], "x.example");

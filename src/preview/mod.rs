@@ -23,7 +23,7 @@ mod routing;
 
 use std::{
     any::Any,
-    collections::{HashMap, HashSet},
+    collections::{BTreeMap, HashSet},
     fmt,
     path::PathBuf,
     sync::{Arc, Mutex},
@@ -100,7 +100,7 @@ struct Shared {
 
 #[derive(Default)]
 struct Registry {
-    by_slug: HashMap<String, PreviewHandle>,
+    by_slug: BTreeMap<String, PreviewHandle>,
     default: Option<String>,
 }
 
@@ -193,13 +193,13 @@ impl Previews {
         self.registry().default = Some(slug.to_owned());
     }
 
-    /// The preview that a request is for: by the first label of its Host, else by its cookie's
+    /// The preview that a request is for: by the first `label` of its Host, else by its cookie's
     /// thread, else the default one. A label that is the slug of a thread nobody knows here is
     /// for none: its address must not show another thread's site.
-    pub fn route(&self, host: Option<&str>, cookie: Option<&str>) -> Option<PreviewHandle> {
+    pub fn route(&self, label: Option<&str>, cookie: Option<&str>) -> Option<PreviewHandle> {
         let registry = self.registry();
         let default = registry.default.as_deref();
-        routing::choose(host, cookie, default, |slug| registry.by_slug.get(slug)).cloned()
+        routing::choose(label, cookie, default, |slug| registry.by_slug.get(slug)).cloned()
     }
 
     /// Ends a preview's dev server and forgets the preview.

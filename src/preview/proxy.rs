@@ -15,7 +15,7 @@ use std::{
     convert::Infallible,
     fmt,
     net::{Ipv4Addr, SocketAddr},
-    pin::Pin,
+    pin::{Pin, pin},
     sync::{Arc, Mutex},
     task::{Context, Poll},
     time::Duration,
@@ -25,6 +25,7 @@ use bytes::Bytes;
 use http::{
     HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version,
     header::{HOST, ORIGIN, SEC_WEBSOCKET_PROTOCOL},
+    request::Parts,
     uri::PathAndQuery,
 };
 use hyper::{
@@ -48,7 +49,7 @@ use super::{
     header_deadline::{HeaderDeadline, InRequest},
     headers,
     pages::{self, Page},
-    routing::{SameSite, host_name, is_own_origin, passes_host_check},
+    routing::{Host, SameSite, is_own_origin},
 };
 use crate::{domain::PreviewState, task::Tasks};
 
@@ -68,6 +69,8 @@ const UPGRADE_DEADLINE: Duration = Duration::from_secs(15);
 /// For requests in flight when the program stops.
 const LAST_REQUESTS: Duration = Duration::from_secs(5);
 const TUNNEL_BUFFER: usize = 32 * 1024;
+/// The Host of a request that needs none.
+static LOCALHOST: HeaderValue = HeaderValue::from_static("localhost");
 
 /// What a listener is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -152,13 +155,17 @@ impl Proxy {
             proxy: self,
             peer: headers::forwarded_for(peer.ip()),
             permit: Arc::new(permit),
+            last_host: Mutex::default(),
             pinned: Mutex::default(),
         });
         let service = service_fn(move |request| {
             let downstream = downstream.clone();
             let in_request = switch.begin();
             async move {
-                let mut response = downstream.answer(request).await;
+                let mut response = match downstream.answer(request).await {
+                    Ok(response) => response,
+                    Err(page) => page.map(ResponseBody::whole),
+                };
                 if response.status() == StatusCode::SWITCHING_PROTOCOLS {
                     in_request.make_last();
                 } else {
@@ -175,7 +182,7 @@ impl Proxy {
             .max_buf_size(2 * MAX_HEAD)
             .serve_connection(TokioIo::new(stream), service)
             .with_upgrades();
-        let mut connection = std::pin::pin!(connection);
+        let mut connection = pin!(connection);
         tokio::select! {
             biased;
             // A connection that breaks is the browser's business: nothing to say about it.
@@ -192,8 +199,20 @@ struct Downstream {
     /// As `X-Forwarded-For` has it.
     peer: HeaderValue,
     permit: Arc<OwnedSemaphorePermit>,
+    /// The last request's, most likely also the next one's.
+    last_host: Mutex<Option<Arc<Host>>>,
     /// The upstream connection of the last request, for the next one.
     pinned: Mutex<Option<Pinned>>,
+}
+
+/// Where a request goes that may pass.
+struct Destination {
+    /// What the browser called it.
+    host: Arc<Host>,
+    preview: PreviewHandle,
+    /// A person looks at the answer, and can be shown another page meanwhile.
+    as_page: bool,
+    is_websocket: bool,
 }
 
 struct Pinned {
@@ -220,25 +239,28 @@ impl From<Elapsed> for UpstreamError {
 }
 
 impl Downstream {
-    async fn answer(&self, request: Request<Incoming>) -> Response<ResponseBody> {
-        match self.try_answer(request).await {
-            Ok(response) => response,
-            Err(page) => page.map(ResponseBody::whole),
+    /// `Err` is an answer of our own: no upstream had a part in it.
+    async fn answer(&self, request: Request<Incoming>) -> Result<Response<ResponseBody>, Page> {
+        let to = self.admit(&request)?;
+        if to.is_websocket {
+            // Boxed, as all that is rare here: a future is as large as its largest part, and one
+            // is moved with every request.
+            return Box::pin(self.upgrade(request, &to)).await;
         }
+        let (head, body) = request.into_parts();
+        self.forward(&head, body, &to).await
     }
 
-    /// `Err` is an answer of our own: no upstream had a part in it.
-    async fn try_answer(&self, request: Request<Incoming>) -> Result<Response<ResponseBody>, Page> {
-        let host = host_of(&request)?;
+    /// Finds out which preview a request is for and whether it may pass; what needs no dev server
+    /// is answered at once.
+    fn admit(&self, request: &Request<Incoming>) -> Result<Destination, Page> {
+        let host = self.host_of(request)?;
         let as_page = headers::is_navigation(request.method(), request.headers());
         let is_websocket =
             headers::is_websocket(request.method(), request.version(), request.headers());
         if self.proxy.kind == ProxyKind::HmrOnly && !is_websocket {
             return Err(upgrade_required());
         }
-        let host_text = host
-            .to_str()
-            .map_err(|_| bad_request("the Host is not plain text"))?;
         let now = jiff::Timestamp::now().as_second();
         let access = self.proxy.previews.access();
         let query = request.uri().query();
@@ -246,7 +268,7 @@ impl Downstream {
         let preview = self
             .proxy
             .previews
-            .route(Some(host_text), named)
+            .route(host.label(), named)
             .ok_or_else(|| {
                 pages::problem(
                     StatusCode::NOT_FOUND,
@@ -273,20 +295,37 @@ impl Downstream {
             }
         }
         if is_websocket {
-            self.check_origin(request.headers(), host_text)?;
-            // Boxed, as all that is rare here: a future is as large as its largest part, and one
-            // is moved with every request.
-            return Box::pin(self.upgrade(request, host, &preview)).await;
+            self.check_origin(request.headers(), &host)?;
+        } else if path.starts_with(pages::OWN_PREFIX) {
+            return Err(self.answer_own(request, &host, &preview));
         }
-        if request.uri().path().starts_with(pages::OWN_PREFIX) {
-            return Err(self.answer_own(&request, host_text, &preview));
+        Ok(Destination {
+            host,
+            preview,
+            as_page,
+            is_websocket,
+        })
+    }
+
+    fn host_of(&self, request: &Request<Incoming>) -> Result<Arc<Host>, Page> {
+        let value = host_value(request)?;
+        let mut last = self.last_host.lock().expect("no panic while it is held");
+        if let Some(last) = &*last
+            && last.value() == value
+        {
+            return Ok(last.clone());
         }
-        let guard = self.proxy.activity.request();
-        self.forward(request, host, &preview, as_page, guard).await
+        let host = Host::read(value).ok_or_else(names_no_host)?;
+        Ok(last.insert(Arc::new(host)).clone())
     }
 
     /// The proxy's own paths.
-    fn answer_own(&self, request: &Request<Incoming>, host: &str, preview: &PreviewHandle) -> Page {
+    fn answer_own(
+        &self,
+        request: &Request<Incoming>,
+        host: &Host,
+        preview: &PreviewHandle,
+    ) -> Page {
         match (request.method(), request.uri().path()) {
             (&Method::GET, pages::STATUS) => pages::status(&preview.status().borrow()),
             (&Method::GET, pages::PRESENCE_SCRIPT) => pages::presence_script(),
@@ -311,7 +350,7 @@ impl Downstream {
     }
 
     /// A page's Origin must be ours; programs send none.
-    fn check_origin(&self, headers: &HeaderMap, host: &str) -> Result<(), Page> {
+    fn check_origin(&self, headers: &HeaderMap, host: &Host) -> Result<(), Page> {
         let same = match self.proxy.kind {
             ProxyKind::Preview => SameSite::NameAndPort,
             ProxyKind::HmrOnly => SameSite::Name,
@@ -319,7 +358,7 @@ impl Downstream {
         let is_ours = |origin: &HeaderValue| {
             origin
                 .to_str()
-                .is_ok_and(|origin| is_own_origin(origin, host, same))
+                .is_ok_and(|origin| is_own_origin(origin, host.text(), same))
         };
         if headers.get_all(ORIGIN).iter().all(is_ours) {
             return Ok(());
@@ -334,32 +373,31 @@ impl Downstream {
 
     async fn forward(
         &self,
-        mut request: Request<Incoming>,
-        host: HeaderValue,
-        preview: &PreviewHandle,
-        as_page: bool,
-        guard: ActivityGuard,
+        head: &Parts,
+        body: Incoming,
+        to: &Destination,
     ) -> Result<Response<ResponseBody>, Page> {
-        let port = match preview.upstream() {
+        let guard = self.proxy.activity.request();
+        let port = match to.preview.upstream() {
             Some(port) => port,
-            None if as_page => return Err(hold(preview)),
-            None => Box::pin(await_upstream(preview)).await?,
+            None if to.as_page => return Err(hold(&to.preview)),
+            None => Box::pin(await_upstream(&to.preview)).await?,
         };
-        let wants_script = headers::asks_for_document(request.method(), request.headers());
-        self.make_upstream(&mut request, &host, preview, port);
-        let response = match self.exchange(port, request).await {
+        let response = match self.exchange(head, body, to, port).await {
             Ok(response) => response,
-            Err(UpstreamError::Unreachable) if as_page => return Err(hold(preview)),
-            Err(error) => return Err(upstream_problem(&error, as_page)),
+            Err(UpstreamError::Unreachable) if to.as_page => return Err(hold(&to.preview)),
+            Err(error) => return Err(upstream_problem(&error, to.as_page)),
         };
         let mut response = response.map(ResponseBody::streamed);
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             // Nobody asked for it.
-            return Err(upstream_problem(&UpstreamError::Closed, as_page));
+            return Err(upstream_problem(&UpstreamError::Closed, to.as_page));
         }
         headers::strip_hop_by_hop(response.headers_mut());
         *response.version_mut() = Version::HTTP_11;
-        if wants_script && headers::is_plain_html(response.status(), response.headers()) {
+        if headers::asks_for_document(&head.method, &head.headers)
+            && headers::is_plain_html(response.status(), response.headers())
+        {
             headers::lengthen(response.headers_mut(), pages::PRESENCE_TAG.len());
             response.body_mut().tail = Some(Bytes::from_static(pages::PRESENCE_TAG.as_bytes()));
         }
@@ -369,25 +407,30 @@ impl Downstream {
         Ok(response)
     }
 
-    /// Turns the browser's request into the dev server's.
-    fn make_upstream<B>(
+    /// The request that the dev server gets for the browser's. That one stays as it was: another
+    /// can be made of it.
+    fn to_upstream(
         &self,
-        request: &mut Request<B>,
-        host: &HeaderValue,
-        preview: &PreviewHandle,
+        head: &Parts,
+        body: RequestBody,
+        to: &Destination,
         port: u16,
-    ) {
-        let passes = host
-            .to_str()
-            .is_ok_and(|host| passes_host_check(host, &preview.site().hosts));
+    ) -> Request<RequestBody> {
+        let passes = to.host.passes_host_check(&to.preview.site().hosts);
         let rewritten = (!passes).then(|| local_host(port));
-        headers::to_upstream(request.headers_mut(), &self.peer, host, rewritten);
-        hide_cookies(request.headers_mut());
-        *request.version_mut() = Version::HTTP_11;
-        if request.uri().authority().is_some() {
-            let path = request.uri().path_and_query().cloned();
-            *request.uri_mut() = path.unwrap_or(PathAndQuery::from_static("/")).into();
-        }
+        let mut request = Request::new(body);
+        request.method_mut().clone_from(&head.method);
+        *request.uri_mut() = match head.uri.authority() {
+            None => head.uri.clone(),
+            Some(_) => {
+                let path = head.uri.path_and_query().cloned();
+                path.unwrap_or(PathAndQuery::from_static("/")).into()
+            }
+        };
+        let headers = request.headers_mut();
+        *headers = headers::to_upstream(&head.headers, &self.peer, to.host.value(), rewritten);
+        hide_cookies(headers);
+        request
     }
 
     /// One request and its answer's head, over the pinned connection if it still lives. What
@@ -395,28 +438,28 @@ impl Downstream {
     /// over a fresh one: the dev server may close an idle connection at any time.
     async fn exchange(
         &self,
+        head: &Parts,
+        body: Incoming,
+        to: &Destination,
         port: u16,
-        request: Request<Incoming>,
     ) -> Result<Response<Incoming>, UpstreamError> {
         let deadline = Instant::now() + HEAD_DEADLINE;
-        let repeatable = request.method().is_idempotent() && request.body().is_end_stream();
-        let mut request = request.map(RequestBody::Streamed);
-        if let Some(mut pinned) = self.take_pinned(port).await {
-            let copy = repeatable.then(|| {
-                let mut copy = Request::new(RequestBody::Empty);
-                copy.method_mut().clone_from(request.method());
-                copy.uri_mut().clone_from(request.uri());
-                copy.headers_mut().clone_from(request.headers());
-                copy
-            });
-            let sent = pinned.sender.try_send_request(request);
+        let is_repeatable = head.method.is_idempotent() && body.is_end_stream();
+        let pinned = self.take_pinned(port).await;
+        let mut request = self.to_upstream(head, RequestBody::Streamed(body), to, port);
+        if let Some(mut pinned) = pinned {
+            let sent = pin!(pinned.sender.try_send_request(request));
             match pinned.alarm.limit(deadline, sent).await? {
                 Ok(response) => {
                     self.pin(pinned);
                     return Ok(response);
                 }
                 Err(mut error) => {
-                    request = error.take_message().or(copy).ok_or(UpstreamError::Closed)?;
+                    let again = || self.to_upstream(head, RequestBody::Empty, to, port);
+                    request = error
+                        .take_message()
+                        .or_else(|| is_repeatable.then(again))
+                        .ok_or(UpstreamError::Closed)?;
                 }
             }
         }
@@ -435,7 +478,7 @@ impl Downstream {
             sender: self.connect(port).await?,
             alarm: Alarm::default(),
         };
-        let sent = fresh.sender.send_request(request);
+        let sent = pin!(fresh.sender.send_request(request));
         let response = fresh.alarm.limit(deadline, sent).await?;
         let response = response.map_err(|_| UpstreamError::Closed)?;
         self.pin(fresh);
@@ -487,18 +530,17 @@ impl Downstream {
     async fn upgrade(
         &self,
         mut request: Request<Incoming>,
-        host: HeaderValue,
-        preview: &PreviewHandle,
+        to: &Destination,
     ) -> Result<Response<ResponseBody>, Page> {
-        let port = match preview.upstream() {
+        let port = match to.preview.upstream() {
             Some(port) => port,
             // The browser takes a 101 for "it is back" and reloads.
             None if headers::is_vite_ping(request.headers()) => return Err(not_yet(false)),
-            None => await_upstream(preview).await?,
+            None => await_upstream(&to.preview).await?,
         };
         let on_downstream = hyper::upgrade::on(&mut request);
-        let mut asked = request.map(|_| RequestBody::Empty);
-        self.make_upstream(&mut asked, &host, preview, port);
+        let (head, _) = request.into_parts();
+        let mut asked = self.to_upstream(&head, RequestBody::Empty, to, port);
         headers::ask_for_websocket(asked.headers_mut());
         let mut is_bridged = false;
         if self.proxy.kind == ProxyKind::HmrOnly {
@@ -576,7 +618,7 @@ async fn tunnel(
 
 /// The one host that a request names (RFC 9112 3.2): a request that is unclear about it could be
 /// routed by one name and served by another.
-fn host_of(request: &Request<Incoming>) -> Result<HeaderValue, Page> {
+fn host_value(request: &Request<Incoming>) -> Result<&HeaderValue, Page> {
     if *request.method() == Method::CONNECT {
         let text = "this is no forward proxy";
         return Err(pages::problem(
@@ -596,15 +638,15 @@ fn host_of(request: &Request<Incoming>) -> Result<HeaderValue, Page> {
         {
             Err(bad_request("the request names two hosts"))
         }
-        (Some(host), None, _) if !host_name(host.to_str().unwrap_or_default()).is_empty() => {
-            Ok(host.clone())
-        }
+        (Some(host), None, _) => Ok(host),
         // HTTP/1.0 needs none: the default preview.
-        (None, _, None) if request.version() == Version::HTTP_10 => {
-            Ok(HeaderValue::from_static("localhost"))
-        }
-        _ => Err(bad_request("the request names no host")),
+        (None, _, None) if request.version() == Version::HTTP_10 => Ok(&LOCALHOST),
+        _ => Err(names_no_host()),
     }
+}
+
+fn names_no_host() -> Page {
+    bad_request("the request names no host")
 }
 
 /// Waits for a server that starts, wakes or is being repaired.

@@ -1,18 +1,76 @@
 //! Which preview a request is for, and which page may speak to it. Pure.
 
-use std::{borrow::Cow, net::Ipv6Addr};
+use std::{
+    borrow::Cow,
+    net::{Ipv4Addr, Ipv6Addr},
+};
+
+use http::HeaderValue;
+
+/// A Host as browsers send it, read once: a browser sends the same one with every request.
+#[derive(Debug)]
+pub(crate) struct Host {
+    value: HeaderValue,
+    /// By [`host_name`].
+    name: String,
+    /// The first of several labels; an address has none.
+    label: Option<String>,
+    /// `localhost`, a name below it, or an address.
+    is_local: bool,
+}
+
+impl Host {
+    /// `None` if this names no host.
+    pub(crate) fn read(value: &HeaderValue) -> Option<Self> {
+        let name = host_name(value.to_str().ok()?).into_owned();
+        if name.is_empty() {
+            return None;
+        }
+        let v6 = name.strip_prefix('[').and_then(|n| n.strip_suffix(']'));
+        let is_local = name == "localhost"
+            || name.ends_with(".localhost")
+            || name.parse::<Ipv4Addr>().is_ok()
+            || v6.is_some_and(|v6| v6.parse::<Ipv6Addr>().is_ok());
+        Some(Self {
+            label: first_label(&name).map(str::to_owned),
+            is_local,
+            name,
+            value: value.clone(),
+        })
+    }
+
+    /// As the browser sent it.
+    pub(crate) fn value(&self) -> &HeaderValue {
+        &self.value
+    }
+
+    /// The same as text.
+    pub(crate) fn text(&self) -> &str {
+        self.value.to_str().expect("it was read as text")
+    }
+
+    pub(crate) fn label(&self) -> Option<&str> {
+        self.label.as_deref()
+    }
+
+    /// Does Vite serve this Host? `localhost` and names below it, addresses, and the names that
+    /// the dev server was told (measured with Vite 8.3.8).
+    pub(crate) fn passes_host_check(&self, allowed: &[String]) -> bool {
+        self.is_local || allowed.iter().any(|n| n.eq_ignore_ascii_case(&self.name))
+    }
+}
 
 /// What `find` knows: by the first label of the host name, else the cookie's thread, else the
 /// default.
 pub(crate) fn choose<T>(
-    host: Option<&str>,
+    label: Option<&str>,
     cookie: Option<&str>,
     default: Option<&str>,
     find: impl Fn(&str) -> Option<T>,
 ) -> Option<T> {
-    if let Some(label) = host.and_then(first_label) {
-        let found = find(&label);
-        if found.is_some() || is_slug(&label) {
+    if let Some(label) = label {
+        let found = find(label);
+        if found.is_some() || is_slug(label) {
             return found;
         }
     }
@@ -20,11 +78,10 @@ pub(crate) fn choose<T>(
 }
 
 /// A host without its port, in lower case, and without the dot of a full name.
-pub(crate) fn host_name(host: &str) -> Cow<'_, str> {
-    let name = match host.rsplit_once(':') {
-        Some((name, port)) if port.bytes().all(|b| b.is_ascii_digit()) && !ends_inside_v6(name) => {
-            name
-        }
+fn host_name(host: &str) -> Cow<'_, str> {
+    let before_digits = host.trim_end_matches(|c: char| c.is_ascii_digit());
+    let name = match before_digits.strip_suffix(':') {
+        Some(name) if !ends_inside_v6(name) => name,
         _ => host,
     };
     let name = name.trim_end_matches('.');
@@ -40,19 +97,10 @@ fn ends_inside_v6(name: &str) -> bool {
     name.starts_with('[') && !name.ends_with(']')
 }
 
-/// The first of several labels; an address has none.
-fn first_label(host: &str) -> Option<Cow<'_, str>> {
-    let name = host_name(host);
+fn first_label(name: &str) -> Option<&str> {
     let (label, rest) = name.split_once('.')?;
     let is_address = name.starts_with('[') || rest.rsplit('.').next()?.parse::<u8>().is_ok();
-    if is_address || label.is_empty() {
-        return None;
-    }
-    let end = label.len();
-    Some(match name {
-        Cow::Borrowed(name) => name[..end].into(),
-        Cow::Owned(name) => name[..end].to_owned().into(),
-    })
+    (!is_address && !label.is_empty()).then_some(label)
 }
 
 /// Is this a label that `ThreadKey::slug` makes: a dash and 12 hex digits at its end?
@@ -63,20 +111,6 @@ fn is_slug(label: &str) -> bool {
                 .bytes()
                 .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b))
     })
-}
-
-/// Does Vite serve this Host? `localhost` and names below it, addresses, and the names that the
-/// dev server was told (measured with Vite 8.3.8).
-pub(crate) fn passes_host_check(host: &str, allowed: &[String]) -> bool {
-    let name = host_name(host);
-    name == "localhost"
-        || name.ends_with(".localhost")
-        || name.parse::<std::net::Ipv4Addr>().is_ok()
-        || name
-            .strip_prefix('[')
-            .and_then(|rest| rest.strip_suffix(']'))
-            .is_some_and(|v6| v6.parse::<Ipv6Addr>().is_ok())
-        || allowed.iter().any(|host| host.eq_ignore_ascii_case(&name))
 }
 
 /// How much of an Origin must be that of the Host.
@@ -119,12 +153,22 @@ mod tests {
     const A: &str = "acme-alice-main-0123456789ab";
     const B: &str = "acme-alice-blue-ba9876543210";
 
+    fn read(host: &str) -> Option<Host> {
+        Host::read(&HeaderValue::from_str(host).unwrap())
+    }
+
+    fn passes_host_check(host: &str, allowed: &[String]) -> bool {
+        read(host).is_some_and(|host| host.passes_host_check(allowed))
+    }
+
     fn known(slug: &str) -> Option<String> {
         [A, B].contains(&slug).then(|| slug.to_owned())
     }
 
     fn chosen(host: &str, cookie: Option<&str>, default: Option<&str>) -> Option<String> {
-        choose(Some(host), cookie, default, known)
+        let host = read(host);
+        let label = host.as_ref().and_then(Host::label);
+        choose(label, cookie, default, known)
     }
 
     #[test]

@@ -88,6 +88,11 @@ pub struct Recorded {
     pub session: Option<String>,
     /// The last thing that the person said, shortened.
     pub instruction: String,
+    pub model: String,
+    /// How many messages the conversation has by then.
+    pub messages: usize,
+    /// The names of the tools that were offered.
+    pub tools: Vec<String>,
     /// `None` while it is being answered.
     pub ended: Option<Ended>,
 }
@@ -245,6 +250,14 @@ async fn answer(State(stage): State<Arc<Stage>>, request: Request) -> Response {
             .instruction()
             .chars()
             .take(MAX_INSTRUCTION)
+            .collect(),
+        model: parsed["model"].as_str().unwrap_or_default().to_owned(),
+        messages: parsed["messages"].as_array().map_or(0, Vec::len),
+        tools: parsed["tools"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(|tool| tool["name"].as_str().map(ToOwned::to_owned))
             .collect(),
         ended: None,
     });

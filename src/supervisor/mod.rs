@@ -28,7 +28,7 @@ use crate::{
     gateway::Gateway,
     identity::{ThreadId, ThreadKey, TurnId, UserKey},
     lease::{Lease, LeaseError, LeaseLost, Patience},
-    lifecycle::{Activity, HolderKind},
+    lifecycle::{Activity, HolderKind, Memory},
     preview::Previews,
     process::Launcher,
     repository::{Remotes, RepositoryError, SourceError},
@@ -48,6 +48,9 @@ const DISK_DEADLINE: Duration = Duration::from_secs(30);
 
 /// The longest that somebody else's clone or merge is waited for.
 const REPOSITORY_PATIENCE: Duration = Duration::from_secs(15 * 60);
+
+/// How often the memory that is left is looked at.
+const MEMORY_LOOK: Duration = Duration::from_secs(5);
 
 /// A dev server ends within milliseconds of its SIGTERM; then it is killed.
 const PREVIEW_GRACE: Duration = Duration::from_secs(2);
@@ -289,7 +292,7 @@ impl Supervisor {
     ) -> Self {
         let turns = Arc::new(Semaphore::new(settings.max_concurrent_turns));
         let warm = WarmAgents::new(settings.max_warm_agents);
-        Self(Arc::new(Inner {
+        let supervisor = Self(Arc::new(Inner {
             settings,
             launcher,
             gateway,
@@ -303,7 +306,30 @@ impl Supervisor {
             turns,
             warm,
             draining: CancellationToken::new(),
-        }))
+        }));
+        let watch = supervisor.clone().watch_memory();
+        supervisor.0.tasks.spawn("memory", watch);
+        supervisor
+    }
+
+    /// Idle agents are the first to go when memory is short: one, then another look.
+    async fn watch_memory(self) {
+        let token = self.0.tasks.token().clone();
+        let watch = async {
+            loop {
+                tokio::time::sleep(MEMORY_LOOK).await;
+                if !Memory::now().is_some_and(Memory::is_short) {
+                    continue;
+                }
+                if let Some(key) = self.0.warm.give_up_oldest()
+                    && let Some(thread) = lock(&self.0.threads).get(&key)
+                {
+                    tracing::warn!(thread = %key, "memory is short: an idle agent ends");
+                    thread.try_rest();
+                }
+            }
+        };
+        token.run_until_cancelled(watch).await;
     }
 
     fn thread(&self, key: &ThreadKey) -> Result<ThreadHandle, SupervisorError> {

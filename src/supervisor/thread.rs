@@ -66,7 +66,7 @@ impl ThreadHandle {
             .map_err(|_| SupervisorError::Draining)
     }
 
-    fn try_rest(&self) {
+    pub(super) fn try_rest(&self) {
         // A full mailbox means that the thread is busy, so that its agent is not idle.
         self.0.try_send(Request::RestAgent).ok();
     }

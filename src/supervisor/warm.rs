@@ -30,6 +30,11 @@ impl WarmAgents {
         threads.drain(..surplus).collect()
     }
 
+    /// The one to go first, if memory is short.
+    pub(super) fn give_up_oldest(&self) -> Option<ThreadKey> {
+        lock(&self.threads).pop_front()
+    }
+
     /// The thread's agent is at work, or gone.
     pub(super) fn remove(&self, key: &ThreadKey) {
         lock(&self.threads).retain(|other| other != key);
@@ -50,6 +55,9 @@ mod tests {
         assert_eq!(warm.admit(&key("c")), [key("b")]);
         warm.remove(&key("a"));
         assert!(warm.admit(&key("d")).is_empty());
+        assert_eq!(warm.give_up_oldest(), Some(key("c")));
+        assert_eq!(warm.give_up_oldest(), Some(key("d")));
+        assert_eq!(warm.give_up_oldest(), None);
         assert_eq!(WarmAgents::new(0).admit(&key("a")), [key("a")]);
     }
 }

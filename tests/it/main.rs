@@ -21,4 +21,5 @@ mod preview_dev_server;
 mod preview_proxy;
 mod process;
 mod tenants;
+mod warm;
 mod watchdogs;

@@ -1,0 +1,117 @@
+//! An agent that stayed up between turns does what one that is started anew would.
+
+use std::{collections::BTreeMap, fs};
+
+use serde_json::{Value, json};
+
+use crate::support::{
+    Folders, Options, SITE, StandIn, TestGreenroom, git, processes_below, rule, runs, wait_for,
+    who, writes,
+};
+
+/// What a script of turns leaves behind.
+#[derive(Debug, PartialEq)]
+struct Traces {
+    results: Vec<Value>,
+    costs: Vec<f64>,
+    files: BTreeMap<String, String>,
+    subjects: String,
+    requests: Vec<Value>,
+}
+
+async fn play(adapt: impl FnOnce(Options) -> Options) -> Traces {
+    let api = StandIn::start(json!({"rules": [
+        rule("first", &[writes("a.txt", "one\n"), runs("wc -c < a.txt > size.txt")]),
+        rule("think", &[writes("never.txt", "no\n")]),
+        rule("second", &[runs("echo two >> a.txt; rm size.txt")]),
+        rule("third", &[writes("b.txt", "three\n")]),
+    ]}))
+    .await;
+    let folders = Folders::new();
+    let site = folders.site("site", SITE);
+    let alice = who("acme", "alice", "main");
+    let greenroom = TestGreenroom::start(adapt(Options::new(&folders).api(&api))).await;
+    greenroom.init(&alice, json!({"repoUrl": site})).await.ok();
+    let (mut results, mut costs) = (Vec::new(), Vec::new());
+    for fields in [
+        json!({"instruction": "first"}),
+        json!({"instruction": "think", "mode": "plan"}),
+        json!({"instruction": "second", "model": "claude-other"}),
+        json!({"instruction": "third"}),
+    ] {
+        let result = greenroom.execute_with(&alice, fields).await.ok();
+        costs.push(result["usage"]["costUsd"].as_f64().unwrap());
+        results.push(json!({
+            "text": result["text"], "mode": result["mode"], "continuity": result["continuity"],
+            "numTurns": result["numTurns"],
+            "files": result["commit"]["files"],
+            "history": result["context"]["history"].as_array().unwrap().iter().map(|entry| {
+                json!([entry["instruction"], entry["text"], entry["status"], entry["mode"]])
+            }).collect::<Vec<_>>(),
+        }));
+    }
+    let worktree = folders.worktree(&alice);
+    let files = ["a.txt", "b.txt", "size.txt", "never.txt"].map(|name| {
+        let content = fs::read_to_string(worktree.join(name));
+        (name.to_owned(), content.unwrap_or_else(|_| "none".into()))
+    });
+    let requests = api.requests().into_iter().map(|request| {
+        json!([
+            request.path,
+            request.instruction,
+            request.model,
+            request.messages,
+            request.tools
+        ])
+    });
+    Traces {
+        results,
+        costs,
+        files: BTreeMap::from(files),
+        subjects: git(&worktree, &["log", "--format=%s"]),
+        requests: requests.collect(),
+    }
+}
+
+#[tokio::test]
+async fn warm_and_cold_agents_leave_the_same() {
+    let warm = play(|options| options).await;
+    let cold = play(|options| options.env("MAX_WARM_AGENTS", "0")).await;
+    assert_eq!(warm.results, cold.results);
+    // To a token or two: a conversation that is read from its transcript has other ids in it.
+    for (warm, cold) in warm.costs.iter().zip(&cold.costs) {
+        assert!((warm - cold).abs() < warm * 0.01, "{warm} became {cold}");
+    }
+    assert_eq!(warm.files, cold.files);
+    assert_eq!(warm.subjects, cold.subjects);
+    assert_eq!(warm.requests.len(), cold.requests.len());
+    for (warm, cold) in warm.requests.iter().zip(&cold.requests) {
+        assert_eq!(warm, cold);
+    }
+    assert_eq!(warm.files["never.txt"], "none", "a plan writes nothing");
+}
+
+#[tokio::test]
+async fn no_more_agents_stay_up_than_may() {
+    let api = StandIn::start(json!({})).await;
+    let folders = Folders::new();
+    let site = folders.site("site", SITE);
+    let options = Options::new(&folders).api(&api).env("MAX_WARM_AGENTS", "1");
+    let greenroom = TestGreenroom::start(options).await;
+    for thread in ["one", "two", "three"] {
+        let alice = who("acme", "alice", thread);
+        greenroom.init(&alice, json!({"repoUrl": site})).await.ok();
+        greenroom
+            .execute(&alice, "Change the heading to Hello")
+            .await
+            .ok();
+    }
+    let agents = || {
+        let below = processes_below(&folders.workspace());
+        below
+            .iter()
+            .filter(|process| process.is_program("claude"))
+            .count()
+    };
+    wait_for("one agent is left", || (agents() == 1).then_some(())).await;
+}
