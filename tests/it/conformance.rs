@@ -1,5 +1,6 @@
 //! The stand-in for the CLI beside the real one, through the same cases: what greenroom makes of
 //! them is the same, and so is what they say by themselves. So the stand-in stays honest.
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
 
 use std::{
     path::{Path, PathBuf},
