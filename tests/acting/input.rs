@@ -12,7 +12,7 @@ use std::{
 };
 
 use nix::{
-    poll::{PollFd, PollFlags, PollTimeout, poll},
+    poll::{PollFd, PollFlags, poll},
     sys::signal::{Signal, kill, killpg},
     unistd::Pid,
 };
@@ -57,6 +57,8 @@ struct State {
     is_playing: bool,
     is_interrupted: bool,
     is_signalled: bool,
+    /// SIGTERM came: nothing more is done.
+    is_ending: bool,
     is_stubborn: bool,
     is_immortal: bool,
     is_deaf: bool,
@@ -227,7 +229,12 @@ impl Input {
         if is_immortal {
             return;
         }
+        self.lock().is_ending = signal == Signal::SIGTERM;
         kill_group(command);
+        if signal == Signal::SIGTERM && command.is_some() {
+            // It still tells how the command ended.
+            std::thread::sleep(Duration::from_millis(30));
+        }
         if signal == Signal::SIGTERM || !self.lock().is_playing {
             process::exit(if signal == Signal::SIGTERM { 143 } else { 0 });
         }
@@ -316,6 +323,11 @@ impl Input {
         if state.is_interrupted {
             kill_group(group);
         }
+    }
+
+    /// Is the process about to end?
+    pub(crate) fn is_ending(&self) -> bool {
+        self.lock().is_ending
     }
 
     pub(crate) fn be_stubborn(&self) {

@@ -467,6 +467,9 @@ impl<'a> Performance<'a> {
             self.tool_result(id, &text, true, &json!(format!("Error: {text}")));
         }
         self.after_tool();
+        while self.input.is_ending() {
+            thread::sleep(FOR_EVER);
+        }
         Ok(())
     }
 

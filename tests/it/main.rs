@@ -8,6 +8,7 @@ mod bad_input;
 mod browser;
 mod campaign;
 mod cli;
+mod conformance;
 mod dependencies;
 mod execute;
 mod gateway;
