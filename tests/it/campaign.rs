@@ -1,5 +1,9 @@
 //! Long runs: kills at random moments, a thousand turns, a reader that hardly reads. A few rounds
 //! here; `scripts/campaign` makes many and shows the figures, which `docs/reliability.md` keeps.
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot be set up has failed"
+)]
 
 use std::{
     collections::{BTreeMap, BTreeSet},

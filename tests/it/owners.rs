@@ -1,4 +1,8 @@
 //! Two containers on one workspace: one owner per thread, whatever happens to it.
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot be set up has failed"
+)]
 
 use std::{
     collections::BTreeMap,
@@ -20,12 +24,12 @@ const TICKS: &str = "i=0; while true; do i=$((i+1)); echo $i >> ticks.txt; sleep
 
 /// A container's own folders beside the shared workspace.
 fn container(folders: &Folders, name: &str, api: &StandIn) -> Options {
-    let tmp = folders.join(&format!("tmp-{name}"));
+    let tmp = folders.join(format!("tmp-{name}"));
     fs::create_dir_all(&tmp).unwrap();
     Options::new(folders)
         .api(api)
         .env("TMPDIR", tmp)
-        .env("CACHE_PATH", folders.join(&format!("cache-{name}")))
+        .env("CACHE_PATH", folders.join(format!("cache-{name}")))
         .env("MAX_WARM_AGENTS", "0")
         .env("LEASE_SECONDS", "6")
         .env("DRAIN_SECONDS", "0")

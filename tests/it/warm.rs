@@ -1,4 +1,8 @@
 //! An agent that stayed up between turns does what one that is started anew would.
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot be set up has failed"
+)]
 
 use std::{collections::BTreeMap, fs};
 
