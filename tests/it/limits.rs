@@ -161,8 +161,8 @@ async fn silence_is_a_failure_and_thinking_is_none() {
     );
     for script in [
         "text Half an\nsilent",
-        "half-line\nsilent",
-        "long-line 20\nsilent",
+        "text So\nhalf-line\nsilent",
+        "text So\nlong-line 20\nsilent",
     ] {
         let outcome = play(&mut agent, script).await;
         let sentence = sentence(&outcome);
