@@ -230,7 +230,16 @@ impl Agent {
         if self.model.as_ref() != Some(&model) {
             let id = wire.request_id();
             let message = protocol::set_model(&id, model.as_deref());
-            self.control(&mut wire, &id, message).await?;
+            let is_known = self.model.is_some();
+            let chosen = self.control(&mut wire, &id, message).await;
+            // The first thing that a resumed one is asked: it could not read the conversation.
+            chosen.map_err(|ending| {
+                if is_known {
+                    ending
+                } else {
+                    Ending::SessionLost
+                }
+            })?;
             self.model = Some(model);
         }
         let message = protocol::user_message(&run.message, &request.instruction);

@@ -426,7 +426,7 @@ impl Supervisor {
             // Its supervisor died: preparing the thread gives it an outcome, or its place in line.
             match self.revive(id.key()).await {
                 Err(SupervisorError::BusyElsewhere) => {
-                    return Ok(TurnRecord::elsewhere(file, &self.0.tasks));
+                    return Ok(TurnRecord::elsewhere(file, &self.0.tasks).await?);
                 }
                 revived => revived?,
             }

@@ -544,13 +544,19 @@ impl TurnRecord {
 
     /// A turn that another process works on: its file is looked at again and again, as long as
     /// somebody wants to know.
-    pub fn elsewhere(turn: TurnFile, tasks: &Tasks) -> Self {
-        let (publish, live) = watch::channel(Committed::default());
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub async fn elsewhere(turn: TurnFile, tasks: &Tasks) -> Result<Self, JournalError> {
+        let (file, mut committed) = (turn.clone(), Committed::default());
+        let look = move || file.scan(&mut committed).map(|()| committed);
+        let committed = task::blocking("reading a turn's journal", DISK_DEADLINE, look).await??;
+        let (publish, live) = watch::channel(committed);
         tasks.spawn("journal of another", follow_file(turn.clone(), publish));
-        Self {
+        Ok(Self {
             turn,
             live: Some(live),
-        }
+        })
     }
 
     /// The turn's file.
@@ -661,7 +667,7 @@ impl Events {
 
 async fn follow_file(turn: TurnFile, publish: watch::Sender<Committed>) {
     const LOOK_AGAIN: Duration = Duration::from_millis(500);
-    let mut committed = Committed::default();
+    let mut committed = *publish.borrow();
     while !committed.is_done && !publish.is_closed() {
         let (file, mut further) = (turn.clone(), committed);
         let look = task::blocking("following a turn's journal", DISK_DEADLINE, move || {
@@ -724,8 +730,12 @@ mod tests {
         let journal = Journal::create(&paths, accepted(&id), &Fence::open(), &tasks)
             .await
             .unwrap();
-        let other =
-            read_all(TurnRecord::elsewhere(TurnFile::new(&paths, id.clone()), &tasks).events(0));
+        let other = read_all(
+            TurnRecord::elsewhere(TurnFile::new(&paths, id.clone()), &tasks)
+                .await
+                .unwrap()
+                .events(0),
+        );
         let live = read_all(journal.record().events(0));
         for i in 0..700 {
             journal

@@ -114,6 +114,11 @@ async fn a_stopped_owner_is_followed_and_writes_nothing_when_it_wakes() {
     left.retain(|process| process.pid.cast_unsigned() != first.pid());
     assert!(left.is_empty(), "{left:?}");
 
+    let agents = || {
+        let below = processes_below(&folders.join("tmp-second"));
+        below.iter().all(|process| !process.is_program("claude"))
+    };
+    wait_for("its own agent ends", || agents().then_some(())).await;
     let before = snapshot(&folders.workspace());
     first.signal(Signal::SIGCONT);
     let answer = waits.await.unwrap().unwrap();
