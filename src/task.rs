@@ -66,6 +66,34 @@ impl Tasks {
         tokio::spawn(self.tracker.track_future(watched))
     }
 
+    /// A thread of its own with a runtime of its own, on which everything runs that `start`
+    /// spawns, until this group has ended. For what must neither wait for other work nor pay for
+    /// being moved between threads.
+    ///
+    /// # Errors
+    /// If the system has no thread left.
+    pub fn spawn_apart<F>(&self, name: &'static str, start: F) -> std::io::Result<()>
+    where
+        F: FnOnce() -> std::io::Result<()> + Send + 'static,
+    {
+        let tasks = self.clone();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        let run = async move {
+            if let Err(error) = start() {
+                tracing::error!(task = name, %error, "a task could not start; stopping");
+                tasks.token.cancel();
+            }
+            tasks.token.cancelled().await;
+            tasks.tracker.wait().await;
+        };
+        std::thread::Builder::new()
+            .name(name.to_owned())
+            .spawn(move || runtime.block_on(run))?;
+        Ok(())
+    }
+
     /// Cancels the token without waiting.
     pub fn cancel(&self) {
         self.token.cancel();

@@ -260,14 +260,14 @@ pub(crate) async fn greenroom(
     Ok((kid, port))
 }
 
-/// The process of [`greenroom`]: the library's proxy, as the program serves it, on one thread.
+/// The process of [`greenroom`]: the library's proxy, as the program serves it.
 pub(crate) fn serve(args: &[String]) -> anyhow::Result<()> {
     let [upstream, port] = args else {
         anyhow::bail!("which ports?");
     };
     let (upstream, port): (u16, u16) = (upstream.parse()?, port.parse()?);
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(1)
+        .worker_threads(2)
         .enable_all()
         .build()?;
     runtime.block_on(async {
@@ -298,9 +298,14 @@ pub(crate) fn serve(args: &[String]) -> anyhow::Result<()> {
         previews.adopt(site, status);
         previews.set_default(slug);
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-        let listener = TcpListener::bind(address).await?;
+        let listener = TcpListener::bind(address).await?.into_std()?;
         let sink = Arc::new(Sink(Activity::new(None)));
-        Proxy::serve(listener, ProxyKind::Preview, previews, sink, &tasks);
+        let proxies = tasks.clone();
+        tasks.spawn_apart("previews", move || {
+            let listener = TcpListener::from_std(listener)?;
+            Proxy::serve(listener, ProxyKind::Preview, previews, sink, &proxies);
+            Ok(())
+        })?;
         tasks.token().cancelled().await;
         Ok(())
     })

@@ -101,7 +101,9 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         started,
     });
     announce(&loaded, mode, &listeners, is_rehearsal, &launcher);
-    listeners.serve(state, previews, &activity, &tasks);
+    listeners
+        .serve(state, previews, &activity, &tasks)
+        .context("failed to serve")?;
     tasks.spawn(
         "readiness",
         look_at_programs(programs, launcher.clone(), readiness),
@@ -369,20 +371,34 @@ impl Listeners {
         port(&self.preview)
     }
 
-    fn serve(self, state: api::Shared, previews: Previews, activity: &Activity, tasks: &Tasks) {
+    fn serve(
+        self,
+        state: api::Shared,
+        previews: Previews,
+        activity: &Activity,
+        tasks: &Tasks,
+    ) -> std::io::Result<()> {
         let sink: Arc<dyn ActivitySink> = Arc::new(PreviewActivity(activity.clone()));
-        Proxy::serve(
-            self.preview,
-            ProxyKind::Preview,
-            previews.clone(),
-            sink.clone(),
-            tasks,
-        );
-        Proxy::serve(self.hmr, ProxyKind::HmrOnly, previews, sink, tasks);
+        let (preview, hmr) = (self.preview.into_std()?, self.hmr.into_std()?);
+        let proxies = tasks.clone();
+        // What a browser waits for does not wait for a turn's events.
+        tasks.spawn_apart("previews", move || {
+            let (preview, hmr) = (TcpListener::from_std(preview)?, TcpListener::from_std(hmr)?);
+            Proxy::serve(
+                preview,
+                ProxyKind::Preview,
+                previews.clone(),
+                sink.clone(),
+                &proxies,
+            );
+            Proxy::serve(hmr, ProxyKind::HmrOnly, previews, sink, &proxies);
+            Ok(())
+        })?;
         tasks.spawn(
             "api",
             api::serve(self.api, api::router(state), tasks.clone()),
         );
+        Ok(())
     }
 }
 
