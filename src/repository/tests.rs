@@ -154,16 +154,18 @@ impl Site {
         let home = self.dir.parent().unwrap().parent().unwrap();
         self.worktree
             .commit(&CommitRequest {
-                instruction,
-                trailers: &[
-                    ("Turn-Id", "a~b~c~1".into()),
-                    ("Status", "completed".into()),
-                ],
-                author: &Signature {
-                    name: "Alice".into(),
-                    email: "alice@example.com".into(),
+                text: CommitText {
+                    instruction,
+                    trailers: &[
+                        ("Turn-Id", "a~b~c~1".into()),
+                        ("Status", "completed".into()),
+                    ],
+                    author: &Signature {
+                        name: "Alice".into(),
+                        email: "alice@example.com".into(),
+                    },
+                    committer: &greenroom(),
                 },
-                committer: &greenroom(),
                 held_dir: &home.join(".greenroom/held/1"),
                 fence: &Fence::open(),
             })

@@ -19,7 +19,7 @@ use tokio::{
 use super::{DISK_DEADLINE, InitAnswer, InitRequest, Inner, PREVIEW_GRACE, SupervisorError};
 use crate::{
     agent::{Agent, AgentSite},
-    domain::{Continuity, PreviewError, PreviewState},
+    domain::{Continuity, PreviewError, PreviewState, TurnKind},
     identity::{ThreadKey, TurnId},
     lease::{Fence, Lease, Patience},
     preview::{PreviewSite, pick_port},
@@ -359,20 +359,28 @@ async fn recover(
                 std::fs::remove_file(mark).ok()
             })
             .await?;
-        } else if record.has_started() {
+        } else if record.has_started() || accepted.kind != TurnKind::Turn {
             tracing::warn!(turn_id = %id, "recovering a turn whose supervisor died");
-            context =
-                site.recover(&accepted, &journal, context)
-                    .await
-                    .map_err(|error| match site.fence.check() {
-                        Ok(()) => SupervisorError::Internal(format!("{error:#}")),
-                        Err(lost) => lost.into(),
-                    })?;
+            context = recover_one(site, &accepted, &journal, context).await?;
         } else {
             requeued.push((accepted, journal));
         }
     }
     Ok((context, requeued))
+}
+
+async fn recover_one(
+    site: &TurnSite,
+    accepted: &Accepted,
+    journal: &Journal,
+    context: StoredContext,
+) -> Result<StoredContext, SupervisorError> {
+    site.recover(accepted, journal, context)
+        .await
+        .map_err(|error| match site.fence.check() {
+            Ok(()) => error.into(),
+            Err(lost) => lost.into(),
+        })
 }
 
 /// Answers an init of a thread that is prepared.

@@ -16,13 +16,13 @@ use crate::{
     },
     domain::{
         CommitSummary, Continuity, ErrorCode, FileStatus, PreviewState, Signature, TurnEvent,
-        TurnFailure, TurnMode, TurnPreview, TurnResult, TurnStatus, Usage,
+        TurnFailure, TurnKind, TurnMode, TurnPreview, TurnResult, TurnStatus, Usage,
     },
     gateway::Gateway,
     identity::ThreadKey,
     lease::{Fence, LeaseLost},
     process::Launcher,
-    repository::{CommitRequest, Committed, RepositoryError, Worktree},
+    repository::{CommitRequest, CommitText, Committed, RepositoryError, Worktree},
     task::{self, Tasks},
     workspace::{ThreadPaths, WorkspaceError},
 };
@@ -56,8 +56,9 @@ pub struct RunEnd {
     pub context: StoredContext,
 }
 
+/// Why a turn or an operation could not be carried out by greenroom.
 #[derive(Debug, thiserror::Error)]
-enum RunError {
+pub enum RunError {
     #[error(transparent)]
     Journal(#[from] JournalError),
     #[error(transparent)]
@@ -150,7 +151,11 @@ impl TurnSite {
         .await
     }
 
-    async fn on_disk<T: Send + 'static>(
+    /// Runs `work` on the thread's worktree, if we may still write.
+    ///
+    /// # Errors
+    /// [`RunError`].
+    pub async fn on_disk<T: Send + 'static>(
         &self,
         what: &'static str,
         work: impl FnOnce(&Worktree) -> Result<T, RepositoryError> + Send + 'static,
@@ -162,7 +167,10 @@ impl TurnSite {
     }
 
     /// Commits what is in the worktree, as the work of nobody's turn.
-    async fn commit_outside_edits(&self) -> Result<(), RunError> {
+    ///
+    /// # Errors
+    /// If the repository cannot be written.
+    pub async fn commit_outside_edits(&self) -> Result<Committed, RunError> {
         let trailers = vec![
             ("Thread", self.key.to_string()),
             ("Status", "outside".to_owned()),
@@ -173,23 +181,25 @@ impl TurnSite {
         let committed = self
             .on_disk("committing outside edits", move |tree| {
                 tree.commit(&CommitRequest {
-                    instruction: "Edits made outside of a turn",
-                    trailers: &trailers,
-                    author: &committer,
-                    committer: &committer,
+                    text: CommitText {
+                        instruction: "Edits made outside of a turn",
+                        trailers: &trailers,
+                        author: &committer,
+                        committer: &committer,
+                    },
                     held_dir: &held_dir,
                     fence: &fence,
                 })
             })
             .await?;
-        if let Some(commit) = committed.commit {
+        if let Some(commit) = &committed.commit {
             tracing::info!(
                 commit = commit.id,
                 files = commit.files.len(),
                 "committed edits made outside of a turn"
             );
         }
-        Ok(())
+        Ok(committed)
     }
 
     async fn commit_turn(
@@ -213,10 +223,12 @@ impl TurnSite {
         let fence = self.fence.clone();
         self.on_disk("committing a turn", move |tree| {
             tree.commit(&CommitRequest {
-                instruction: &instruction,
-                trailers: &trailers,
-                author: &author,
-                committer: &committer,
+                text: CommitText {
+                    instruction: &instruction,
+                    trailers: &trailers,
+                    author: &author,
+                    committer: &committer,
+                },
                 held_dir: &held_dir,
                 fence: &fence,
             })
@@ -224,7 +236,8 @@ impl TurnSite {
         .await
     }
 
-    /// Gives a turn without a live owner its outcome: what it wrote is committed.
+    /// Gives a turn without a live owner its outcome: what it wrote is committed, an operation is
+    /// carried out to its end.
     ///
     /// # Errors
     /// If journal or repository cannot be written.
@@ -233,22 +246,49 @@ impl TurnSite {
         accepted: &Accepted,
         journal: &Journal,
         mut context: StoredContext,
-    ) -> Result<StoredContext, anyhow::Error> {
-        let outcome = RunOutcome::nothing();
-        let committed = self
-            .commit_turn(accepted, TurnStatus::Recovered, &outcome)
-            .await?;
+    ) -> Result<StoredContext, RunError> {
+        if accepted.kind != TurnKind::Turn {
+            let text = format!("{} (finished after an interruption)", accepted.instruction);
+            let off = async |_: Option<&CommitSummary>| TurnPreview {
+                state: PreviewState::Off,
+                errors: Vec::new(),
+            };
+            self.carry_out(accepted, journal, &mut context, text, off)
+                .await?;
+            return Ok(context);
+        }
+        let made = {
+            let id = accepted.turn_id.to_string();
+            self.on_disk("looking for a turn's commit", move |tree| {
+                tree.find_commit_with("Turn-Id", &id)
+            })
+            .await?
+        };
+        let committed = match made {
+            // It was cut off between its commit and its outcome: what is there now came later.
+            Some(commit) => Committed {
+                commit: Some(commit),
+                ..self.commit_outside_edits().await?
+            },
+            None => {
+                let outcome = RunOutcome::nothing();
+                self.commit_turn(accepted, TurnStatus::Recovered, &outcome)
+                    .await?
+            }
+        };
         let mut result = blank_result(accepted, &context);
         result.status = TurnStatus::Recovered;
         result.text = "The turn was cut off; the edits that it had made are kept.".into();
         result.session_id.clone_from(&context.session_id);
         result.held_back = committed.held_back;
         if let Some(commit) = committed.commit {
-            journal
-                .append(TurnEvent::CommitCreated {
-                    commit: commit.clone(),
-                })
-                .await?;
+            if !journal.record().has_commit() {
+                journal
+                    .append(TurnEvent::CommitCreated {
+                        commit: commit.clone(),
+                    })
+                    .await?;
+            }
             result.commit = Some(commit);
         }
         self.finish(accepted, journal, &mut context, &mut result)
@@ -257,7 +297,7 @@ impl TurnSite {
     }
 
     /// Context first, outcome last: a crash between the two recovers the turn once more.
-    async fn finish(
+    pub(super) async fn finish(
         &self,
         accepted: &Accepted,
         journal: &Journal,
@@ -300,6 +340,8 @@ impl RunOutcome {
 pub fn blank_result(accepted: &Accepted, context: &StoredContext) -> TurnResult {
     TurnResult {
         turn_id: accepted.turn_id.clone(),
+        kind: accepted.kind,
+        effect: accepted.effect.clone(),
         status: TurnStatus::Queued,
         mode: accepted.mode,
         text: String::new(),
@@ -655,6 +697,9 @@ pub(super) mod tests {
     pub(crate) fn result(id: &TurnId) -> TurnResult {
         let accepted = Accepted {
             turn_id: id.clone(),
+            kind: TurnKind::Turn,
+            effect: crate::domain::Effect::default(),
+            applies: None,
             mode: TurnMode::Execute,
             instruction: String::new(),
             model: None,
