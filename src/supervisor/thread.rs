@@ -283,7 +283,7 @@ impl Driver {
                     return;
                 }
                 self.context = Some(end.context);
-                self.agent = end.agent.map(|agent| (agent, Continuity::Native));
+                self.agent = end.agent;
                 if self.agent.is_some() {
                     self.keep_agent();
                 }
@@ -409,7 +409,7 @@ impl Driver {
             let preview = async |commit: Option<&CommitSummary>, folder: Folder| {
                 preview_after(&inner, &prepared, commit, folder).await
             };
-            let end = run_turn(
+            let mut end = run_turn(
                 &prepared.site,
                 &accepted,
                 &journal,
@@ -420,6 +420,12 @@ impl Driver {
             )
             .await;
             drop((permit, holder));
+            if inner.settings.max_warm_agents > 0
+                && !inner.draining.is_cancelled()
+                && let Some(agent) = end.agent.take()
+            {
+                end.agent = prepared.site.renew(agent, &mut end.context).await;
+            }
             Done::Turn(id, Box::new(end))
         };
         self.work.spawn(work.instrument(span));
@@ -510,7 +516,7 @@ impl Driver {
             while let Some(done) = self.work.join_next().await {
                 match done {
                     Ok(Done::Turn(_, end)) => {
-                        if let Some(agent) = end.agent {
+                        if let Some((agent, _)) = end.agent {
                             agent.stop().await;
                         }
                     }

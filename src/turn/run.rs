@@ -51,8 +51,8 @@ pub struct TurnSite {
 #[derive(Debug)]
 pub struct RunEnd {
     pub result: TurnResult,
-    /// The CLI, if it can serve another turn.
-    pub agent: Option<Agent>,
+    /// The CLI, if it can serve another turn, with how it got at the conversation.
+    pub agent: Option<(Agent, Continuity)>,
     pub context: StoredContext,
 }
 
@@ -112,6 +112,26 @@ impl TurnSite {
             None => (self.new_session(context).await, Continuity::Replayed),
         };
         Ok((self.spawn_agent(&session).await?, continuity))
+    }
+
+    /// The CLI for the next turn: this one, or another in its place if it is worn.
+    pub async fn renew(
+        &self,
+        agent: (Agent, Continuity),
+        context: &mut StoredContext,
+    ) -> Option<(Agent, Continuity)> {
+        let Some(why) = agent.0.worn().await else {
+            return Some(agent);
+        };
+        tracing::info!(why, "the agent is started anew for the next turn");
+        agent.0.stop().await;
+        match self.start_agent(context).await {
+            Ok(started) => Some(started),
+            Err(error) => {
+                tracing::warn!(%error, "failed to start the agent ahead");
+                None
+            }
+        }
     }
 
     /// A new conversation. Its id is kept before its first turn: a turn that is cut off by a crash
@@ -404,7 +424,7 @@ pub async fn run_turn(
         commit = result.commit.as_ref().map(|commit| commit.id.as_str()),
         "turn ended"
     );
-    let agent = slot.map(|(agent, _)| agent).filter(Agent::is_usable);
+    let agent = slot.filter(|(agent, _)| agent.is_usable());
     RunEnd {
         result,
         agent,
