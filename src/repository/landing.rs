@@ -133,7 +133,7 @@ impl Worktree {
         let tip = self.tip(&repo)?;
         if tip != parent && tip != commit.id() {
             return Err(RepositoryError::HeadMoved {
-                branch: self.branch().to_owned(),
+                branch: self.branch.clone(),
             });
         }
         let steps = steps(&repo, &before, &after)?;
