@@ -67,6 +67,8 @@ pub enum ErrorCode {
     AgentFailed,
     TurnTimeout,
     BudgetExceeded,
+    /// Somebody else's git command is at work in the worktree.
+    ThreadBusyElsewhere,
     Internal,
 }
 
@@ -77,6 +79,7 @@ impl ErrorCode {
             Self::AgentFailed => "agent_failed",
             Self::TurnTimeout => "turn_timeout",
             Self::BudgetExceeded => "budget_exceeded",
+            Self::ThreadBusyElsewhere => "thread_busy_elsewhere",
             Self::Internal => "internal",
         }
     }
@@ -174,6 +177,10 @@ pub struct TurnResult {
     pub duration_ms: u64,
     pub preview: TurnPreview,
     pub held_back: Vec<HeldBack>,
+    /// What had to be put right in the site's repository, before the turn or after it; a sentence
+    /// each.
+    #[serde(default)]
+    pub repairs: Vec<String>,
     pub continuity: Continuity,
     pub context: ThreadContext,
     /// Something that the turn had started could not be ended (stuck in the kernel) and may still

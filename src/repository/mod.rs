@@ -17,6 +17,7 @@ mod checkout;
 mod files;
 mod gate;
 mod gitdir;
+mod guard;
 mod message;
 mod remote;
 mod source;
@@ -30,6 +31,7 @@ use std::{io, sync::Once};
 
 use crate::lease::LeaseLost;
 
+pub use guard::{Repair, Strangers};
 pub use remote::{RemoteError, RemoteErrorKind, Remotes};
 pub use source::{Source, SourceError, TemplateFile, parse_source};
 pub use user::{ThreadState, UserRepository};
@@ -60,6 +62,12 @@ pub enum RepositoryError {
     /// Something in the git directory was changed in a way that cannot be put right safely.
     #[error("the repository was tampered with: {what}")]
     Tampered { what: String },
+    /// A live git command is at work in the thread's worktree; asking again later helps.
+    #[error(
+        "another git command is at work in this thread's worktree; wait until it is done, then \
+         try again"
+    )]
+    Locked,
     /// Somebody else moved the branch; nothing was committed, and a second try may work.
     #[error("the branch {branch} was moved by somebody else")]
     HeadMoved { branch: String },

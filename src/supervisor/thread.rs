@@ -23,7 +23,8 @@ use crate::{
     lease::Lease,
     lifecycle::{Guard, HolderKind},
     turn::{
-        Accepted, Journal, RunEnd, StoredContext, TurnFile, TurnRecord, blank_result, run_turn,
+        Accepted, Folder, Journal, RunEnd, StoredContext, TurnFile, TurnRecord, blank_result,
+        run_turn,
     },
 };
 
@@ -405,8 +406,8 @@ impl Driver {
             };
             let holder = inner.activity.hold(HolderKind::Turn, id.to_string());
             drop(_guard);
-            let preview = async |commit: Option<&CommitSummary>| {
-                preview_after(&inner, &prepared, commit).await
+            let preview = async |commit: Option<&CommitSummary>, folder: Folder| {
+                preview_after(&inner, &prepared, commit, folder).await
             };
             let mut end = run_turn(
                 &prepared.site,
@@ -555,8 +556,11 @@ async fn preview_after(
     inner: &Arc<Inner>,
     prepared: &Prepared,
     commit: Option<&CommitSummary>,
+    folder: Folder,
 ) -> TurnPreview {
-    if let Some(commit) = commit {
+    if folder == Folder::New {
+        prepared.attach.again();
+    } else if let Some(commit) = commit {
         let names = [
             "package.json",
             "package-lock.json",

@@ -13,4 +13,4 @@ pub use context::{StoredContext, replay_summary};
 pub use journal::{
     Accepted, Committed, EventLine, Events, Journal, JournalError, TurnFile, TurnRecord,
 };
-pub use run::{RunEnd, TurnSite, blank_result, run_turn};
+pub use run::{Folder, RunEnd, TurnSite, blank_result, run_turn};

@@ -22,7 +22,7 @@ use crate::{
     identity::ThreadKey,
     lease::{Fence, LeaseLost},
     process::Launcher,
-    repository::{CommitRequest, Committed, RepositoryError, Worktree},
+    repository::{CommitRequest, Committed, Repair, RepositoryError, Strangers, Worktree},
     task::{self, Tasks},
     workspace::{ThreadPaths, WorkspaceError},
 };
@@ -190,8 +190,9 @@ impl TurnSite {
             .await
     }
 
-    /// Commits what is in the worktree, as the work of nobody's turn.
-    async fn commit_outside_edits(&self) -> Result<(), RunError> {
+    /// Commits what is in the worktree, as the work of nobody's turn, after the guard has put right
+    /// what had to be.
+    async fn commit_outside_edits(&self) -> Result<Vec<Repair>, RunError> {
         let trailers = vec![
             ("Thread", self.key.to_string()),
             ("Status", "outside".to_owned()),
@@ -206,6 +207,7 @@ impl TurnSite {
                     trailers: &trailers,
                     author: &committer,
                     committer: &committer,
+                    strangers: Strangers::Keep,
                     held_dir: &held_dir,
                     fence: &fence,
                 })
@@ -218,7 +220,7 @@ impl TurnSite {
                 "committed edits made outside of a turn"
             );
         }
-        Ok(())
+        Ok(committed.repairs)
     }
 
     async fn commit_turn(
@@ -246,6 +248,7 @@ impl TurnSite {
                 trailers: &trailers,
                 author: &author,
                 committer: &committer,
+                strangers: Strangers::Fold,
                 held_dir: &held_dir,
                 fence: &fence,
             })
@@ -272,6 +275,7 @@ impl TurnSite {
         result.text = "The turn was cut off; the edits that it had made are kept.".into();
         result.session_id.clone_from(&context.session_id);
         result.held_back = committed.held_back;
+        result.repairs = sentences(&committed.repairs);
         if let Some(commit) = committed.commit {
             journal
                 .append(TurnEvent::CommitCreated {
@@ -325,6 +329,10 @@ impl RunOutcome {
     }
 }
 
+fn sentences(repairs: &[Repair]) -> Vec<String> {
+    repairs.iter().map(Repair::to_string).collect()
+}
+
 /// A turn of which nothing is known but that it was accepted.
 pub fn blank_result(accepted: &Accepted, context: &StoredContext) -> TurnResult {
     TurnResult {
@@ -342,6 +350,7 @@ pub fn blank_result(accepted: &Accepted, context: &StoredContext) -> TurnResult 
             errors: Vec::new(),
         },
         held_back: Vec::new(),
+        repairs: Vec::new(),
         continuity: Continuity::Fresh,
         context: context.answer(),
         processes_left: false,
@@ -361,21 +370,28 @@ pub async fn run_turn(
     mut context: StoredContext,
     agent: Option<(Agent, Continuity)>,
     cancel: &CancellationToken,
-    preview: impl AsyncFnOnce(Option<&CommitSummary>) -> TurnPreview,
+    preview: impl AsyncFnOnce(Option<&CommitSummary>, Folder) -> TurnPreview,
 ) -> RunEnd {
     let started = Instant::now();
     let mut result = blank_result(accepted, &context);
     let mut slot = agent;
-    let outcome = drive(
-        site,
-        accepted,
-        journal,
-        &mut context,
-        &mut slot,
-        &mut result,
-        cancel,
-    )
-    .await;
+    let mut folder = Folder::Same;
+    let outcome = match begin(site, journal, &mut slot, &mut result).await {
+        Ok(found) => {
+            folder = found;
+            drive(
+                site,
+                accepted,
+                journal,
+                &mut context,
+                &mut slot,
+                &mut result,
+                cancel,
+            )
+            .await
+        }
+        Err(error) => Err(error),
+    };
     let failure = match outcome {
         Ok(outcome) => {
             let failure = apply(&outcome, accepted, &mut result);
@@ -399,7 +415,7 @@ pub async fn run_turn(
             context,
         };
     }
-    result.preview = preview(result.commit.as_ref()).await;
+    result.preview = preview(result.commit.as_ref(), folder).await;
     result.duration_ms = started.elapsed().as_millis() as u64;
     if let Err(error) = site
         .finish(accepted, journal, &mut context, &mut result)
@@ -435,6 +451,14 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// An error's own text as a sentence.
+fn sentence(error: &RepositoryError) -> String {
+    let text = error.to_string();
+    let mut letters = text.chars();
+    let first = letters.next().into_iter().flat_map(char::to_uppercase);
+    first.chain(letters).chain(['.']).collect()
+}
+
 fn internal(error: &RunError) -> TurnFailure {
     tracing::error!(error = chain(error), "a turn failed inside greenroom");
     match error {
@@ -444,6 +468,14 @@ fn internal(error: &RunError) -> TurnFailure {
                       missing."
                 .into(),
         },
+        RunError::Repository(error @ RepositoryError::Locked) => TurnFailure {
+            code: ErrorCode::ThreadBusyElsewhere,
+            message: sentence(error),
+        },
+        RunError::Repository(error @ RepositoryError::Tampered { .. }) => TurnFailure {
+            code: ErrorCode::Internal,
+            message: format!("{} The operator has to look at it.", sentence(error)),
+        },
         _ => TurnFailure {
             code: ErrorCode::Internal,
             message: "The turn could not be carried out; the edits so far are kept. The log has \
@@ -451,6 +483,33 @@ fn internal(error: &RunError) -> TurnFailure {
                 .into(),
         },
     }
+}
+
+/// The worktree's folder, since the turn before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Folder {
+    Same,
+    /// It was gone and is another one now: what stood in the old one must start again.
+    New,
+}
+
+/// Puts the worktree right and commits what others edited there.
+async fn begin(
+    site: &TurnSite,
+    journal: &Journal,
+    slot: &mut Option<(Agent, Continuity)>,
+    result: &mut TurnResult,
+) -> Result<Folder, RunError> {
+    journal.append(TurnEvent::Started {}).await?;
+    let repairs = site.commit_outside_edits().await?;
+    result.repairs = sentences(&repairs);
+    if !repairs.contains(&Repair::Folder) {
+        return Ok(Folder::Same);
+    }
+    if let Some((agent, _)) = slot.take() {
+        agent.stop().await;
+    }
+    Ok(Folder::New)
 }
 
 async fn drive(
@@ -462,8 +521,6 @@ async fn drive(
     result: &mut TurnResult,
     cancel: &CancellationToken,
 ) -> Result<RunOutcome, RunError> {
-    journal.append(TurnEvent::Started {}).await?;
-    site.commit_outside_edits().await?;
     if cancel.is_cancelled() {
         return Ok(RunOutcome::nothing());
     }
@@ -651,6 +708,7 @@ async fn commit(
     };
     let committed = site.commit_turn(accepted, status, outcome).await?;
     result.held_back = committed.held_back;
+    result.repairs.extend(sentences(&committed.repairs));
     if let Some(commit) = committed.commit {
         let told: BTreeSet<String> = outcome.touched.iter().map(|p| site.relative(p)).collect();
         for file in commit
