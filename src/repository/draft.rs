@@ -158,7 +158,7 @@ impl Worktree {
     /// edits that came in a moment ago.
     fn check_room(&self, repo: &Repository, before: &Tree<'_>, after: &Tree<'_>) -> Result<()> {
         let steps = landing::steps(repo, before, after)?;
-        let root = Root::open(&self.path()).during("open the worktree")?;
+        let root = Root::open(self.path()).during("open the worktree")?;
         let mut blocked = BTreeMap::new();
         for (path, step) in &steps {
             let state = landing::state(repo, &root, path)?;
