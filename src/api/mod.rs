@@ -75,6 +75,7 @@ pub type Shared = Arc<ApiState>;
         threads::list,
         threads::one,
         threads::history,
+        threads::diff,
         threads::preview,
         operations::undo,
         operations::redo,
@@ -120,6 +121,7 @@ pub fn router(state: Shared) -> Router {
         .route("/api/threads", get(threads::list))
         .route(thread, get(threads::one))
         .route(&format!("{thread}/history"), get(threads::history))
+        .route(&format!("{thread}/diff"), get(threads::diff))
         .route(&format!("{thread}/preview"), get(threads::preview))
         .route(&format!("{thread}/undo"), post(operations::undo))
         .route(&format!("{thread}/redo"), post(operations::redo))

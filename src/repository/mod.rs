@@ -16,6 +16,7 @@
 //! in neither.
 
 mod checkout;
+mod diff;
 mod draft;
 mod files;
 mod gate;
@@ -35,6 +36,7 @@ use std::{io, sync::Once};
 
 use crate::{domain::Conflict, lease::LeaseLost};
 
+pub use diff::{DiffText, SiteDiff};
 pub use draft::{Draft, Snapshot};
 pub use guard::{Repair, Strangers};
 pub use remote::{RemoteError, RemoteErrorKind, Remotes};

@@ -10,13 +10,12 @@ use std::{
 };
 
 use git2::{
-    Delta, DiffFindOptions, DiffOptions, ErrorCode, Index, IndexEntry, IndexTime, ObjectType, Oid,
-    Patch, Repository, StatusOptions, Tree,
+    ErrorCode, Index, IndexEntry, IndexTime, ObjectType, Oid, Repository, StatusOptions, Tree,
 };
 use nix::sys::stat::FileStat;
 
 use super::{
-    Operation as _, RepositoryError, Result, checkout,
+    Operation as _, RepositoryError, Result, checkout, diff,
     files::{self, Found, Root},
     gate::{self, Keeper},
     gitdir::GitDir,
@@ -24,7 +23,7 @@ use super::{
     message, tree, user,
 };
 use crate::{
-    domain::{CommitSummary, FileChange, FileStatus, HeldBack, Signature},
+    domain::{CommitSummary, FileStatus, HeldBack, Signature},
     identity::ThreadKey,
     lease::Fence,
 };
@@ -97,10 +96,6 @@ pub struct LogEntry {
 /// Most paths that a scan takes up. A turn that leaves more untracked files than this is
 /// installing something, not editing a site.
 const MAX_PATHS: usize = 500_000;
-/// Files larger than this have no line counts, in bytes.
-const MAX_COUNTED_BYTES: i64 = 2_000_000;
-/// Commits of more files than this have no line counts.
-const MAX_COUNTED_FILES: usize = 2_000;
 /// `git update-index --assume-unchanged` (the entry's flag, `GIT_INDEX_ENTRY_VALID`).
 const ASSUME_UNCHANGED: u16 = 0x8000;
 /// `git update-index --skip-worktree` (the entry's extended flag).
@@ -412,7 +407,7 @@ impl Worktree {
     }
 
     /// Opens the user's repository for what needs no worktree. Puts nothing right.
-    fn read(&self) -> Result<Repository> {
+    pub(super) fn read(&self) -> Result<Repository> {
         self.git.open(self.git.project())
     }
 
@@ -864,55 +859,13 @@ pub(super) fn summarise(repo: &Repository, id: Oid) -> Result<CommitSummary> {
             Err(error) if error.code() == ErrorCode::NotFound => None,
             Err(error) => return Err(error),
         };
+        let (files, files_omitted) = diff::changed_files(repo, before.as_ref(), &commit.tree()?)?;
         Ok(CommitSummary {
             id: id.to_string(),
             message: subject_of(&commit),
-            files: changed_files(repo, before.as_ref(), &commit.tree()?)?,
+            files,
+            files_omitted,
         })
     };
     read().during("read what a commit changed")
-}
-
-/// What differs between two trees, with line counts.
-pub(super) fn changed_files(
-    repo: &Repository,
-    before: Option<&Tree<'_>>,
-    after: &Tree<'_>,
-) -> Result<Vec<FileChange>, git2::Error> {
-    let mut options = DiffOptions::new();
-    options.context_lines(0).max_size(MAX_COUNTED_BYTES);
-    let mut diff = repo.diff_tree_to_tree(before, Some(after), Some(&mut options))?;
-    diff.find_similar(Some(DiffFindOptions::new().renames(true).rename_limit(200)))?;
-    let is_counted = diff.deltas().len() <= MAX_COUNTED_FILES;
-    let mut files = Vec::new();
-    for (at, delta) in diff.deltas().enumerate() {
-        let status = match delta.status() {
-            Delta::Added | Delta::Copied => FileStatus::Added,
-            Delta::Deleted => FileStatus::Deleted,
-            Delta::Renamed => FileStatus::Renamed,
-            _ => FileStatus::Modified,
-        };
-        let patch = if is_counted {
-            Patch::from_diff(&diff, at)?
-        } else {
-            None
-        };
-        let (_, additions, deletions) = patch
-            .map(|patch| patch.line_stats())
-            .transpose()?
-            .unwrap_or_default();
-        let file = if status == FileStatus::Deleted {
-            delta.old_file()
-        } else {
-            delta.new_file()
-        };
-        let path = String::from_utf8_lossy(file.path_bytes().unwrap_or_default()).into_owned();
-        files.push(FileChange {
-            path,
-            status,
-            additions: additions as u64,
-            deletions: deletions as u64,
-        });
-    }
-    Ok(files)
 }
