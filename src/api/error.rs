@@ -178,6 +178,13 @@ impl From<SupervisorError> for ApiError {
                 files: Some(files.clone()),
                 ..Self::new(StatusCode::CONFLICT, "merge_conflict", error.to_string())
             },
+            E::HeldBack { ref files } => {
+                let files = files.iter().cloned().map(Conflict::from).collect();
+                Self {
+                    files: Some(files),
+                    ..Self::new(StatusCode::CONFLICT, "held_back", error.to_string())
+                }
+            }
             E::Refused(why) => Self::invalid(why),
             E::Lease(error) => Self::internal(&*error),
             E::Source(missing @ SourceError::LocalMissing) => Self::new(

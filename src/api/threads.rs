@@ -26,7 +26,9 @@ use super::{
 use crate::{
     domain::{Author, FileChange, TurnMode, TurnResult, TurnStatus},
     identity::ThreadKey,
-    supervisor::{ExecuteRequest, History, HistoryPage, InitRequest, PreviewView, ThreadView},
+    supervisor::{
+        ExecuteRequest, History, HistoryPage, InitRequest, PreviewView, Removal, ThreadView,
+    },
 };
 
 /// Longest turn that a request may ask for.
@@ -334,6 +336,50 @@ pub(super) async fn one(
         .thread_view(&path_key(&state, &path)?)
         .await?;
     Ok(Answer(json!({"success": true, "result": view})).into_response())
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct RemoveQuery {
+    branch: Option<String>,
+    discard: Option<String>,
+}
+
+/// Takes a thread away once the turns that wait have run: stops its preview, commits what is in
+/// its worktree, removes it. The branch stays, and with it what the thread remembers, unless
+/// `branch=true`: then the thread is as if it had never been. Files that the commit leaves out (see
+/// `heldBack`) are 409 `held_back`, and nothing is removed, unless `discard=true`.
+#[utoipa::path(delete, path = "/api/clients/{client}/users/{user}/threads/{thread}",
+    params(("client" = String, Path), ("user" = String, Path), ("thread" = String, Path),
+           ("branch" = Option<bool>, Query), ("discard" = Option<bool>, Query)),
+    responses((status = 200, description = "`{success, result: {threadId, branch, branchRemoved}}`"),
+              (status = 404, description = "`not_found`"),
+              (status = 409, description = "`held_back` with `files`, `thread_busy_elsewhere`")))]
+pub(super) async fn remove(
+    State(state): State<Shared>,
+    path: ThreadPath,
+    Query(query): Query<RemoveQuery>,
+) -> Result<Response, ApiError> {
+    let key = path_key(&state, &path)?;
+    let removal = Removal {
+        branch: flag("branch", query.branch.as_deref())?,
+        discard: flag("discard", query.discard.as_deref())?,
+    };
+    state.supervisor.remove(&key, removal).await?;
+    Ok(Answer(json!({"success": true, "result": {
+        "threadId": key.thread, "branch": key.branch(), "branchRemoved": removal.branch,
+    }}))
+    .into_response())
+}
+
+/// A yes or no in an address.
+fn flag(field: &str, value: Option<&str>) -> Result<bool, ApiError> {
+    match value {
+        Some("true" | "1" | "") => Ok(true),
+        None | Some("false" | "0") => Ok(false),
+        Some(_) => Err(ApiError::invalid(format!(
+            "{field} has to be true or false"
+        ))),
+    }
 }
 
 #[derive(Debug, Deserialize)]

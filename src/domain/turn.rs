@@ -75,6 +75,15 @@ pub struct Conflict {
     pub reason: String,
 }
 
+impl From<HeldBack> for Conflict {
+    fn from(file: HeldBack) -> Self {
+        Self {
+            path: file.path,
+            reason: file.reason,
+        }
+    }
+}
+
 /// Where a turn stands. The last four are final.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]

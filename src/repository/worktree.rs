@@ -358,12 +358,8 @@ impl Worktree {
     /// First checkout, under another name until it is whole: a half made worktree would look
     /// like one in which somebody deleted files.
     pub(super) fn check_out(&self) -> Result<()> {
-        let name = self
-            .path
-            .file_name()
-            .expect("a worktree's path ends in its thread's id");
         let mut hidden = OsStr::new(".").to_owned();
-        hidden.push(name);
+        hidden.push(self.name());
         hidden.push(".partial");
         let partial = self.path.with_file_name(hidden);
         files::remove_all(&partial).during("remove the leftovers of an earlier attempt")?;
@@ -379,6 +375,63 @@ impl Worktree {
         checkout::fill(&repo, &tree, checkout::Target::Worktree(&partial))
             .during("check the site out")?;
         fs::rename(&partial, &self.path).during("put the worktree in place")
+    }
+
+    /// Removes the folder and its entry in the git directory.
+    pub(super) fn remove(&self) -> Result<()> {
+        let mut hidden = OsStr::new(".").to_owned();
+        hidden.push(self.name());
+        hidden.push(".removed");
+        let hidden = self.path.with_file_name(hidden);
+        files::remove_all(&hidden).ok();
+        match fs::rename(&self.path, &hidden) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            renamed => renamed.during("move the worktree out of the way")?,
+        }
+        // Half a worktree would look like one in which somebody deleted files; half of this
+        // does not.
+        if let Err(error) = files::remove_all(&hidden) {
+            tracing::warn!(%error, "a removed worktree could not be emptied");
+        }
+        for name in [
+            "gitdir",
+            "commondir",
+            "HEAD",
+            "locked",
+            "index",
+            "logs",
+            "refs",
+            "landing",
+            "ORIG_HEAD",
+            "FETCH_HEAD",
+            "COMMIT_EDITMSG",
+        ] {
+            files::remove_all(&self.admin.join(name)).during("remove the worktree's entry")?;
+        }
+        // What was put aside there in its lifetime is kept.
+        match fs::remove_dir(&self.admin) {
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
+                let aside = self.git.path().join("removed-worktrees");
+                fs::create_dir_all(&aside).during("keep what was put aside")?;
+                let name = format!(
+                    "{}-{}",
+                    self.name().display(),
+                    uuid::Uuid::now_v7().simple()
+                );
+                fs::rename(&self.admin, aside.join(name)).during("keep what was put aside")
+            }
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(error).during("remove the worktree's entry")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The thread's id.
+    fn name(&self) -> &OsStr {
+        self.path
+            .file_name()
+            .expect("a worktree's path ends in its thread's id")
     }
 
     /// Makes the index agree with the branch's commit: it is behind after a crash, and missing

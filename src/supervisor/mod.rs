@@ -6,6 +6,7 @@
 
 mod operation;
 mod prepare;
+mod removal;
 mod thread;
 mod view;
 mod warm;
@@ -25,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     agent::AgentSettings,
-    domain::{Conflict, PreviewStatus, Signature, TurnResult, TurnStatus},
+    domain::{Conflict, HeldBack, PreviewStatus, Signature, TurnResult, TurnStatus},
     gateway::Gateway,
     identity::{ThreadId, ThreadKey, TurnId, UserKey},
     lease::{Lease, LeaseError, LeaseLost, Patience},
@@ -39,6 +40,7 @@ use crate::{
 };
 
 pub use operation::{DryRun, Operation, OperationAnswer, OperationRequest};
+pub use removal::Removal;
 pub use view::{
     ExecuteRequest, History, HistoryPage, InitAnswer, InitRequest, OutsideEdit, PreviewView,
     ThreadView, TurnSummary,
@@ -86,6 +88,11 @@ pub enum SupervisorError {
     UndoConflict { files: Vec<Conflict> },
     #[error("the changes of both sides do not go together; nothing was changed")]
     MergeConflict { files: Vec<Conflict> },
+    #[error(
+        "the worktree holds files that are in no commit; save them elsewhere, or add ?discard=true \
+         to let them go"
+    )]
+    HeldBack { files: Vec<HeldBack> },
     /// What was asked for makes no sense here.
     #[error("{0}")]
     Refused(&'static str),
@@ -184,6 +191,9 @@ impl Clone for SupervisorError {
                 files: files.clone(),
             },
             Self::MergeConflict { files } => Self::MergeConflict {
+                files: files.clone(),
+            },
+            Self::HeldBack { files } => Self::HeldBack {
                 files: files.clone(),
             },
             Self::Refused(why) => Self::Refused(why),
@@ -460,6 +470,16 @@ impl Supervisor {
         self.revive(&key).await?;
         self.ask(&key, |reply| Request::Operate(Box::new(request), reply))
             .await
+    }
+
+    /// Takes a thread away, after what was asked of it before; nothing more is admitted
+    /// meanwhile. What is in its worktree is committed first.
+    ///
+    /// # Errors
+    /// [`SupervisorError::HeldBack`] if there are files that would be lost: nothing was removed.
+    pub async fn remove(&self, key: &ThreadKey, removal: Removal) -> Result<(), SupervisorError> {
+        self.revive(key).await?;
+        self.ask(key, |reply| Request::Remove(removal, reply)).await
     }
 
     /// A turn, live or at rest.
