@@ -142,6 +142,7 @@ impl Worktree {
         if tip == parent {
             self.move_branch(&repo, parent, commit.id(), fence)?;
         }
+        landing.write_missing(&after)?;
         landing.land()?;
         landing.write_index();
         landing.end();
@@ -193,6 +194,20 @@ impl<'a> Landing<'a> {
         let written = self.steps.iter().filter(|(_, step)| step.new.is_some());
         let paths = written.map(|(path, _)| path);
         checkout::fill_some(self.repo, after, paths, &self.folder.join("in"))
+            .during("write files beside the worktree")
+    }
+
+    /// libgit2 writes no file where HEAD has a folder, wherever it is asked to write it. It does once
+    /// the branch has moved.
+    fn write_missing(&self, after: &Tree<'_>) -> Result<()> {
+        let mut missing = Vec::new();
+        for (path, step) in &self.steps {
+            let written = self.incoming.look(path).during("look at a new file")?;
+            if step.new.is_some() && matches!(written, Found::Nothing) {
+                missing.push(path.clone());
+            }
+        }
+        checkout::fill_some(self.repo, after, missing.iter(), &self.folder.join("in"))
             .during("write files beside the worktree")
     }
 
@@ -431,4 +446,72 @@ fn holds_files(folder: &Path) -> bool {
         let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
         !is_folder || holds_files(&entry.path())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::repository::tests::{Place, write};
+
+    /// A file of one turn that is about to be taken back, and the blobs before and after it.
+    fn about_to_land(site: &crate::repository::tests::Site) -> (String, BTreeMap<PathBuf, Step>) {
+        let page = site.dir.join("page.md");
+        write(&page, "old\n2\n3\n4\n5\n6\nend\n");
+        write(site.dir.join("other.md"), "other\n");
+        site.commit("Before");
+        write(&page, "new\n2\n3\n4\n5\n6\nend\n");
+        write(site.dir.join("came.md"), "came\n");
+        let turn = site.commit("Turn").commit.unwrap().id;
+        let base = site.worktree.committed().unwrap();
+        let draft = site.worktree.draft_without(&base, &turn).unwrap();
+        let commit = site.write(&draft);
+        let repo = site.worktree.open().unwrap();
+        let tree = |id: &str| {
+            repo.find_commit(id.parse().unwrap())
+                .unwrap()
+                .tree()
+                .unwrap()
+        };
+        let steps = steps(&repo, &tree(&turn), &tree(&commit)).unwrap();
+        (commit, steps)
+    }
+
+    /// Someone had the file open and writes to it after it was replaced.
+    #[test]
+    fn an_edit_of_the_file_that_was_just_taken_out_comes_back() {
+        for (edit, expected) in [
+            (
+                "new\n2\n3\n4\n5\n6\na person's\n",
+                "old\n2\n3\n4\n5\n6\na person's\n",
+            ),
+            ("a person's\n2\n", "a person's\n2\n"),
+        ] {
+            let place = Place::new();
+            let (_, site) = place.thread("alice", "main");
+            let (commit, steps) = about_to_land(&site);
+            let repo = site.worktree.open().unwrap();
+            let fence = Fence::open();
+            let landing = Landing::begin(&site.worktree, &repo, steps.clone(), &fence).unwrap();
+            let after = repo.find_commit(commit.parse().unwrap()).unwrap();
+            landing.write_beside(&after.tree().unwrap()).unwrap();
+            site.worktree
+                .move_branch(&repo, after.parent_id(0).unwrap(), after.id(), &fence)
+                .unwrap();
+            let (page, came) = (Path::new("page.md"), Path::new("came.md"));
+            landing.root.link_to(page, &landing.outgoing).unwrap();
+            landing.incoming.rename_to(page, &landing.root).unwrap();
+            landing.root.rename_to(came, &landing.outgoing).unwrap();
+            // Killed here; and the writers were not.
+            drop(landing);
+            let out = site.worktree.admin.join("landing/out");
+            fs::write(out.join("page.md"), edit).unwrap();
+            fs::write(out.join("came.md"), "came, and was edited\n").unwrap();
+
+            site.worktree.apply(&commit, &fence).unwrap();
+            let read = |name: &str| fs::read_to_string(site.dir.join(name)).unwrap();
+            assert_eq!(read("page.md"), expected);
+            assert_eq!(read("came.md"), "came, and was edited\n");
+            assert!(!site.worktree.admin.join("landing").exists());
+        }
+    }
 }
