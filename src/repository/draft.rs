@@ -174,7 +174,7 @@ impl Worktree {
         let root = Root::open(self.path()).during("open the worktree")?;
         let mut blocked = BTreeMap::new();
         for (path, step) in &steps {
-            let state = landing::state(repo, &root, path)?;
+            let state = landing::state(repo, &root, path, step)?;
             let is_old = match (&state, step.old) {
                 (State::Absent, None) => true,
                 (State::Blob(present), Some(old)) => *present == old,

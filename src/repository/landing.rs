@@ -17,7 +17,8 @@
 use std::{
     collections::BTreeMap,
     ffi::OsStr,
-    fs, io,
+    fs::{self, File},
+    io::{self, Read as _, Seek as _},
     os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
 };
@@ -95,8 +96,9 @@ pub(super) fn steps(
     Ok(steps)
 }
 
-/// What stands at `path` below `root` now; its content gets into the repository by that.
-pub(super) fn state(repo: &Repository, root: &Root, path: &Path) -> Result<State> {
+/// What stands at `path` below `root` now; a content that `step` does not know gets into the
+/// repository by that.
+pub(super) fn state(repo: &Repository, root: &Root, path: &Path, step: &Step) -> Result<State> {
     let found = root.look(path).during("look at a file")?;
     Ok(match found {
         Found::Nothing => State::Absent,
@@ -106,10 +108,31 @@ pub(super) fn state(repo: &Repository, root: &Root, path: &Path) -> Result<State
             State::Blob((repo.blob(&target).during("store a symlink")?, LINK_MODE))
         }
         Found::File(mut file, stat) => {
-            let id = write_blob(repo, path, &mut file).during("read a file")?;
+            let id = content_id(repo, path, &mut file, step)?;
             State::Blob((id, canonical_mode(stat.st_mode)))
         }
     })
+}
+
+/// The blob that a file is. Storing one costs a file of its own, so that is left out for contents
+/// that are expected.
+fn content_id(repo: &Repository, path: &Path, file: &mut File, step: &Step) -> Result<Oid> {
+    /// What is larger is not held in memory.
+    const MAX_HELD: u64 = 32 << 20;
+    let mut read = || -> io::Result<Oid> {
+        if file.metadata()?.len() <= MAX_HELD {
+            let mut content = Vec::new();
+            (&mut *file).take(MAX_HELD).read_to_end(&mut content)?;
+            let id = Oid::hash_object(ObjectType::Blob, &content).map_err(io::Error::other)?;
+            let mut known = [step.old, step.new].into_iter().flatten();
+            if known.any(|(known, _)| known == id) {
+                return Ok(id);
+            }
+            file.rewind()?;
+        }
+        write_blob(repo, path, file)
+    };
+    read().during("read a file")
 }
 
 impl Worktree {
@@ -236,7 +259,11 @@ impl<'a> Landing<'a> {
     }
 
     fn state(&self, path: &Path) -> Result<State> {
-        state(self.repo, &self.root, path)
+        state(self.repo, &self.root, path, &self.step(path))
+    }
+
+    fn step(&self, path: &Path) -> Step {
+        self.steps.get(path).copied().unwrap_or_default()
     }
 
     fn remove(&self, path: &Path, old: Blob) -> Result<()> {
@@ -294,7 +321,7 @@ impl<'a> Landing<'a> {
     /// Looks once more at a file that was taken out: if it is still `expected` it goes, else
     /// somebody wrote to it meanwhile, and that comes back.
     fn settle(&self, path: &Path, expected: Blob) -> Result<()> {
-        let State::Blob(taken) = state(self.repo, &self.outgoing, path)? else {
+        let State::Blob(taken) = state(self.repo, &self.outgoing, path, &self.step(path))? else {
             return Ok(());
         };
         let present = self.state(path)?;
@@ -404,7 +431,7 @@ impl<'a> Landing<'a> {
         };
         let known = match self.root.look(path) {
             Ok(Found::File(mut file, stat)) => {
-                let present = write_blob(self.repo, path, &mut file).ok();
+                let present = content_id(self.repo, path, &mut file, &step).ok();
                 (present == Some(id)).then(|| index_entry(path, id, &stat))
             }
             Ok(Found::Link(target, stat)) => {

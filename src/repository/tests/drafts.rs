@@ -388,7 +388,7 @@ fn a_kill_at_any_moment_is_finished_by_the_next_owner() {
         site.land(&site.restored(&second).unwrap());
         begun.elapsed() / 2
     };
-    for round in 0..30 {
+    for round in 0..12 {
         let to = if round % 2 == 0 { &first } else { &second };
         let before = site.head();
         let commit = site.write(&site.restored(to).unwrap());
@@ -403,7 +403,7 @@ fn a_kill_at_any_moment_is_finished_by_the_next_owner() {
         let lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let mut lines = lines.map(Result::unwrap);
         assert!(lines.any(|line| line.ends_with("begin")));
-        std::thread::sleep(took * (round as u32) / 24);
+        std::thread::sleep(took * (round as u32) / 9);
         child.kill().unwrap();
         child.wait().unwrap();
 
@@ -518,7 +518,7 @@ fn edit(dir: &Path, act: &Act) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 10, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 6, failure_persistence: None, ..ProptestConfig::default() })]
 
     /// History only grows, branch, index and files agree after each step, a refusal changes
     /// nothing, and an undo that is taken back at once is as if it had never been.
