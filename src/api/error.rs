@@ -204,6 +204,10 @@ impl From<SupervisorError> for ApiError {
 impl ApiError {
     fn repository(error: &RepositoryError) -> Self {
         use RepositoryError as E;
+        if let Some(cause) = std::error::Error::source(error) {
+            // The sentence is for the caller; what git or the disk said is for the operator.
+            tracing::warn!(%error, %cause, "an operation on a repository failed");
+        }
         match error {
             E::Remote(_)
             | E::Local { .. }
