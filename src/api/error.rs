@@ -10,9 +10,9 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::{
-    domain::{Conflict, ErrorCode, TurnResult},
+    domain::{Between, Conflict, ErrorCode, TurnResult},
     identity::{InvalidId, TurnId},
-    repository::{RepositoryError, SourceError},
+    repository::{RemoteError, RemoteErrorKind, RemoteUse, RepositoryError, SourceError},
     supervisor::SupervisorError,
 };
 
@@ -44,6 +44,13 @@ pub(super) struct ErrorBody {
     /// With `undo_conflict`, `merge_conflict` and `held_back`: the files that it is about.
     #[serde(skip_serializing_if = "Option::is_none")]
     files: Option<Vec<Conflict>>,
+    /// With `merge_conflict`: the branches that were to be merged.
+    #[serde(flatten)]
+    between: Option<Between>,
+    /// With `fetch_failed`, `push_failed` and `pull_request_failed`: `auth`, `rejected` or
+    /// `network`; the last may succeed later.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<&'static str>,
     /// With `stale_head`: the commit that the thread is at now.
     #[serde(skip_serializing_if = "Option::is_none")]
     head: Option<String>,
@@ -58,6 +65,8 @@ pub struct ApiError {
     retry_after: Option<u64>,
     result: Option<Box<TurnResult>>,
     files: Option<Vec<Conflict>>,
+    between: Option<Between>,
+    reason: Option<&'static str>,
     head: Option<String>,
 }
 
@@ -70,6 +79,8 @@ impl ApiError {
             retry_after: None,
             result: None,
             files: None,
+            between: None,
+            reason: None,
             head: None,
         }
     }
@@ -173,7 +184,11 @@ impl From<SupervisorError> for ApiError {
                 files: Some(files.clone()),
                 ..Self::new(StatusCode::CONFLICT, "undo_conflict", error.to_string())
             },
-            E::MergeConflict { ref files } => Self {
+            E::MergeConflict {
+                ref between,
+                ref files,
+            } => Self {
+                between: between.clone(),
                 files: Some(files.clone()),
                 ..Self::new(StatusCode::CONFLICT, "merge_conflict", error.to_string())
             },
@@ -204,6 +219,8 @@ impl ApiError {
     fn repository(error: &RepositoryError) -> Self {
         use RepositoryError as E;
         match error {
+            E::Remote(error) if error.during != RemoteUse::Clone => Self::remote(error),
+            E::NoOrigin | E::Unfinished => Self::invalid(error.to_string()),
             E::Remote(_)
             | E::Local { .. }
             | E::Empty
@@ -229,6 +246,26 @@ impl ApiError {
         }
     }
 
+    /// What a hosting service did not do for us.
+    fn remote(error: &RemoteError) -> Self {
+        let code = match error.during {
+            RemoteUse::Clone => "clone_failed",
+            RemoteUse::Fetch => "fetch_failed",
+            RemoteUse::Push => "push_failed",
+            RemoteUse::PullRequest => "pull_request_failed",
+        };
+        let (status, reason, retry_after) = match error.kind {
+            RemoteErrorKind::Auth => (StatusCode::UNPROCESSABLE_ENTITY, "auth", None),
+            RemoteErrorKind::Rejected => (StatusCode::UNPROCESSABLE_ENTITY, "rejected", None),
+            RemoteErrorKind::Network => (StatusCode::BAD_GATEWAY, "network", Some(10)),
+        };
+        Self {
+            reason: Some(reason),
+            retry_after,
+            ..Self::new(status, code, error.to_string())
+        }
+    }
+
     fn no_space() -> Self {
         Self::new(
             StatusCode::INSUFFICIENT_STORAGE,
@@ -248,6 +285,8 @@ impl IntoResponse for ApiError {
             turn_id: self.result.as_ref().map(|result| result.turn_id.clone()),
             result: self.result,
             files: self.files,
+            between: self.between,
+            reason: self.reason,
             head: self.head,
         };
         let mut response = (self.status, Json(body)).into_response();

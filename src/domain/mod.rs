@@ -4,9 +4,11 @@
 //! journals and contexts.
 
 mod idle;
+mod publish;
 mod turn;
 
 pub use idle::{IdleDecision, IdleFacts, decide_idle};
+pub use publish::{Between, ConflictKind, MergeStep};
 pub use turn::{
     Author, CommitSummary, Conflict, Continuity, Effect, ErrorCode, HistoryEntry, Plan, Signature,
     ThreadContext, TurnEvent, TurnFailure, TurnKind, TurnMode, TurnPreview, TurnResult, TurnStatus,

@@ -24,7 +24,7 @@ use super::{
 };
 use crate::{
     domain::{CommitSummary, FileChange, FileStatus, HeldBack, Signature},
-    identity::ThreadKey,
+    identity::{ThreadKey, UserKey},
     lease::Fence,
 };
 
@@ -37,6 +37,8 @@ pub struct Worktree {
     pub(super) admin: PathBuf,
     path: PathBuf,
     branch: String,
+    /// It is the repository's own, `project/`, which has no links to be put right.
+    is_main: bool,
 }
 
 /// One path that differs from the branch's commit.
@@ -111,6 +113,18 @@ impl Worktree {
             admin,
             path: path.to_owned(),
             branch: key.branch(),
+            is_main: false,
+        }
+    }
+
+    /// `project/`, where the user's branch is checked out.
+    pub(super) fn of_user(git: GitDir, key: &UserKey, project: &Path) -> Self {
+        Self {
+            admin: git.path().to_owned(),
+            git,
+            path: project.to_owned(),
+            branch: key.user_branch(),
+            is_main: true,
         }
     }
 
@@ -424,6 +438,9 @@ impl Worktree {
             .is_none()
         {
             return Err(RepositoryError::Missing);
+        }
+        if self.is_main {
+            return self.git.open(&self.path);
         }
         self.put_right_entry()?;
         self.put_right_link()?;
