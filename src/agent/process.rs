@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Limits,
-    command::{AgentSettings, AgentSite, SessionStart, spec},
+    command::{AgentSettings, AgentSite, Ceiling, SessionStart, spec},
     idle::Idle,
     permission::{self, Question},
     protocol::{self, CliResult, Line},
@@ -33,6 +33,8 @@ use crate::{
 
 /// A handful of small files.
 const SETTINGS_DEADLINE: Duration = Duration::from_secs(30);
+/// `/proc` alone.
+const MEMORY_DEADLINE: Duration = Duration::from_secs(5);
 /// Once the process has ended its last words are in the pipe; one that somebody holds open does
 /// not count.
 const LAST_WORDS: Duration = Duration::from_secs(1);
@@ -84,6 +86,8 @@ pub struct Agent {
     names_messages: bool,
     has_served: bool,
     is_broken: bool,
+    started: Instant,
+    ceiling: Ceiling,
     tasks: Tasks,
 }
 
@@ -129,6 +133,8 @@ impl Agent {
             names_messages: false,
             has_served: false,
             is_broken: false,
+            started: Instant::now(),
+            ceiling: settings.ceiling,
             tasks: tasks.clone(),
         })
     }
@@ -136,6 +142,21 @@ impl Agent {
     /// Can it serve another run?
     pub fn is_usable(&self) -> bool {
         !self.is_broken && self.idle.is_some() && self.process.try_exit().is_none()
+    }
+
+    /// Why it should be started anew before another run: too old, or grown too large.
+    pub async fn worn(&self) -> Option<&'static str> {
+        if self
+            .ceiling
+            .age
+            .is_some_and(|age| self.started.elapsed() > age)
+        {
+            return Some("age");
+        }
+        let process = self.process.clone();
+        let look = move || process.memory();
+        let held = task::blocking("looking at the agent's memory", MEMORY_DEADLINE, look).await;
+        (held.ok()? > self.ceiling.memory).then_some("memory")
     }
 
     /// Ends the process and all that it started.

@@ -110,6 +110,7 @@ impl ApiError {
             ErrorCode::AgentFailed => StatusCode::BAD_GATEWAY,
             ErrorCode::TurnTimeout => StatusCode::GATEWAY_TIMEOUT,
             ErrorCode::BudgetExceeded => StatusCode::TOO_MANY_REQUESTS,
+            ErrorCode::ThreadBusyElsewhere => StatusCode::CONFLICT,
             ErrorCode::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         };
         let message = result
@@ -230,19 +231,21 @@ impl ApiError {
                 "clone_failed",
                 error.to_string(),
             ),
-            E::HeadMoved { .. } => Self::new(
+            E::HeadMoved { .. } | E::Locked => Self::new(
                 StatusCode::CONFLICT,
                 "thread_busy_elsewhere",
                 error.to_string(),
             ),
             E::NoSuchCommit { .. } => Self::not_found(error.to_string()),
             E::AmbiguousCommit { .. } => Self::invalid(error.to_string()),
-            E::Lost(_)
-            | E::Conflict { .. }
-            | E::Missing
-            | E::Tampered { .. }
-            | E::Git { .. }
-            | E::Disk { .. } => Self::internal(error),
+            E::Tampered { .. } => {
+                tracing::error!(%error, "a repository is refused");
+                let message = format!("{error}; the operator has to look at it");
+                Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message)
+            }
+            E::Lost(_) | E::Conflict { .. } | E::Missing | E::Git { .. } | E::Disk { .. } => {
+                Self::internal(error)
+            }
         }
     }
 

@@ -130,6 +130,8 @@ pub enum ErrorCode {
     AgentFailed,
     TurnTimeout,
     BudgetExceeded,
+    /// Somebody else's git command is at work in the worktree.
+    ThreadBusyElsewhere,
     Internal,
 }
 
@@ -140,6 +142,7 @@ impl ErrorCode {
             Self::AgentFailed => "agent_failed",
             Self::TurnTimeout => "turn_timeout",
             Self::BudgetExceeded => "budget_exceeded",
+            Self::ThreadBusyElsewhere => "thread_busy_elsewhere",
             Self::Internal => "internal",
         }
     }
@@ -241,6 +244,10 @@ pub struct TurnResult {
     pub duration_ms: u64,
     pub preview: TurnPreview,
     pub held_back: Vec<HeldBack>,
+    /// What had to be put right in the site's repository, before the turn or after it; a sentence
+    /// each.
+    #[serde(default)]
+    pub repairs: Vec<String>,
     pub continuity: Continuity,
     pub context: ThreadContext,
     /// Something that the turn had started could not be ended (stuck in the kernel) and may still

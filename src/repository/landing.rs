@@ -133,7 +133,7 @@ impl Worktree {
         let tip = self.tip(&repo)?;
         if tip != parent && tip != commit.id() {
             return Err(RepositoryError::HeadMoved {
-                branch: self.branch().to_owned(),
+                branch: self.branch.clone(),
             });
         }
         let steps = steps(&repo, &before, &after)?;
@@ -202,7 +202,7 @@ impl Worktree {
             true => steps(&repo, &before, &after)?,
             false => BTreeMap::new(),
         };
-        tracing::warn!(branch = self.branch(), "finishing what was cut off");
+        tracing::warn!(branch = self.branch, "finishing what was cut off");
         let landing = Landing::begin(self, &repo, steps, fence)?;
         landing.write_beside(&after)?;
         landing.finish()

@@ -21,6 +21,7 @@ mod files;
 mod gate;
 mod gitdir;
 mod github;
+mod guard;
 mod landing;
 mod loss;
 mod merge;
@@ -44,6 +45,7 @@ use crate::{
 
 pub use draft::{Draft, Snapshot};
 pub use github::{GitHub, GitHubRepository, NoPullRequests, PullRequest, PullRequestText};
+pub use guard::{Repair, Strangers};
 pub use publish::{Destination, Mover, Origin, PublishRequest, Published, PushedBranch, Synced};
 pub use remote::{RemoteError, RemoteErrorKind, RemoteUse, Remotes};
 pub use source::{Source, SourceError, TemplateFile, parse_source};
@@ -75,6 +77,12 @@ pub enum RepositoryError {
     /// Something in the git directory was changed in a way that cannot be put right safely.
     #[error("the repository was tampered with: {what}")]
     Tampered { what: String },
+    /// A live git command is at work in the thread's worktree; asking again later helps.
+    #[error(
+        "another git command is at work in this thread's worktree; wait until it is done, then \
+         try again"
+    )]
+    Locked,
     /// Somebody else moved the branch; nothing was committed, and a second try may work.
     #[error("the branch {branch} was moved by somebody else")]
     HeadMoved { branch: String },

@@ -16,7 +16,8 @@ use git2::{ErrorCode, Oid, Repository};
 
 use super::{
     CommitRequest, CommitText, Draft, Operation as _, RemoteError, RemoteErrorKind, RemoteUse,
-    Remotes, RepositoryError, Result, Snapshot, Source, UserRepository, Worktree, gitdir,
+    Remotes, RepositoryError, Result, Snapshot, Source, Strangers, UserRepository, Worktree,
+    gitdir,
     loss::Owner,
     merge::{Combined, How, Merged, Tip, combine, merge},
     uplink::{Pushed, Uplink},
@@ -284,10 +285,6 @@ impl UserRepository {
     /// The branches of client and user.
     fn lanes(&self, repo: &Repository, mover: &Mover<'_>) -> Result<(Lane, Lane)> {
         let key = mover.key.user_key();
-        for branch in [key.client_branch(), key.user_branch()] {
-            gitdir::clear_dead_lock(&self.git.path().join(format!("refs/heads/{branch}.lock")))?;
-        }
-        gitdir::clear_dead_lock(&self.git.path().join("packed-refs.lock"))?;
         self.ensure_user_branch(repo, &key)?;
         let lane = |branch| {
             let tip = tip(repo, branch)?;
@@ -300,6 +297,13 @@ impl UserRepository {
     /// what somebody else checked out is theirs.
     fn settle_project(&self, repo: &Repository, mover: &Mover<'_>) -> Result<Option<Worktree>> {
         let key = mover.key.user_key();
+        let mut locks: Vec<_> = ["index", "HEAD", "packed-refs"].map(str::to_owned).into();
+        let branches = [key.client_branch(), key.user_branch()];
+        locks.extend(branches.map(|branch| format!("refs/heads/{branch}")));
+        for lock in locks {
+            let lock = self.git.path().join(format!("{lock}.lock"));
+            gitdir::clear_lock(&lock, &self.project)?;
+        }
         self.ensure_user_branch(repo, &key)?;
         let head = repo.find_reference("HEAD").during("read the head")?;
         let is_ours = head
@@ -320,6 +324,7 @@ impl UserRepository {
                 author: mover.committer,
                 committer: mover.committer,
             },
+            strangers: Strangers::Keep,
             held_dir: mover.held_dir,
             fence: mover.fence,
         })?;

@@ -19,7 +19,8 @@ use super::{
     Operation as _, RepositoryError, Result, checkout,
     files::{self, Found, Root},
     gate::{self, Keeper},
-    gitdir::{self, GitDir},
+    gitdir::GitDir,
+    guard::{Repair, Strangers},
     message, tree, user,
 };
 use crate::{
@@ -32,13 +33,13 @@ use crate::{
 /// puts the links between worktree and repository right before.
 #[derive(Debug, Clone)]
 pub struct Worktree {
-    git: GitDir,
+    pub(super) git: GitDir,
     /// The worktree's entry in the git directory: HEAD, index, links.
     pub(super) admin: PathBuf,
-    path: PathBuf,
-    branch: String,
+    pub(super) path: PathBuf,
+    pub(super) branch: String,
     /// It is the repository's own, `project/`, which has no links to be put right.
-    is_main: bool,
+    pub(super) is_main: bool,
 }
 
 /// One path that differs from the branch's commit.
@@ -65,6 +66,8 @@ pub struct CommitText<'a> {
 #[derive(Debug)]
 pub struct CommitRequest<'a> {
     pub text: CommitText<'a>,
+    /// What becomes of commits that others made on the branch since the last one of ours.
+    pub strangers: Strangers,
     /// Folder of this turn for copies of what is held back; made when needed.
     pub held_dir: &'a Path,
     /// Asked right before the branch moves.
@@ -78,6 +81,8 @@ pub struct Committed {
     pub commit: Option<CommitSummary>,
     /// Files left out on purpose; they are still in the worktree.
     pub held_back: Vec<HeldBack>,
+    /// What had to be put right before.
+    pub repairs: Vec<Repair>,
 }
 
 /// One commit of a branch's history.
@@ -133,13 +138,9 @@ impl Worktree {
         &self.path
     }
 
-    pub(super) fn branch(&self) -> &str {
-        &self.branch
-    }
-
     /// Full id of the branch's commit.
     pub fn head(&self) -> Result<String> {
-        let repo = self.open()?;
+        let repo = self.read()?;
         self.tip(&repo).map(|id| id.to_string())
     }
 
@@ -168,15 +169,21 @@ impl Worktree {
         Ok(changes)
     }
 
-    /// Commits everything that changed, but for what the gate holds back, and brings the index
-    /// into agreement. Makes no commit where nothing changed.
+    /// Puts right what can be (see `guard`), commits everything that changed, but for what the
+    /// gate holds back, and brings the index into agreement. Makes no commit where nothing changed.
     ///
     /// # Errors
     /// [`RepositoryError::HeadMoved`] if the branch moved meanwhile: nothing was committed.
+    /// [`RepositoryError::Locked`] and [`RepositoryError::Tampered`] for what the guard refuses.
     pub fn commit(&self, request: &CommitRequest<'_>) -> Result<Committed> {
-        let repo = self.open()?;
+        let (repo, repairs) = match self.is_main {
+            true => (self.open()?, Vec::new()),
+            false => self.put_right(request.strangers, request.fence)?,
+        };
         let head = self.tip(&repo)?;
-        self.commit_onto(&repo, head, request)
+        let mut committed = self.commit_onto(&repo, head, request)?;
+        committed.repairs.splice(0..0, repairs);
+        Ok(committed)
     }
 
     /// As [`Worktree::commit`], but from a head that was read earlier.
@@ -193,6 +200,7 @@ impl Worktree {
                 author: &who,
                 committer: &who,
             },
+            strangers: Strangers::Keep,
             held_dir: &self.path.with_file_name("held"),
             fence: &Fence::open(),
         };
@@ -210,12 +218,14 @@ impl Worktree {
             return Ok(Committed {
                 commit: None,
                 held_back: Vec::new(),
+                repairs: Vec::new(),
             });
         };
         let Staged {
             tree,
             mut index,
             held_back,
+            repairs,
         } = staged;
         let commit = if tree == head_tree.id() {
             None
@@ -229,7 +239,11 @@ impl Worktree {
         if let Err(error) = index.write() {
             tracing::warn!(%error, branch = self.branch, "the index could not be written");
         }
-        Ok(Committed { commit, held_back })
+        Ok(Committed {
+            commit,
+            held_back,
+            repairs,
+        })
     }
 
     /// The tree that a commit would have now; `None` if nothing differs from `head`.
@@ -252,6 +266,10 @@ impl Worktree {
             edits: BTreeMap::new(),
             held_back: Vec::new(),
         };
+        let repairs = unsettled(&stage.index)
+            .during("read the index")?
+            .into_iter()
+            .collect();
         for path in &paths {
             stage.take(path)?;
         }
@@ -266,6 +284,7 @@ impl Worktree {
             tree,
             index,
             held_back,
+            repairs,
         }))
     }
 
@@ -280,12 +299,14 @@ impl Worktree {
         self.git.check_branch(&self.branch)?;
         let branch = format!("refs/heads/{}", self.branch);
         fence.check()?;
+        // First: a crash between the two is put right by moving the branch, the other way round
+        // the guard would take our commit for somebody else's.
+        self.remember(repo, to)?;
         let moved = repo.reference_matching(&branch, to, true, from, "commit");
-        moved.map(drop).map_err(|error| self.explain_move(error))
-    }
-
-    fn explain_move(&self, error: git2::Error) -> RepositoryError {
-        match error.code() {
+        if moved.is_err() {
+            self.remember(repo, from)?;
+        }
+        moved.map(drop).map_err(|error| match error.code() {
             ErrorCode::Modified | ErrorCode::NotFound => RepositoryError::HeadMoved {
                 branch: self.branch.clone(),
             },
@@ -293,12 +314,12 @@ impl Worktree {
                 operation: "commit",
                 source: error,
             },
-        }
+        })
     }
 
     /// At most the first `max_bytes` bytes of a regular file as it is committed.
     pub fn read_at_head(&self, path: &str, max_bytes: usize) -> Result<Option<Vec<u8>>> {
-        let repo = self.open()?;
+        let repo = self.read()?;
         let tree = self.tree(&repo, self.tip(&repo)?)?;
         match in_tree(&tree, Path::new(path))? {
             Some((id, mode)) if mode != LINK_MODE => {
@@ -312,7 +333,7 @@ impl Worktree {
 
     /// Writes the committed files into `to`, an empty or missing folder.
     pub fn export(&self, to: &Path) -> Result<()> {
-        let repo = self.open()?;
+        let repo = self.read()?;
         let tree = self.tree(&repo, self.tip(&repo)?)?;
         fs::create_dir_all(to).during("make the folder for a copy")?;
         checkout::fill(&repo, &tree, checkout::Target::Copy(to)).during("copy the site's files")
@@ -320,7 +341,7 @@ impl Worktree {
 
     /// The branch's commits, newest first, merges seen from their first parent.
     pub fn log(&self, limit: usize) -> Result<Vec<LogEntry>> {
-        let repo = self.open()?;
+        let repo = self.read()?;
         let walk = || -> Result<Vec<_>, git2::Error> {
             let mut walk = repo.revwalk()?;
             walk.simplify_first_parent()?;
@@ -345,44 +366,20 @@ impl Worktree {
 
     /// What one commit changed against its first parent.
     pub fn summary(&self, commit: &str) -> Result<CommitSummary> {
-        let repo = self.open()?;
+        let repo = self.read()?;
         let id = Oid::from_str(commit).during("read a commit's id")?;
         summarise(&repo, id)
     }
 
     /// Makes the worktree, or mends it; see `UserRepository::ensure_thread`.
-    pub(super) fn ensure(&self) -> Result<()> {
-        for lock in ["index.lock", "HEAD.lock"] {
-            gitdir::clear_dead_lock(&self.admin.join(lock))?;
-        }
-        let is_fresh = match files::kind_of(&self.path).during("look at the worktree")? {
-            None => true,
-            Some(kind) if kind.is_dir() => {
-                files::is_empty_dir(&self.path).during("look at the worktree")?
-            }
-            Some(_) => {
-                return Err(RepositoryError::Tampered {
-                    what: "the worktree is no folder".into(),
-                });
-            }
-        };
-        // Absolute, because the git program would prune a relative one; so it is written anew
-        // wherever the workspace is mounted.
-        let back = [self.path.join(".git").as_os_str().as_bytes(), b"\n"].concat();
-        self.put_right_entry()?;
-        files::put(&self.admin.join("gitdir"), &back).during("link the worktree")?;
-        files::put(&self.admin.join("locked"), b"kept by greenroom\n")
-            .during("link the worktree")?;
-        if is_fresh {
-            self.check_out()
-        } else {
-            self.mend_index()
-        }
+    pub(super) fn ensure(&self, fence: &Fence) -> Result<()> {
+        self.put_right(Strangers::Keep, fence)?;
+        self.mend_index()
     }
 
     /// First checkout, under another name until it is whole: a half made worktree would look
     /// like one in which somebody deleted files.
-    fn check_out(&self) -> Result<()> {
+    pub(super) fn check_out(&self) -> Result<()> {
         let name = self
             .path
             .file_name()
@@ -408,7 +405,7 @@ impl Worktree {
 
     /// Makes the index agree with the branch's commit: it is behind after a crash, and missing
     /// after the loss of the worktree's entry.
-    fn mend_index(&self) -> Result<()> {
+    pub(super) fn mend_index(&self) -> Result<()> {
         let repo = self.open()?;
         let tree = self.tree(&repo, self.tip(&repo)?)?;
         let mend = |repo: &Repository| {
@@ -431,6 +428,11 @@ impl Worktree {
         Ok(())
     }
 
+    /// Opens the user's repository for what needs no worktree. Puts nothing right.
+    fn read(&self) -> Result<Repository> {
+        self.git.open(self.git.project())
+    }
+
     /// Opens the worktree's repository after putting right what leads there.
     pub(super) fn open(&self) -> Result<Repository> {
         if files::kind_of(&self.path)
@@ -447,19 +449,28 @@ impl Worktree {
         self.git.open_worktree(&self.admin, &self.path)
     }
 
-    /// The entry's side: which git directory it belongs to and which branch it is on.
-    fn put_right_entry(&self) -> Result<()> {
+    /// The entry's side: which git directory it belongs to, where the worktree is and which branch
+    /// it is on.
+    pub(super) fn put_right_entry(&self) -> Result<()> {
         fs::create_dir_all(&self.admin).during("make the worktree's entry")?;
         let head = format!("ref: refs/heads/{}\n", self.branch);
-        for (file, content) in [("commondir", "../..\n"), ("HEAD", &head)] {
-            files::put(&self.admin.join(file), content.as_bytes()).during("link the worktree")?;
+        // Absolute, because the git program would prune a relative one; so it is written anew
+        // wherever the workspace is mounted.
+        let back = [self.path.join(".git").as_os_str().as_bytes(), b"\n"].concat();
+        for (file, content) in [
+            ("commondir", b"../..\n".as_slice()),
+            ("HEAD", head.as_bytes()),
+            ("gitdir", &back),
+            ("locked", b"kept by greenroom\n"),
+        ] {
+            files::put(&self.admin.join(file), content).during("link the worktree")?;
         }
         Ok(())
     }
 
     /// The worktree's side: its `.git` file. A git directory that somebody put there is moved
     /// into the entry, so that nothing in it is lost.
-    fn put_right_link(&self) -> Result<()> {
+    pub(super) fn put_right_link(&self) -> Result<()> {
         let link = self.path.join(".git");
         if files::kind_of(&link)
             .during("look at the worktree's link")?
@@ -567,6 +578,7 @@ pub(super) struct Staged {
     /// Agrees with the tree; not written.
     index: Index,
     held_back: Vec<HeldBack>,
+    repairs: Vec<Repair>,
 }
 
 /// A commit in the making: the tree's edits and the index, path by path.
@@ -664,6 +676,7 @@ impl Stage<'_> {
     fn stage(&mut self, path: &Path, committed: Option<(Oid, u32)>, id: Oid, stat: &FileStat) {
         let entry = index_entry(path, id, stat);
         let mode = entry.mode;
+        self.forget(path);
         // Also the judge of names: it refuses `.git` in every spelling.
         if self.index.add(&entry).is_err() {
             self.leave_out(path, committed, "git does not allow a file of this name");
@@ -821,6 +834,20 @@ fn clear_hiding_flags(index: &mut Index) -> Result<(), git2::Error> {
         index.add(&entry)?;
     }
     Ok(())
+}
+
+/// The unsettled merge that somebody left in the index.
+fn unsettled(index: &Index) -> Result<Option<Repair>, git2::Error> {
+    let mut files = BTreeSet::new();
+    if index.has_conflicts() {
+        for conflict in index.conflicts()? {
+            let conflict = conflict?;
+            let side = conflict.our.or(conflict.their).or(conflict.ancestor);
+            files.extend(side.map(|entry| String::from_utf8_lossy(&entry.path).into_owned()));
+        }
+    }
+    let files: Vec<_> = files.into_iter().collect();
+    Ok((!files.is_empty()).then_some(Repair::Conflicts { files }))
 }
 
 fn log_entry(commit: &git2::Commit<'_>) -> Result<LogEntry, git2::Error> {

@@ -18,10 +18,10 @@ use super::{
 use crate::{
     domain::{Author, CommitSummary, Effect, FileChange, TurnKind, TurnMode, TurnResult},
     identity::{ThreadKey, TurnId},
-    repository::{Draft, Snapshot},
+    repository::{Draft, Repair, Snapshot},
     task,
     turn::{
-        Accepted, Journal, Past, PastTurn, StoredContext, TurnFile, TurnRecord, TurnSite,
+        Accepted, Folder, Journal, Past, PastTurn, StoredContext, TurnFile, TurnRecord, TurnSite,
         redo_target, undo_target,
     },
 };
@@ -78,6 +78,7 @@ pub(super) struct OperationEnd {
     /// It is in its journal and not at its end: the thread has to be prepared anew, which
     /// finishes it.
     pub(super) is_unfinished: bool,
+    pub(super) folder: Folder,
 }
 
 /// An operation that can be carried out.
@@ -100,6 +101,7 @@ pub(super) async fn run(
         answer: Err(SupervisorError::BusyElsewhere),
         context: None,
         is_unfinished: false,
+        folder: Folder::Same,
     };
     end.answer = run_into(inner, prepared, context, request, &mut end).await;
     end
@@ -141,7 +143,12 @@ async fn run_into(
             files: plan.draft.files().to_vec(),
         })));
     }
-    let plan = plan_on_committed(site, &request.operation).await?;
+    let mut repairs = Vec::new();
+    let planned = plan_on_committed(site, &request.operation, &mut repairs).await;
+    if repairs.contains(&Repair::Folder) {
+        end.folder = Folder::New;
+    }
+    let plan = planned?;
 
     let mut accepted = Accepted {
         turn_id: TurnId::new(&request.key),
@@ -167,11 +174,12 @@ async fn run_into(
         cancel: CancellationToken::new(),
     };
     lock(&inner.live).insert(accepted.turn_id.clone(), live);
-    let preview =
-        async |commit: Option<&CommitSummary>| preview_after(inner, prepared, commit).await;
+    let preview = async |commit: Option<&CommitSummary>| {
+        preview_after(inner, prepared, commit, end.folder).await
+    };
     let text = said(&accepted);
     let done = site
-        .carry_out(&accepted, &journal, &mut context, text, preview)
+        .carry_out(&accepted, &journal, &mut context, text, &repairs, preview)
         .await;
     lock(&inner.live).remove(&accepted.turn_id);
     match done {
@@ -191,10 +199,11 @@ async fn run_into(
 async fn plan_on_committed(
     site: &TurnSite,
     operation: &Operation,
+    repairs: &mut Vec<Repair>,
 ) -> Result<Plan, SupervisorError> {
     const TRIES: usize = 3;
+    repairs.extend(site.commit_outside_edits().await?.repairs);
     let mut tries = 1;
-    site.commit_outside_edits().await?;
     loop {
         let base = site
             .on_disk("reading the head", |tree| tree.committed())

@@ -91,7 +91,8 @@ pub(super) async fn prepare(
     let repository = inner.lock_repository(&key.user_key()).await?;
     let checked_out = {
         let (inner, key, paths) = (inner.clone(), key.clone(), paths.clone());
-        let work = move || check_out(&inner, &key, &paths, wishes);
+        let checked = fence.clone();
+        let work = move || check_out(&inner, &key, &paths, wishes, &checked);
         fence
             .write("checking the site out", CLONE_DEADLINE, work)
             .await?
@@ -175,6 +176,7 @@ fn check_out(
     key: &ThreadKey,
     paths: &ThreadPaths,
     wishes: Option<InitRequest>,
+    fence: &Fence,
 ) -> Result<CheckedOut, SupervisorError> {
     let mut timings = BTreeMap::new();
     let mut clock = Instant::now();
@@ -216,7 +218,7 @@ fn check_out(
         repo_url: repo_url.clone(),
     }
     .save(&paths.user.metadata())?;
-    let state = repository.ensure_thread(key, &paths.worktree())?;
+    let state = repository.ensure_thread(key, &paths.worktree(), fence)?;
     lap(&mut timings, "worktreeMs");
     repository.exclude(GIT_EXCLUDES)?;
     let worktree = repository.worktree(key, &paths.worktree());

@@ -27,7 +27,8 @@ use crate::{
     lease::Lease,
     lifecycle::{Guard, HolderKind},
     turn::{
-        Accepted, Journal, RunEnd, StoredContext, TurnFile, TurnRecord, blank_result, run_turn,
+        Accepted, Folder, Journal, RunEnd, StoredContext, TurnFile, TurnRecord, blank_result,
+        run_turn,
     },
 };
 
@@ -308,6 +309,7 @@ impl Driver {
                     answer,
                     context,
                     is_unfinished,
+                    folder,
                 } = *end;
                 reply.send(answer).ok();
                 if self.prepared.is_none() {
@@ -321,6 +323,12 @@ impl Driver {
                 if let Some(context) = context {
                     self.context = Some(context);
                 }
+                if folder == Folder::New {
+                    self.rest_agent();
+                    if let Some(prepared) = &self.prepared {
+                        prepared.attach.again();
+                    }
+                }
                 self.start_next();
             }
             Done::Turn(id, end) => {
@@ -332,7 +340,7 @@ impl Driver {
                     return;
                 }
                 self.context = Some(end.context);
-                self.agent = end.agent.map(|agent| (agent, Continuity::Native));
+                self.agent = end.agent;
                 if self.agent.is_some() {
                     self.keep_agent();
                 }
@@ -507,10 +515,10 @@ impl Driver {
             };
             let holder = inner.activity.hold(HolderKind::Turn, id.to_string());
             drop(_guard);
-            let preview = async |commit: Option<&CommitSummary>| {
-                preview_after(&inner, &prepared, commit).await
+            let preview = async |commit: Option<&CommitSummary>, folder: Folder| {
+                preview_after(&inner, &prepared, commit, folder).await
             };
-            let end = run_turn(
+            let mut end = run_turn(
                 &prepared.site,
                 &accepted,
                 &journal,
@@ -521,6 +529,12 @@ impl Driver {
             )
             .await;
             drop((permit, holder));
+            if inner.settings.max_warm_agents > 0
+                && !inner.draining.is_cancelled()
+                && let Some(agent) = end.agent.take()
+            {
+                end.agent = prepared.site.renew(agent, &mut end.context).await;
+            }
             Done::Turn(id, Box::new(end))
         };
         self.work.spawn(work.instrument(span));
@@ -622,7 +636,7 @@ impl Driver {
             while let Some(done) = self.work.join_next().await {
                 match done {
                     Ok(Done::Turn(_, end)) => {
-                        if let Some(agent) = end.agent {
+                        if let Some((agent, _)) = end.agent {
                             agent.stop().await;
                         }
                     }
@@ -663,8 +677,11 @@ pub(super) async fn preview_after(
     inner: &Arc<Inner>,
     prepared: &Prepared,
     commit: Option<&CommitSummary>,
+    folder: Folder,
 ) -> TurnPreview {
-    if let Some(commit) = commit {
+    if folder == Folder::New {
+        prepared.attach.again();
+    } else if let Some(commit) = commit {
         let names = [
             "package.json",
             "package-lock.json",

@@ -16,4 +16,4 @@ pub use history::{Past, PastTurn, Undone, redo_target, undo_target};
 pub use journal::{
     Accepted, Committed, EventLine, Events, Journal, JournalError, TurnFile, TurnRecord,
 };
-pub use run::{RunEnd, RunError, TurnSite, blank_result, run_turn};
+pub use run::{Folder, RunEnd, RunError, TurnSite, blank_result, run_turn};

@@ -14,14 +14,14 @@ use tokio::time::Instant;
 use super::{
     context::StoredContext,
     journal::{Accepted, Journal},
-    run::{RunError, TurnSite, blank_result},
+    run::{RunError, TurnSite, blank_result, sentences},
 };
 use crate::{
     domain::{
         CommitSummary, Continuity, Effect, ErrorCode, TurnEvent, TurnPreview, TurnResult,
         TurnStatus,
     },
-    repository::{CommitText, Draft, RepositoryError},
+    repository::{CommitText, Draft, Repair, RepositoryError},
 };
 
 impl TurnSite {
@@ -73,8 +73,8 @@ impl TurnSite {
         Ok(Some(commit))
     }
 
-    /// Carries an accepted operation out, to its outcome. `text` says to a person what was done;
-    /// `preview` tells the preview's state at the end.
+    /// Carries an accepted operation out, to its outcome. `text` says to a person what was done,
+    /// `repairs` what was put right before; `preview` tells the preview's state at the end.
     ///
     /// # Errors
     /// If there is no outcome: the operation stays open, and is finished when the thread is
@@ -85,12 +85,14 @@ impl TurnSite {
         journal: &Journal,
         context: &mut StoredContext,
         text: String,
+        repairs: &[Repair],
         preview: impl AsyncFnOnce(Option<&CommitSummary>) -> TurnPreview,
     ) -> Result<TurnResult, RunError> {
         let started = Instant::now();
         let mut result = blank_result(accepted, context);
         result.status = TurnStatus::Completed;
         result.text = text;
+        result.repairs = sentences(repairs);
         result.session_id.clone_from(&context.session_id);
         result.continuity = Continuity::Native;
         if !journal.record().has_started() {

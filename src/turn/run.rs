@@ -22,7 +22,9 @@ use crate::{
     identity::ThreadKey,
     lease::{Fence, LeaseLost},
     process::Launcher,
-    repository::{CommitRequest, CommitText, Committed, RepositoryError, Worktree},
+    repository::{
+        CommitRequest, CommitText, Committed, Repair, RepositoryError, Strangers, Worktree,
+    },
     task::{self, Tasks},
     workspace::{ThreadPaths, WorkspaceError},
 };
@@ -51,8 +53,8 @@ pub struct TurnSite {
 #[derive(Debug)]
 pub struct RunEnd {
     pub result: TurnResult,
-    /// The CLI, if it can serve another turn.
-    pub agent: Option<Agent>,
+    /// The CLI, if it can serve another turn, with how it got at the conversation.
+    pub agent: Option<(Agent, Continuity)>,
     pub context: StoredContext,
 }
 
@@ -115,6 +117,26 @@ impl TurnSite {
         Ok((self.spawn_agent(&session).await?, continuity))
     }
 
+    /// The CLI for the next turn: this one, or another in its place if it is worn.
+    pub async fn renew(
+        &self,
+        agent: (Agent, Continuity),
+        context: &mut StoredContext,
+    ) -> Option<(Agent, Continuity)> {
+        let Some(why) = agent.0.worn().await else {
+            return Some(agent);
+        };
+        tracing::info!(why, "the agent is started anew for the next turn");
+        agent.0.stop().await;
+        match self.start_agent(context).await {
+            Ok(started) => Some(started),
+            Err(error) => {
+                tracing::warn!(%error, "failed to start the agent ahead");
+                None
+            }
+        }
+    }
+
     /// A new conversation. Its id is kept before its first turn: a turn that is cut off by a crash
     /// is found again by it.
     async fn new_session(&self, context: &mut StoredContext) -> SessionStart {
@@ -166,7 +188,8 @@ impl TurnSite {
             .await
     }
 
-    /// Commits what is in the worktree, as the work of nobody's turn.
+    /// Commits what is in the worktree, as the work of nobody's turn, after the guard has put right
+    /// what had to be.
     ///
     /// # Errors
     /// If the repository cannot be written.
@@ -187,6 +210,7 @@ impl TurnSite {
                         author: &committer,
                         committer: &committer,
                     },
+                    strangers: Strangers::Keep,
                     held_dir: &held_dir,
                     fence: &fence,
                 })
@@ -229,6 +253,7 @@ impl TurnSite {
                     author: &author,
                     committer: &committer,
                 },
+                strangers: Strangers::Fold,
                 held_dir: &held_dir,
                 fence: &fence,
             })
@@ -253,7 +278,7 @@ impl TurnSite {
                 state: PreviewState::Off,
                 errors: Vec::new(),
             };
-            self.carry_out(accepted, journal, &mut context, text, off)
+            self.carry_out(accepted, journal, &mut context, text, &[], off)
                 .await?;
             return Ok(context);
         }
@@ -281,6 +306,7 @@ impl TurnSite {
         result.text = "The turn was cut off; the edits that it had made are kept.".into();
         result.session_id.clone_from(&context.session_id);
         result.held_back = committed.held_back;
+        result.repairs = sentences(&committed.repairs);
         if let Some(commit) = committed.commit {
             if !journal.record().has_commit() {
                 journal
@@ -336,6 +362,10 @@ impl RunOutcome {
     }
 }
 
+pub(super) fn sentences(repairs: &[Repair]) -> Vec<String> {
+    repairs.iter().map(Repair::to_string).collect()
+}
+
 /// A turn of which nothing is known but that it was accepted.
 pub fn blank_result(accepted: &Accepted, context: &StoredContext) -> TurnResult {
     TurnResult {
@@ -355,6 +385,7 @@ pub fn blank_result(accepted: &Accepted, context: &StoredContext) -> TurnResult 
             errors: Vec::new(),
         },
         held_back: Vec::new(),
+        repairs: Vec::new(),
         continuity: Continuity::Fresh,
         context: context.answer(),
         processes_left: false,
@@ -374,21 +405,28 @@ pub async fn run_turn(
     mut context: StoredContext,
     agent: Option<(Agent, Continuity)>,
     cancel: &CancellationToken,
-    preview: impl AsyncFnOnce(Option<&CommitSummary>) -> TurnPreview,
+    preview: impl AsyncFnOnce(Option<&CommitSummary>, Folder) -> TurnPreview,
 ) -> RunEnd {
     let started = Instant::now();
     let mut result = blank_result(accepted, &context);
     let mut slot = agent;
-    let outcome = drive(
-        site,
-        accepted,
-        journal,
-        &mut context,
-        &mut slot,
-        &mut result,
-        cancel,
-    )
-    .await;
+    let mut folder = Folder::Same;
+    let outcome = match begin(site, journal, &mut slot, &mut result).await {
+        Ok(found) => {
+            folder = found;
+            drive(
+                site,
+                accepted,
+                journal,
+                &mut context,
+                &mut slot,
+                &mut result,
+                cancel,
+            )
+            .await
+        }
+        Err(error) => Err(error),
+    };
     let failure = match outcome {
         Ok(outcome) => {
             let failure = apply(&outcome, accepted, &mut result);
@@ -412,7 +450,7 @@ pub async fn run_turn(
             context,
         };
     }
-    result.preview = preview(result.commit.as_ref()).await;
+    result.preview = preview(result.commit.as_ref(), folder).await;
     result.duration_ms = started.elapsed().as_millis() as u64;
     if let Err(error) = site
         .finish(accepted, journal, &mut context, &mut result)
@@ -430,7 +468,7 @@ pub async fn run_turn(
         commit = result.commit.as_ref().map(|commit| commit.id.as_str()),
         "turn ended"
     );
-    let agent = slot.map(|(agent, _)| agent).filter(Agent::is_usable);
+    let agent = slot.filter(|(agent, _)| agent.is_usable());
     RunEnd {
         result,
         agent,
@@ -448,6 +486,14 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// An error's own text as a sentence.
+fn sentence(error: &RepositoryError) -> String {
+    let text = error.to_string();
+    let mut letters = text.chars();
+    let first = letters.next().into_iter().flat_map(char::to_uppercase);
+    first.chain(letters).chain(['.']).collect()
+}
+
 fn internal(error: &RunError) -> TurnFailure {
     tracing::error!(error = chain(error), "a turn failed inside greenroom");
     match error {
@@ -457,6 +503,14 @@ fn internal(error: &RunError) -> TurnFailure {
                       missing."
                 .into(),
         },
+        RunError::Repository(error @ RepositoryError::Locked) => TurnFailure {
+            code: ErrorCode::ThreadBusyElsewhere,
+            message: sentence(error),
+        },
+        RunError::Repository(error @ RepositoryError::Tampered { .. }) => TurnFailure {
+            code: ErrorCode::Internal,
+            message: format!("{} The operator has to look at it.", sentence(error)),
+        },
         _ => TurnFailure {
             code: ErrorCode::Internal,
             message: "The turn could not be carried out; the edits so far are kept. The log has \
@@ -464,6 +518,33 @@ fn internal(error: &RunError) -> TurnFailure {
                 .into(),
         },
     }
+}
+
+/// The worktree's folder, since the turn before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Folder {
+    Same,
+    /// It was gone and is another one now: what stood in the old one must start again.
+    New,
+}
+
+/// Puts the worktree right and commits what others edited there.
+async fn begin(
+    site: &TurnSite,
+    journal: &Journal,
+    slot: &mut Option<(Agent, Continuity)>,
+    result: &mut TurnResult,
+) -> Result<Folder, RunError> {
+    journal.append(TurnEvent::Started {}).await?;
+    let repairs = site.commit_outside_edits().await?.repairs;
+    result.repairs = sentences(&repairs);
+    if !repairs.contains(&Repair::Folder) {
+        return Ok(Folder::Same);
+    }
+    if let Some((agent, _)) = slot.take() {
+        agent.stop().await;
+    }
+    Ok(Folder::New)
 }
 
 async fn drive(
@@ -475,8 +556,6 @@ async fn drive(
     result: &mut TurnResult,
     cancel: &CancellationToken,
 ) -> Result<RunOutcome, RunError> {
-    journal.append(TurnEvent::Started {}).await?;
-    site.commit_outside_edits().await?;
     if cancel.is_cancelled() {
         return Ok(RunOutcome::nothing());
     }
@@ -664,6 +743,7 @@ async fn commit(
     };
     let committed = site.commit_turn(accepted, status, outcome).await?;
     result.held_back = committed.held_back;
+    result.repairs.extend(sentences(&committed.repairs));
     if let Some(commit) = committed.commit {
         let told: BTreeSet<String> = outcome.touched.iter().map(|p| site.relative(p)).collect();
         for file in commit

@@ -12,6 +12,7 @@ mod conformance;
 mod dependencies;
 mod execute;
 mod gateway;
+mod guard;
 mod history;
 mod hostile;
 mod init;

@@ -7,6 +7,7 @@ use std::{
 
 use super::*;
 use crate::{
+    domain::{Conflict, ConflictKind},
     identity::ThreadKey,
     repository::{loss::Owner, tests::git},
 };
@@ -135,30 +136,30 @@ impl Lanes {
         merged
     }
 
-    fn conflict(&self) -> Conflict {
+    fn conflict(&self) -> Vec<Conflict> {
         let (user, thread) = (self.tip("user"), self.tip("thread"));
         let error = self.try_publish(None).unwrap_err();
         assert_eq!((self.tip("user"), self.tip("thread")), (user, thread));
-        match error {
-            RepositoryError::Conflict(conflict) => *conflict,
-            other => panic!("{other}"),
-        }
+        let RepositoryError::Conflict { between, files } = error else {
+            panic!("{error}");
+        };
+        let between = between.unwrap();
+        assert_eq!(
+            (between.from.as_str(), between.to.as_str()),
+            ("thread", "user")
+        );
+        files
     }
 
     /// The lines that would be lost.
     fn lost(&self) -> Vec<String> {
-        let conflict = self.conflict();
+        let files = self.conflict();
         assert!(
-            conflict
-                .files
+            files
                 .iter()
                 .all(|file| file.kind == ConflictKind::SilentLoss)
         );
-        conflict
-            .files
-            .into_iter()
-            .flat_map(|file| file.lines)
-            .collect()
+        files.into_iter().flat_map(|file| file.lines).collect()
     }
 }
 
@@ -216,16 +217,8 @@ fn conflicts_are_data() {
     lanes.write("gone.txt", "theirs\n");
     fs::remove_file(lanes.path("kept.txt")).unwrap();
     lanes.commit("others", "");
-    let conflict = lanes.conflict();
-    assert_eq!(
-        (conflict.from.as_str(), conflict.to.as_str()),
-        ("thread", "user")
-    );
-    let mut files: Vec<_> = conflict
-        .files
-        .into_iter()
-        .map(|f| (f.path, f.kind))
-        .collect();
+    let files = lanes.conflict().into_iter();
+    let mut files: Vec<_> = files.map(|file| (file.path, file.kind)).collect();
     files.sort_by(|a, b| a.0.cmp(&b.0));
     assert_eq!(
         files,
@@ -275,7 +268,7 @@ fn a_merge_that_kept_only_ours_is_found() {
     lanes
         .on("thread")
         .git(&["merge", "-q", "-s", "ours", "--no-edit", "user"]);
-    let files = lanes.conflict().files;
+    let files = lanes.conflict();
     let paths: Vec<_> = files.iter().map(|file| file.path.as_str()).collect();
     assert_eq!(paths, ["logo.svg", "page.astro", "photo.bin"]);
     assert_eq!(files[0].lines, ["<svg>theirs</svg>"]);
