@@ -139,6 +139,25 @@ impl Agent {
         })
     }
 
+    /// Has a CLI that waits for its first instruction do now what it would do then: that takes a
+    /// fifth off its first turn (measured with 2.1.329: 25 ms of 120). One that does not know the
+    /// request says so, and nothing is lost.
+    pub async fn warm_up(&mut self) {
+        let Some(mut wire) = (match self.idle.take() {
+            Some(idle) => idle.take_back().await,
+            None => None,
+        }) else {
+            return;
+        };
+        let id = wire.request_id();
+        let asked = wire
+            .write(&protocol::get_context_usage(&id), self.limits.control)
+            .await;
+        self.is_broken |= asked.is_err();
+        let process = self.process.clone();
+        self.idle = Some(Idle::listen(wire, process, self.limits, &self.tasks));
+    }
+
     /// Can it serve another run?
     pub fn is_usable(&self) -> bool {
         !self.is_broken && self.idle.is_some() && self.process.try_exit().is_none()

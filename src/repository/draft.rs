@@ -167,7 +167,7 @@ impl Worktree {
         after: &Tree<'_>,
     ) -> Result<()> {
         let steps = landing::steps(repo, before, after)?;
-        let root = Root::open(&self.path()).during("open the worktree")?;
+        let root = Root::open(self.path()).during("open the worktree")?;
         let mut blocked = BTreeMap::new();
         for (path, step) in &steps {
             let state = landing::state(repo, &root, path)?;

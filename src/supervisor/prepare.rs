@@ -142,17 +142,10 @@ pub(super) async fn prepare(
         tasks: inner.tasks.clone(),
     };
     let (mut context, requeued) = recover(inner, &site, &paths, context).await?;
-    let agent = match agent_settings {
-        // Ahead of its first instruction, so that the first turn does not wait for it.
-        Some(_) if inner.settings.max_warm_agents > 0 => match site.start_agent(&mut context).await
-        {
-            Ok(started) => Some(started),
-            Err(error) => {
-                tracing::warn!(%error, "failed to start the agent ahead");
-                None
-            }
-        },
-        _ => None,
+    let agent = if agent_settings.is_some() && inner.settings.max_warm_agents > 0 {
+        site.start_agent_ahead(&mut context).await
+    } else {
+        None
     };
     let attach = Attach::start(inner.clone(), site.clone(), place, lease.clone());
     Ok(Preparation {

@@ -131,7 +131,7 @@ struct Wish {
 /// What waits in line, in the order in which it was asked for.
 #[derive(Debug)]
 enum InLine {
-    Turn(Queued),
+    Turn(Box<Queued>),
     Wish(Wish),
 }
 
@@ -442,13 +442,13 @@ impl Driver {
             .inner
             .activity
             .hold(HolderKind::Queue, accepted.turn_id.to_string());
-        self.queue.push_back(InLine::Turn(Queued {
+        self.queue.push_back(InLine::Turn(Box::new(Queued {
             accepted,
             journal,
             cancel,
             request_id,
             _guard: guard,
-        }));
+        })));
     }
 
     /// Runs what is next in line, if nothing runs.
@@ -491,7 +491,7 @@ impl Driver {
         self.work.spawn(work.instrument(span));
     }
 
-    fn start_turn(&mut self, turn: Queued, prepared: Prepared, context: StoredContext) {
+    fn start_turn(&mut self, turn: Box<Queued>, prepared: Prepared, context: StoredContext) {
         let id = turn.accepted.turn_id.clone();
         self.is_running = true;
         self.inner.warm.remove(&self.key);
@@ -505,7 +505,7 @@ impl Driver {
                 cancel,
                 _guard,
                 ..
-            } = turn;
+            } = *turn;
             // Elsewhere as many turns run as may: this one still waits.
             let permit = tokio::select! {
                 permit = inner.turns.clone().acquire_owned() => permit.ok(),

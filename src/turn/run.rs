@@ -87,12 +87,27 @@ impl TurnSite {
             .any(|folder| folder.path().join(format!("{session}.jsonl")).is_file())
     }
 
-    /// Starts the CLI for the thread's conversation, ahead of its first instruction. Where that
-    /// begins anew the context gets its id.
-    ///
-    /// # Errors
-    /// If the program cannot be started.
-    pub async fn start_agent(
+    /// Starts the CLI ahead of its next instruction, which then does not wait for it; `None` if that
+    /// does not work, which the instruction will find out.
+    pub async fn start_agent_ahead(
+        &self,
+        context: &mut StoredContext,
+    ) -> Option<(Agent, Continuity)> {
+        match self.start_agent(context).await {
+            Ok((mut agent, continuity)) => {
+                agent.warm_up().await;
+                Some((agent, continuity))
+            }
+            Err(error) => {
+                tracing::warn!(%error, "failed to start the agent ahead");
+                None
+            }
+        }
+    }
+
+    /// Starts the CLI for the thread's conversation. Where that begins anew the context gets its
+    /// id.
+    async fn start_agent(
         &self,
         context: &mut StoredContext,
     ) -> Result<(Agent, Continuity), crate::agent::AgentError> {
@@ -128,13 +143,7 @@ impl TurnSite {
         };
         tracing::info!(why, "the agent is started anew for the next turn");
         agent.0.stop().await;
-        match self.start_agent(context).await {
-            Ok(started) => Some(started),
-            Err(error) => {
-                tracing::warn!(%error, "failed to start the agent ahead");
-                None
-            }
-        }
+        self.start_agent_ahead(context).await
     }
 
     /// A new conversation. Its id is kept before its first turn: a turn that is cut off by a crash
