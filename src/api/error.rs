@@ -36,6 +36,14 @@ pub(super) struct ErrorBody {
     /// For programs.
     code: &'static str,
     request_id: String,
+    #[serde(flatten)]
+    details: Details,
+}
+
+/// What some errors say besides.
+#[derive(Debug, Default, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+struct Details {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     turn_id: Option<TurnId>,
@@ -63,11 +71,7 @@ pub struct ApiError {
     code: &'static str,
     message: String,
     retry_after: Option<u64>,
-    result: Option<Box<TurnResult>>,
-    files: Option<Vec<Conflict>>,
-    between: Option<Between>,
-    reason: Option<&'static str>,
-    head: Option<String>,
+    details: Box<Details>,
 }
 
 impl ApiError {
@@ -77,11 +81,7 @@ impl ApiError {
             code,
             message: message.into(),
             retry_after: None,
-            result: None,
-            files: None,
-            between: None,
-            reason: None,
-            head: None,
+            details: Box::default(),
         }
     }
 
@@ -117,9 +117,17 @@ impl ApiError {
             .error
             .clone()
             .unwrap_or_else(|| "the turn failed".into());
-        Self {
+        Self::new(status, code.as_str(), message).with(Details {
+            turn_id: Some(result.turn_id.clone()),
             result: Some(Box::new(result)),
-            ..Self::new(status, code.as_str(), message)
+            ..Details::default()
+        })
+    }
+
+    fn with(self, details: Details) -> Self {
+        Self {
+            details: Box::new(details),
+            ..self
         }
     }
 
@@ -177,22 +185,28 @@ impl From<SupervisorError> for ApiError {
                 "thread_busy_elsewhere",
                 error.to_string(),
             ),
-            E::StaleHead { ref head } => Self {
-                head: Some(head.clone()),
-                ..Self::new(StatusCode::CONFLICT, "stale_head", error.to_string())
-            },
-            E::UndoConflict { ref files } => Self {
-                files: Some(files.clone()),
-                ..Self::new(StatusCode::CONFLICT, "undo_conflict", error.to_string())
-            },
+            E::StaleHead { ref head } => {
+                Self::new(StatusCode::CONFLICT, "stale_head", error.to_string()).with(Details {
+                    head: Some(head.clone()),
+                    ..Details::default()
+                })
+            }
+            E::UndoConflict { ref files } => {
+                Self::new(StatusCode::CONFLICT, "undo_conflict", error.to_string()).with(Details {
+                    files: Some(files.clone()),
+                    ..Details::default()
+                })
+            }
             E::MergeConflict {
                 ref between,
                 ref files,
-            } => Self {
-                between: between.clone(),
-                files: Some(files.clone()),
-                ..Self::new(StatusCode::CONFLICT, "merge_conflict", error.to_string())
-            },
+            } => {
+                Self::new(StatusCode::CONFLICT, "merge_conflict", error.to_string()).with(Details {
+                    between: between.clone(),
+                    files: Some(files.clone()),
+                    ..Details::default()
+                })
+            }
             E::Refused(why) => Self::invalid(why),
             E::Lease(error) => Self::internal(&*error),
             E::Source(missing @ SourceError::LocalMissing) => Self::new(
@@ -262,10 +276,13 @@ impl ApiError {
             RemoteErrorKind::Rejected => (StatusCode::UNPROCESSABLE_ENTITY, "rejected", None),
             RemoteErrorKind::Network => (StatusCode::BAD_GATEWAY, "network", Some(10)),
         };
-        Self {
+        let details = Details {
             reason: Some(reason),
+            ..Details::default()
+        };
+        Self {
             retry_after,
-            ..Self::new(status, code, error.to_string())
+            ..Self::new(status, code, error.to_string()).with(details)
         }
     }
 
@@ -285,12 +302,7 @@ impl IntoResponse for ApiError {
             error: self.message,
             code: self.code,
             request_id: request_id().unwrap_or_default(),
-            turn_id: self.result.as_ref().map(|result| result.turn_id.clone()),
-            result: self.result,
-            files: self.files,
-            between: self.between,
-            reason: self.reason,
-            head: self.head,
+            details: *self.details,
         };
         let mut response = (self.status, Json(body)).into_response();
         if let Some(seconds) = self.retry_after {
