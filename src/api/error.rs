@@ -95,7 +95,12 @@ impl ApiError {
             .error
             .clone()
             .unwrap_or_else(|| "the turn failed".into());
+        let retry_after = result.retry_at.map(|at| {
+            let wait = at.duration_since(jiff::Timestamp::now()).as_secs();
+            u64::try_from(wait).unwrap_or(0)
+        });
         Self {
+            retry_after,
             result: Some(Box::new(result)),
             ..Self::new(status, code.as_str(), message)
         }

@@ -3,9 +3,11 @@
 //! The shapes here are the contract's: they are serialised as they are, into answers, events,
 //! journals and contexts.
 
+mod account;
 mod idle;
 mod turn;
 
+pub use account::Account;
 pub use idle::{IdleDecision, IdleFacts, decide_idle};
 pub use turn::{
     Author, CommitSummary, Continuity, ErrorCode, HistoryEntry, Plan, Signature, ThreadContext,

@@ -15,8 +15,8 @@ use crate::{
         Agent, AgentSettings, AgentSite, Ending, RunEvent, RunOutcome, RunRequest, SessionStart,
     },
     domain::{
-        CommitSummary, Continuity, ErrorCode, FileStatus, PreviewState, Signature, TurnEvent,
-        TurnFailure, TurnMode, TurnPreview, TurnResult, TurnStatus, Usage,
+        Account, CommitSummary, Continuity, ErrorCode, FileStatus, PreviewState, Signature,
+        TurnEvent, TurnFailure, TurnMode, TurnPreview, TurnResult, TurnStatus, Usage,
     },
     gateway::Gateway,
     identity::ThreadKey,
@@ -24,6 +24,7 @@ use crate::{
     process::Launcher,
     repository::{CommitRequest, Committed, RepositoryError, Worktree},
     task::{self, Tasks},
+    usage::{Denied, Spent},
     workspace::{ThreadPaths, WorkspaceError},
 };
 
@@ -292,6 +293,7 @@ impl RunOutcome {
             model: None,
             touched: BTreeSet::new(),
             left_running: false,
+            counted: Spent::default(),
         }
     }
 }
@@ -318,6 +320,7 @@ pub fn blank_result(accepted: &Accepted, context: &StoredContext) -> TurnResult 
         processes_left: false,
         error: None,
         code: None,
+        retry_at: None,
     }
 }
 
@@ -438,9 +441,21 @@ async fn drive(
     if cancel.is_cancelled() {
         return Ok(RunOutcome::nothing());
     }
+    let account = Account::turn(&accepted.turn_id);
+    match site.gateway.ledger().meter(account.clone()).check().await {
+        Ok(()) => {}
+        Err(Denied::OverBudget(breach)) => {
+            return Ok(RunOutcome {
+                ending: Ending::OverBudget(breach),
+                ..RunOutcome::nothing()
+            });
+        }
+        // The gateway asks again, and knows what to do.
+        Err(error) => tracing::warn!(error = chain(&error), "failed to look at the budgets"),
+    }
     let deadline = Instant::now() + Duration::from_secs_f64(accepted.timeout_seconds);
     let request = |instruction| RunRequest {
-        label: accepted.turn_id.to_string(),
+        account: account.clone(),
         instruction,
         mode: accepted.mode,
         model: accepted.model.clone(),
@@ -536,6 +551,11 @@ impl TurnSite {
                 },
             },
             RunEvent::Waiting { until, reason } => TurnEvent::Waiting { until, reason },
+            RunEvent::BudgetWarning(warning) => TurnEvent::BudgetWarning {
+                spent_usd: warning.spent_usd,
+                limit_usd: warning.limit.usd,
+                limit: warning.limit.to_string(),
+            },
         }
     }
 
@@ -594,6 +614,17 @@ fn apply(
             ErrorCode::AgentFailed,
             "The agent could not begin the conversation; please send the instruction again.".into(),
         ),
+        Ending::OverBudget(breach) => {
+            result.retry_at = breach.resets;
+            let what = breach.to_string();
+            let mut chars = what.chars();
+            let first = chars.next().into_iter().flat_map(char::to_uppercase);
+            let sentence: String = first.chain(chars).collect();
+            fail(
+                ErrorCode::BudgetExceeded,
+                format!("{sentence}. The edits so far are kept; the operator can raise it."),
+            )
+        }
         Ending::TimedOut => fail(
             ErrorCode::TurnTimeout,
             format!(
@@ -618,7 +649,9 @@ async fn commit(
     let status = match &outcome.ending {
         Ending::Completed => TurnStatus::Completed,
         Ending::Cancelled => TurnStatus::Cancelled,
-        Ending::Failed(_) | Ending::TimedOut | Ending::SessionLost => TurnStatus::Failed,
+        Ending::Failed(_) | Ending::TimedOut | Ending::OverBudget(_) | Ending::SessionLost => {
+            TurnStatus::Failed
+        }
     };
     let committed = site.commit_turn(accepted, status, outcome).await?;
     result.held_back = committed.held_back;

@@ -31,6 +31,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "repository",
             "supervisor",
             "telemetry",
+            "usage",
             "workspace",
         ],
     ),
@@ -62,11 +63,30 @@ const ARROWS: &[(&str, &[&str])] = &[
     ),
     (
         "turn",
-        &["agent", "gateway", "process", "repository", "workspace"],
+        &[
+            "agent",
+            "gateway",
+            "process",
+            "repository",
+            "usage", // what a turn spent, and may
+            "workspace",
+        ],
     ),
-    ("agent", &["gateway", "process"]),
+    (
+        "agent",
+        &[
+            "gateway", "process", "usage", // its run's budget
+        ],
+    ),
     ("preview", &["process"]),
-    ("gateway", &["config"]), // `Secret`
+    (
+        "gateway",
+        &[
+            "config", // `Secret`
+            "usage",
+        ],
+    ),
+    ("usage", &[]),
     ("lifecycle", &[]),
     (
         "workspace",
