@@ -14,6 +14,7 @@ use crate::{
     identity::{InvalidId, TurnId},
     repository::{RepositoryError, SourceError},
     supervisor::SupervisorError,
+    usage::ReadError,
 };
 
 tokio::task_local! {
@@ -179,6 +180,12 @@ impl From<SupervisorError> for ApiError {
             E::Blocking(error) => Self::internal(&*error),
             E::Internal(_) => Self::internal(&error),
         }
+    }
+}
+
+impl From<ReadError> for ApiError {
+    fn from(error: ReadError) -> Self {
+        Self::internal(&error)
     }
 }
 

@@ -28,7 +28,7 @@ use crate::{
     supervisor::{Supervisor, SupervisorSettings},
     task::{self, Tasks},
     telemetry,
-    usage::{Budgets, Ledger, LedgerSettings, Level, Limit, Prices, Term},
+    usage::{Books, Budgets, Ledger, LedgerSettings, Level, Limit, Prices, Tenants, Term},
     workspace::{Dependencies, make_private_dir},
 };
 
@@ -53,7 +53,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
     let credential = loaded.credential()?;
     let is_rehearsal = credential == CredentialSource::Rehearsal;
     let ledger = Ledger::new(ledger_settings(settings).await?, &tasks);
-    let gateway = start_gateway(settings, credential, ledger, &tasks).await?;
+    let gateway = start_gateway(settings, credential, ledger.clone(), &tasks).await?;
     let launcher = Launcher::start(settings.lease / 2, ConfinementMode::Auto)
         .context("failed to start the launcher")?;
     let programs = Programs::find(&loaded);
@@ -87,6 +87,12 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
     );
     let state = Arc::new(ApiState {
         supervisor: supervisor.clone(),
+        ledger,
+        books: Books::new(
+            settings.workspace_path.clone(),
+            tenants(settings),
+            budgets(settings),
+        ),
         activity: activity.clone(),
         access: Access::new(access_settings(settings, listeners.api_port())),
         pins: Pins {
@@ -229,8 +235,16 @@ async fn ledger_settings(settings: &Settings) -> anyhow::Result<LedgerSettings> 
     })
 }
 
+/// Whose ledgers this container looks into.
+pub fn tenants(settings: &Settings) -> Tenants {
+    Tenants {
+        client: settings.client_id.clone(),
+        user: settings.user_id.clone(),
+    }
+}
+
 /// The limits that are set.
-fn budgets(settings: &Settings) -> Budgets {
+pub fn budgets(settings: &Settings) -> Budgets {
     let limits = [
         (Level::Turn, Term::Whole, settings.budget_turn),
         (Level::Thread, Term::Day, settings.budget_thread_day),

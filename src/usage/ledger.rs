@@ -102,6 +102,10 @@ pub struct Tally {
     pub over_budget: u64,
     /// Of models that the price table does not know.
     pub unpriced: u64,
+    /// Turns of which the CLI tells another usage than the ledger.
+    pub differs_from_cli: u64,
+    /// Turns whose transcript tells another usage than the ledger.
+    pub differs_from_transcript: u64,
     pub tokens: Tokens,
     pub cost_usd: f64,
 }

@@ -15,9 +15,11 @@
 //! It knows nothing of HTTP. Blocking work runs on threads with a deadline; the ledger's short
 //! tasks run in the [`Tasks`](crate::task::Tasks) that it was made with.
 
+mod books;
 mod budget;
 mod file;
 mod ledger;
+mod live;
 mod price;
 mod report;
 mod row;
@@ -28,11 +30,13 @@ use std::ops::{Add, AddAssign};
 
 use serde::{Deserialize, Serialize};
 
+pub use books::{Books, ReadError};
 pub use budget::{Breach, Budgets, Level, Limit, Term, Warning};
 pub use file::Tenants;
 pub use ledger::{
     Ask, Denied, Ledger, LedgerSettings, Meter, News, Outcome, Reservation, Spent, Tally, Verdict,
 };
+pub use live::{BudgetView, Live};
 pub use price::{Cost, PriceError, Prices};
 pub use report::{Book, By, NotOneOf, Period, Question, Recent, Report, ReportRow, Sums};
 

@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use jiff::{Timestamp, civil::Date, tz::TimeZone};
+use jiff::{SignedDuration, Timestamp, civil::Date, tz::TimeZone};
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -22,8 +22,11 @@ use crate::{domain::Account, identity::ThreadId, lease::Owner};
 
 /// The grain of what is kept: no time zone's day begins within a quarter of an hour.
 const GRAIN_SECONDS: i64 = 15 * 60;
-/// Requests that are remembered one by one, for the monitor.
-const RECENT: usize = 200;
+/// Requests that are remembered one by one, for the monitor: those of its longest window, and a
+/// few more to show.
+const RECENT_FOR: SignedDuration = SignedDuration::from_mins(15);
+const RECENT_SHOWN: usize = 20;
+const RECENT_MOST: usize = 20_000;
 
 /// How long a bucket is.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, ToSchema)]
@@ -327,9 +330,8 @@ impl Book {
                 ..Sums::of(request.tokens, request.cost_usd)
             };
             let key = Key::new(&request);
-            let took = jiff::SignedDuration::from_millis(
-                i64::try_from(request.duration_ms).unwrap_or_default(),
-            );
+            let took =
+                SignedDuration::from_millis(i64::try_from(request.duration_ms).unwrap_or_default());
             recent.push(Recent {
                 at: request.at + took,
                 key: key.shown(By::Thread),
@@ -340,7 +342,7 @@ impl Book {
                 sums: of,
             });
             sums.entry(key).or_default().add(&of);
-            if recent.len() > 2 * RECENT {
+            if recent.len() > 2 * RECENT_MOST {
                 trim(recent);
             }
         })?;
@@ -414,13 +416,10 @@ fn is_lost(request: &Request, owner: Option<&Owner>, now: Timestamp) -> bool {
 
 fn trim(recent: &mut Vec<Recent>) {
     recent.sort_by_key(|recent| recent.at);
-    let surplus = recent.len().saturating_sub(RECENT);
-    recent.drain(..surplus);
-}
-
-/// The day that a moment lies in.
-pub fn day(at: Timestamp, zone: &TimeZone) -> Date {
-    at.to_zoned(zone.clone()).date()
+    let since = Timestamp::now() - RECENT_FOR;
+    let old = recent.partition_point(|recent| recent.at < since);
+    let surplus = old.min(recent.len().saturating_sub(RECENT_SHOWN));
+    recent.drain(..surplus.max(recent.len().saturating_sub(RECENT_MOST)));
 }
 
 #[cfg(test)]

@@ -35,7 +35,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "workspace",
         ],
     ),
-    ("cli", &["api", "app", "config", "telemetry"]),
+    ("cli", &["api", "app", "config", "telemetry", "usage"]),
     (
         "api",
         &[
@@ -46,6 +46,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "repository", // its errors become codes
             "supervisor",
             "turn", // a turn's events become a stream
+            "usage",
         ],
     ),
     (
@@ -108,6 +109,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("clap", &["cli"]),
     ("git2", &["repository"]),
     ("landlock", &["process"]),
+    ("ratatui", &["cli"]),
     (
         "nix",
         &[
