@@ -232,7 +232,9 @@ pub(super) async fn metrics(State(state): State<Shared>, headers: HeaderMap) -> 
 fn model_metrics(state: &Shared) -> String {
     let tally = state.ledger.tally();
     let tokens = tally.tokens;
-    let families: [(&str, &str, &str, &[(&str, f64)]); 5] = [
+    /// Name, help, the label's name, its values.
+    type Family<'a> = (&'a str, &'a str, &'a str, &'a [(&'a str, f64)]);
+    let families: [Family<'_>; 5] = [
         (
             "greenroom_model_requests_total",
             "Model requests by how they ended.",

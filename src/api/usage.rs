@@ -120,7 +120,10 @@ pub(super) async fn live(State(state): State<Shared>) -> Result<Response, ApiErr
             }
         };
         let data = serde_json::to_string(&view).expect("plain data serialises");
-        let event: Result<Event, Infallible> = Ok(Event::default().event("usage").data(data));
+        let event: Result<Event, Infallible> = Ok(Event::default()
+            .id(view.at.as_millisecond().to_string())
+            .event("usage")
+            .data(data));
         Some((event, (state, None)))
     });
     Ok(Sse::new(views)

@@ -268,7 +268,7 @@ async fn two_that_ask_at_once_overspend_by_one() {
                 while spend(&meter, 0.4).await.is_ok() {
                     spent += 0.4;
                 }
-                drop(sender.send(spent));
+                sender.send(spent).ok();
             });
             done.push(receiver);
         }
