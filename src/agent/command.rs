@@ -30,6 +30,26 @@ pub struct AgentSettings {
     /// Is the agent held by the kernel in files, network and processes?
     pub is_confined: bool,
     pub limits: Limits,
+    pub ceiling: Ceiling,
+}
+
+/// Beyond this a CLI process is started anew, at a turn's boundary.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ceiling {
+    /// Resident, with all that it started; in bytes.
+    pub memory: u64,
+    /// `None`: it may live for ever.
+    pub age: Option<Duration>,
+}
+
+impl Default for Ceiling {
+    /// 800 MB (one holds 160 to 220 MB as it starts, and leaks of gigabytes are known) and 4 h.
+    fn default() -> Self {
+        Self {
+            memory: 800 << 20,
+            age: Some(Duration::from_secs(4 * 60 * 60)),
+        }
+    }
 }
 
 /// How long greenroom waits for the CLI before it acts. The defaults fit the CLI as it was measured,
@@ -232,6 +252,7 @@ mod tests {
             tool_folders: Vec::new(),
             is_confined: true,
             limits: Limits::default(),
+            ceiling: Ceiling::default(),
         };
         let site = AgentSite {
             worktree: "/w".into(),

@@ -11,6 +11,6 @@ mod protocol;
 mod run;
 mod wire;
 
-pub use command::{AgentSettings, AgentSite, Limits, SessionStart};
+pub use command::{AgentSettings, AgentSite, Ceiling, Limits, SessionStart};
 pub use process::{Agent, AgentError, RunRequest};
 pub use run::{Ending, RunEvent, RunOutcome};

@@ -10,7 +10,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::{
-    domain::{ErrorCode, TurnResult},
+    domain::{Conflict, ErrorCode, TurnResult},
     identity::{InvalidId, TurnId},
     repository::{RepositoryError, SourceError},
     supervisor::SupervisorError,
@@ -42,6 +42,12 @@ pub(super) struct ErrorBody {
     turn_id: Option<TurnId>,
     #[serde(skip_serializing_if = "Option::is_none")]
     result: Option<Box<TurnResult>>,
+    /// With `undo_conflict`, `merge_conflict` and `held_back`: the files that it is about.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    files: Option<Vec<Conflict>>,
+    /// With `stale_head`: the commit that the thread is at now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    head: Option<String>,
 }
 
 /// An answer that is no success.
@@ -52,6 +58,8 @@ pub struct ApiError {
     message: String,
     retry_after: Option<u64>,
     result: Option<Box<TurnResult>>,
+    files: Option<Vec<Conflict>>,
+    head: Option<String>,
 }
 
 impl ApiError {
@@ -62,6 +70,8 @@ impl ApiError {
             message: message.into(),
             retry_after: None,
             result: None,
+            files: None,
+            head: None,
         }
     }
 
@@ -90,6 +100,7 @@ impl ApiError {
             ErrorCode::AgentFailed => StatusCode::BAD_GATEWAY,
             ErrorCode::TurnTimeout => StatusCode::GATEWAY_TIMEOUT,
             ErrorCode::BudgetExceeded => StatusCode::TOO_MANY_REQUESTS,
+            ErrorCode::ThreadBusyElsewhere => StatusCode::CONFLICT,
             ErrorCode::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         };
         let message = result
@@ -161,6 +172,19 @@ impl From<SupervisorError> for ApiError {
                 "thread_busy_elsewhere",
                 error.to_string(),
             ),
+            E::StaleHead { ref head } => Self {
+                head: Some(head.clone()),
+                ..Self::new(StatusCode::CONFLICT, "stale_head", error.to_string())
+            },
+            E::UndoConflict { ref files } => Self {
+                files: Some(files.clone()),
+                ..Self::new(StatusCode::CONFLICT, "undo_conflict", error.to_string())
+            },
+            E::MergeConflict { ref files } => Self {
+                files: Some(files.clone()),
+                ..Self::new(StatusCode::CONFLICT, "merge_conflict", error.to_string())
+            },
+            E::Refused(why) => Self::invalid(why),
             E::Lease(error) => Self::internal(&*error),
             E::Source(missing @ SourceError::LocalMissing) => Self::new(
                 StatusCode::UNPROCESSABLE_ENTITY,
@@ -202,12 +226,19 @@ impl ApiError {
                 "clone_failed",
                 error.to_string(),
             ),
-            E::HeadMoved { .. } => Self::new(
+            E::HeadMoved { .. } | E::Locked => Self::new(
                 StatusCode::CONFLICT,
                 "thread_busy_elsewhere",
                 error.to_string(),
             ),
-            E::Lost(_) | E::Missing | E::Tampered { .. } | E::Git { .. } | E::Disk { .. } => {
+            E::NoSuchCommit { .. } => Self::not_found(error.to_string()),
+            E::AmbiguousCommit { .. } => Self::invalid(error.to_string()),
+            E::Tampered { .. } => {
+                tracing::error!(%error, "a repository is refused");
+                let message = format!("{error}; the operator has to look at it");
+                Self::new(StatusCode::INTERNAL_SERVER_ERROR, "internal", message)
+            }
+            E::Lost(_) | E::Conflict { .. } | E::Missing | E::Git { .. } | E::Disk { .. } => {
                 Self::internal(error)
             }
         }
@@ -231,6 +262,8 @@ impl IntoResponse for ApiError {
             request_id: request_id().unwrap_or_default(),
             turn_id: self.result.as_ref().map(|result| result.turn_id.clone()),
             result: self.result,
+            files: self.files,
+            head: self.head,
         };
         let mut response = (self.status, Json(body)).into_response();
         if let Some(seconds) = self.retry_after {

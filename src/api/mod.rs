@@ -8,6 +8,7 @@ mod access;
 mod body;
 mod error;
 mod health;
+mod operations;
 mod page;
 mod serve;
 mod sse;
@@ -79,6 +80,9 @@ pub type Shared = Arc<ApiState>;
         threads::one,
         threads::history,
         threads::preview,
+        operations::undo,
+        operations::redo,
+        operations::restore,
         turns::one,
         turns::events,
         turns::cancel,
@@ -93,6 +97,7 @@ pub type Shared = Arc<ApiState>;
         crate::supervisor::ThreadView,
         crate::supervisor::TurnSummary,
         crate::supervisor::PreviewView,
+        operations::DryRunView,
     ))
 )]
 struct Document;
@@ -122,6 +127,9 @@ pub fn router(state: Shared) -> Router {
         .route(thread, get(threads::one))
         .route(&format!("{thread}/history"), get(threads::history))
         .route(&format!("{thread}/preview"), get(threads::preview))
+        .route(&format!("{thread}/undo"), post(operations::undo))
+        .route(&format!("{thread}/redo"), post(operations::redo))
+        .route(&format!("{thread}/restore"), post(operations::restore))
         .route("/api/turns/{turn}", get(turns::one))
         .route("/api/turns/{turn}/events", get(turns::events))
         .route("/api/turns/{turn}/cancel", post(turns::cancel))

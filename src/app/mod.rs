@@ -15,7 +15,7 @@ use tokio::net::TcpListener;
 
 use self::programs::{Programs, look_at_programs};
 use crate::{
-    agent::{AgentSettings, Limits},
+    agent::{AgentSettings, Ceiling, Limits},
     api::{self, Access, AccessSettings, ApiState, Facts, Pins, Readiness},
     config::{self, CredentialSource, Loaded, Mode, Settings},
     domain::Signature,
@@ -327,6 +327,10 @@ fn supervisor_settings(
             tool_folders: programs.folders(),
             is_confined: launcher.confinement().bash == Bash::All,
             limits: Limits::default(),
+            ceiling: Ceiling {
+                memory: (settings.warm_agent_memory_mb as u64) << 20,
+                age: settings.warm_agent_age,
+            },
         })
     });
     let preview_base_url = settings.preview_url("{slug}", listeners.preview_port());

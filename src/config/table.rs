@@ -228,6 +228,12 @@ settings! {
         "Dev servers alive at once";
     MAX_WARM_AGENTS, max_warm_agents: usize, Number, |text, _| value::count(text, 0, 1000), Is("2"),
         "Idle CLI processes kept for the next turn";
+    WARM_AGENT_MEMORY_MB, warm_agent_memory_mb: usize, Number,
+        |text, _| value::count(text, 1, 1_000_000), Is("800"),
+        "A CLI process that holds more after a turn is started anew for the next one";
+    WARM_AGENT_MINUTES, warm_agent_age: Option<Duration>, Number, value::minutes_or_never,
+        Is("240"),
+        "The same for one that is older; 0 is never, fractions allowed";
     MAX_CONCURRENT_TURNS, max_concurrent_turns: usize, Number,
         |text, _| value::count(text, 1, 1000), Is("5"),
         "Agent runs at once in this container";

@@ -10,8 +10,8 @@ mod turn;
 pub use account::Account;
 pub use idle::{IdleDecision, IdleFacts, decide_idle};
 pub use turn::{
-    Author, CommitSummary, Continuity, ErrorCode, HistoryEntry, Plan, Signature, ThreadContext,
-    TurnEvent, TurnFailure, TurnMode, TurnPreview, TurnResult, TurnStatus,
+    Author, CommitSummary, Conflict, Continuity, Effect, ErrorCode, HistoryEntry, Plan, Signature,
+    ThreadContext, TurnEvent, TurnFailure, TurnKind, TurnMode, TurnPreview, TurnResult, TurnStatus,
 };
 
 use serde::{Deserialize, Serialize};

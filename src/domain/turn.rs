@@ -16,6 +16,65 @@ pub enum TurnMode {
     Plan,
 }
 
+/// What kind of work a turn is. More may come; readers take one that they do not know for `Other`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum TurnKind {
+    /// An instruction to the agent.
+    #[default]
+    Turn,
+    /// One turn's changes were taken back.
+    Undo,
+    /// An undo was taken back.
+    Redo,
+    /// The site was set to an earlier state.
+    Restore,
+    /// Changes of the branches above were brought down.
+    Sync,
+    #[serde(other)]
+    Other,
+}
+
+impl TurnKind {
+    /// As in the contract and in the commit's `Kind` trailer.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Turn => "turn",
+            Self::Undo => "undo",
+            Self::Redo => "redo",
+            Self::Restore => "restore",
+            Self::Sync => "sync",
+            Self::Other => "other",
+        }
+    }
+}
+
+/// What an operation did, beside its commit. Empty for a turn of the agent.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Effect {
+    /// The turn whose changes are gone by this: of an undo its target, of a redo the undo.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub undone: Option<TurnId>,
+    /// The turn whose changes are there again by this redo.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub redone: Option<TurnId>,
+    /// The commit (full id) whose state is there again by this restore.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restored: Option<String>,
+}
+
+/// A file that keeps an operation from being carried out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Conflict {
+    /// Relative to the site's root, with `/`.
+    pub path: String,
+    /// One sentence for a person.
+    pub reason: String,
+}
+
 /// Where a turn stands. The last four are final.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
@@ -67,6 +126,8 @@ pub enum ErrorCode {
     AgentFailed,
     TurnTimeout,
     BudgetExceeded,
+    /// Somebody else's git command is at work in the worktree.
+    ThreadBusyElsewhere,
     Internal,
 }
 
@@ -77,6 +138,7 @@ impl ErrorCode {
             Self::AgentFailed => "agent_failed",
             Self::TurnTimeout => "turn_timeout",
             Self::BudgetExceeded => "budget_exceeded",
+            Self::ThreadBusyElsewhere => "thread_busy_elsewhere",
             Self::Internal => "internal",
         }
     }
@@ -164,6 +226,10 @@ pub struct ThreadContext {
 pub struct TurnResult {
     #[schema(value_type = String)]
     pub turn_id: TurnId,
+    #[serde(default)]
+    pub kind: TurnKind,
+    #[serde(flatten)]
+    pub effect: Effect,
     pub status: TurnStatus,
     pub mode: TurnMode,
     pub text: String,
@@ -174,6 +240,10 @@ pub struct TurnResult {
     pub duration_ms: u64,
     pub preview: TurnPreview,
     pub held_back: Vec<HeldBack>,
+    /// What had to be put right in the site's repository, before the turn or after it; a sentence
+    /// each.
+    #[serde(default)]
+    pub repairs: Vec<String>,
     pub continuity: Continuity,
     pub context: ThreadContext,
     /// Something that the turn had started could not be ended (stuck in the kernel) and may still

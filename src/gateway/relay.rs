@@ -32,6 +32,7 @@ pub(super) type Answer = Response<UnsyncBoxBody<Bytes, io::Error>>;
 /// The largest request body; the API itself takes 32 MB.
 pub(super) const MAX_BODY: u64 = 64 << 20;
 /// A request body that stands still for so long is given up.
+const COUNT_TOKENS: &str = "/v1/messages/count_tokens";
 const UPLOAD_IDLE: Duration = Duration::from_secs(60);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// Reading the platform's certificates.
@@ -119,6 +120,12 @@ impl Relay {
             *request.method() == Method::POST && request.uri().path() == "/v1/messages";
         if is_model_request && let Err(denied) = run.meter.check_now() {
             return deny(&denied);
+        }
+        if request.uri().path() == COUNT_TOKENS && run.is_before_its_first_message() {
+            return refuse(
+                StatusCode::FORBIDDEN,
+                "nothing is counted before the first message",
+            );
         }
         let toll = is_model_request.then(|| Toll::new(run.meter.clone()));
         let over = run.over.clone();
@@ -231,7 +238,7 @@ fn is_needed(method: &Method, path: &str) -> bool {
                 .all(|b| b.is_ascii_alphanumeric() || b"._:@-".contains(&b))
     };
     match (method, path) {
-        (&Method::POST, "/v1/messages" | "/v1/messages/count_tokens") => true,
+        (&Method::POST, "/v1/messages" | COUNT_TOKENS) => true,
         (&Method::GET, "/v1/models") => true,
         (&Method::GET, path) => path.strip_prefix("/v1/models/").is_some_and(is_model_id),
         _ => false,

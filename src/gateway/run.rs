@@ -311,6 +311,14 @@ pub(super) struct Exchange {
     completed: bool,
 }
 
+impl Run {
+    /// A run with a deadline begins with a message. What its CLI counts before is the CLI getting
+    /// ready ([`crate::agent`] asks it to): that is no reason to ask the upstream, and to wait.
+    pub(super) fn is_before_its_first_message(&self) -> bool {
+        self.deadline.is_some() && self.requests.load(Ordering::Relaxed) == 0
+    }
+}
+
 impl Exchange {
     pub(super) fn start(run: Arc<Run>, toll: Option<Arc<Toll>>) -> Self {
         run.requests.fetch_add(1, Ordering::Relaxed);

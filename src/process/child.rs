@@ -188,6 +188,13 @@ impl ProcessHandle {
         self.connection.status.borrow().exit
     }
 
+    /// What the program and its descendants hold in memory (resident), in bytes.
+    ///
+    /// Reads `/proc`: call it through [`task::blocking`].
+    pub fn memory(&self) -> u64 {
+        procfs::memory_below(self.connection.warden)
+    }
+
     /// Whether a connection to `address` reaches this program or a descendant of it.
     ///
     /// Reads `/proc`: call it through [`task::blocking`].

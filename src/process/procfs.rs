@@ -48,6 +48,22 @@ pub(super) fn descendants(ancestor: i32) -> Vec<i32> {
     found
 }
 
+/// The resident memory of all that descends from `ancestor`, in bytes. Shared pages count for each
+/// that shares them.
+pub(super) fn memory_below(ancestor: i32) -> u64 {
+    let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE);
+    let page = page.ok().flatten().map_or(4096, i64::unsigned_abs);
+    descendants(ancestor)
+        .into_iter()
+        .filter_map(|pid| {
+            let statm = fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
+            // Size, resident, shared, …: in pages.
+            statm.split_ascii_whitespace().nth(1)?.parse::<u64>().ok()
+        })
+        .sum::<u64>()
+        * page
+}
+
 /// `pid (name) state parent …`; the name may hold anything, parentheses too.
 fn parse_stat(pid: i32, stat: &[u8]) -> Option<Process> {
     let end_of_name = stat.iter().rposition(|byte| *byte == b')')?;

@@ -8,8 +8,9 @@
 
 use std::{
     fs,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use git2::{Config, Repository, RepositoryOpenFlags};
@@ -29,6 +30,11 @@ impl GitDir {
         &self.0
     }
 
+    /// The folder that it stands in, whose files are those of the user's branch.
+    pub(super) fn project(&self) -> &Path {
+        self.0.parent().expect("it is made from its project's path")
+    }
+
     /// Opens it with `workdir` as the working directory.
     pub(super) fn open(&self, workdir: &Path) -> Result<Repository> {
         self.check()?;
@@ -38,6 +44,12 @@ impl GitDir {
     /// Opens `admin`, one of its worktree entries, with `workdir` as the working directory.
     pub(super) fn open_worktree(&self, admin: &Path, workdir: &Path) -> Result<Repository> {
         self.check()?;
+        self.check_entry(admin)?;
+        self.open_at(admin, workdir)
+    }
+
+    /// Refuses a worktree entry that leads elsewhere.
+    pub(super) fn check_entry(&self, admin: &Path) -> Result<()> {
         refuse_links(
             admin,
             &[
@@ -49,9 +61,9 @@ impl GitDir {
                 "logs",
                 "logs/HEAD",
                 "refs",
+                "set-aside",
             ],
-        )?;
-        self.open_at(admin, workdir)
+        )
     }
 
     fn open_at(&self, path: &Path, workdir: &Path) -> Result<Repository> {
@@ -92,6 +104,9 @@ impl GitDir {
                 "refs",
                 "refs/heads",
                 "refs/remotes",
+                "refs/greenroom",
+                "refs/greenroom/heads",
+                "refs/greenroom/rescued",
                 "logs",
                 "logs/refs",
                 "logs/refs/heads",
@@ -127,7 +142,7 @@ impl GitDir {
     /// would write to where they point.
     pub(super) fn check_branch(&self, branch: &str) -> Result<()> {
         let mut names = Vec::new();
-        for base in ["refs/heads", "logs/refs/heads"] {
+        for base in ["refs/heads", "logs/refs/heads", "refs/greenroom/heads"] {
             let mut name = base.to_owned();
             for part in branch.split('/') {
                 name = format!("{name}/{part}");
@@ -145,9 +160,15 @@ fn tampered(what: impl Into<String>) -> RepositoryError {
 
 fn refuse_links(dir: &Path, names: &[&str]) -> Result<()> {
     for name in names {
-        let kind = files::kind_of(&dir.join(name)).during("look at the repository")?;
-        if kind.is_some_and(|kind| kind.is_symlink()) {
-            return Err(tampered(format!("{name} is a symlink")));
+        match files::kind_of(&dir.join(name)).during("look at the repository")? {
+            Some(kind) if kind.is_symlink() => {
+                return Err(tampered(format!("{name} is a symlink")));
+            }
+            // Reading a pipe would wait for ever.
+            Some(kind) if !kind.is_file() && !kind.is_dir() => {
+                return Err(tampered(format!("{name} is no file")));
+            }
+            _ => {}
         }
     }
     Ok(())
@@ -202,26 +223,56 @@ fn is_plain_origin(origin: &str) -> bool {
 const LOCK_PATIENCE: Duration = Duration::from_secs(3);
 const LOCK_OLD: Duration = Duration::from_secs(60);
 
-/// Removes a lock file whose owner died. The caller holds the lease, so nobody else of ours
-/// writes; a person's git command holds a lock for moments.
+/// Removes a lock file whose owner died; `true` if there was one. The caller holds the lease, so
+/// nobody else of ours writes; a person's git command holds a lock for moments, or as long as its
+/// editor is open.
 ///
-/// A lock is dead if it is a minute old, or does not change while it is watched (which needs no
-/// agreement of clocks).
-pub(super) fn clear_dead_lock(lock: &Path) -> Result<()> {
-    let modified = || fs::symlink_metadata(lock).and_then(|m| m.modified()).ok();
-    let Some(first) = modified() else {
-        return Ok(());
+/// A lock is dead if no process that can be seen here holds it, and it is a minute old or does not
+/// change while it is watched (which needs no agreement of clocks).
+///
+/// # Errors
+/// [`RepositoryError::Locked`] if it is alive.
+pub(super) fn clear_lock(lock: &Path, worktree: &Path) -> Result<bool> {
+    let look = || fs::symlink_metadata(lock).ok();
+    let state = |found: &fs::Metadata| (found.ino(), found.len(), found.modified().ok());
+    let Some(first) = look() else {
+        return Ok(false);
     };
-    let is_old = SystemTime::now()
-        .duration_since(first)
-        .is_ok_and(|age| age > LOCK_OLD);
+    let age = first.modified().ok().and_then(|at| at.elapsed().ok());
+    let is_old = age.is_some_and(|age| age > LOCK_OLD);
     let deadline = Instant::now() + LOCK_PATIENCE;
-    while !is_old && Instant::now() < deadline {
+    let mut is_alive = is_held(lock, worktree);
+    while (!is_old || is_alive) && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(50));
-        if modified() != Some(first) {
-            return Ok(());
+        match look() {
+            None => return Ok(false),
+            Some(now) => is_alive = state(&now) != state(&first) || is_held(lock, worktree),
         }
     }
-    tracing::warn!(lock = ?lock.file_name(), "removed a lock that a dead process left behind");
-    files::remove_all(lock).during("remove a dead lock")
+    if is_alive {
+        return Err(RepositoryError::Locked);
+    }
+    files::remove_all(lock).during("remove a dead lock")?;
+    Ok(true)
+}
+
+/// Does a process that we can see have this lock open, or is a git command at work in the
+/// worktree? (One that waits for its editor has closed its lock.)
+fn is_held(lock: &Path, worktree: &Path) -> bool {
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    processes
+        .map(|process| process.path())
+        .filter(|process| process.join("fd").is_dir())
+        .any(|process| {
+            let is_git = || fs::read(process.join("comm")).is_ok_and(|name| name == b"git\n");
+            let works_there = || {
+                fs::read_link(process.join("cwd")).is_ok_and(|folder| folder.starts_with(worktree))
+            };
+            let mut open = fs::read_dir(process.join("fd"))
+                .into_iter()
+                .flatten()
+                .flatten();
+            is_git() && works_there()
+                || open.any(|file| fs::read_link(file.path()).is_ok_and(|target| target == lock))
+        })
 }

@@ -11,12 +11,17 @@
 //! leaves in a worktree can point git elsewhere.
 //!
 //! **Invariant:** nothing here resets, cleans or stashes. The only files ever written into a
-//! worktree are those of a first checkout, into a folder that nobody has seen yet.
+//! worktree are those of a first checkout, into a folder that nobody has seen yet, and those that
+//! differ between a branch's commit and the next one (`landing`), which never overwrites what is
+//! in neither.
 
 mod checkout;
+mod draft;
 mod files;
 mod gate;
 mod gitdir;
+mod guard;
+mod landing;
 mod message;
 mod remote;
 mod source;
@@ -28,12 +33,14 @@ mod worktree;
 
 use std::{io, sync::Once};
 
-use crate::lease::LeaseLost;
+use crate::{domain::Conflict, lease::LeaseLost};
 
+pub use draft::{Draft, Snapshot};
+pub use guard::{Repair, Strangers};
 pub use remote::{RemoteError, RemoteErrorKind, Remotes};
 pub use source::{Source, SourceError, TemplateFile, parse_source};
 pub use user::{ThreadState, UserRepository};
-pub use worktree::{Change, CommitRequest, Committed, LogEntry, Worktree};
+pub use worktree::{Change, CommitRequest, CommitText, Committed, LogEntry, Worktree};
 
 /// Why something with a repository did not work.
 #[derive(Debug, thiserror::Error)]
@@ -60,9 +67,23 @@ pub enum RepositoryError {
     /// Something in the git directory was changed in a way that cannot be put right safely.
     #[error("the repository was tampered with: {what}")]
     Tampered { what: String },
+    /// A live git command is at work in the thread's worktree; asking again later helps.
+    #[error(
+        "another git command is at work in this thread's worktree; wait until it is done, then \
+         try again"
+    )]
+    Locked,
     /// Somebody else moved the branch; nothing was committed, and a second try may work.
     #[error("the branch {branch} was moved by somebody else")]
     HeadMoved { branch: String },
+    /// A change that does not fit what is there now; nothing of it was applied.
+    #[error("the change does not fit what is there now")]
+    Conflict { files: Vec<Conflict> },
+    /// No commit of this id, or none of this thread.
+    #[error("there is no commit {commit} in this thread")]
+    NoSuchCommit { commit: String },
+    #[error("more than one commit begins with {commit}; give more of its id")]
+    AmbiguousCommit { commit: String },
     /// Another process may write by now; the branch was not touched.
     #[error(transparent)]
     Lost(#[from] LeaseLost),

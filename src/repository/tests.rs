@@ -132,7 +132,9 @@ impl Place {
         let repository = self.create(user);
         let path = self.home(user).join("threads").join(thread);
         let key = key("acme", user, thread);
-        let state = repository.ensure_thread(&key, &path).unwrap();
+        let state = repository
+            .ensure_thread(&key, &path, &Fence::open())
+            .unwrap();
         (
             state,
             Site {
@@ -151,9 +153,13 @@ struct Site {
 
 impl Site {
     fn commit(&self, instruction: &str) -> Committed {
+        self.try_commit(instruction, Strangers::Keep).unwrap()
+    }
+
+    fn try_commit(&self, instruction: &str, strangers: Strangers) -> Result<Committed> {
         let home = self.dir.parent().unwrap().parent().unwrap();
-        self.worktree
-            .commit(&CommitRequest {
+        self.worktree.commit(&CommitRequest {
+            text: CommitText {
                 instruction,
                 trailers: &[
                     ("Turn-Id", "a~b~c~1".into()),
@@ -164,10 +170,11 @@ impl Site {
                     email: "alice@example.com".into(),
                 },
                 committer: &greenroom(),
-                held_dir: &home.join(".greenroom/held/1"),
-                fence: &Fence::open(),
-            })
-            .unwrap()
+            },
+            strangers,
+            held_dir: &home.join(".greenroom/held/1"),
+            fence: &Fence::open(),
+        })
     }
 
     fn status(&self) -> String {
@@ -415,7 +422,7 @@ fn branches_that_vanished_are_made_again() {
     ));
     write(site.dir.join("edit.txt"), "kept");
     let (again, site) = place.thread("alice", "main");
-    assert_eq!((again.resumed, again.head), (false, state.head));
+    assert_eq!((again.resumed, again.head), (true, state.head));
     assert_eq!(site.status(), "?? edit.txt\n");
 }
 
@@ -510,7 +517,8 @@ fn no_change_is_no_commit() {
         site.commit("Nothing"),
         Committed {
             commit: None,
-            held_back: vec![]
+            held_back: vec![],
+            repairs: vec![]
         }
     );
     // Written again with what was in it, staged and taken back, ignored.
@@ -524,7 +532,8 @@ fn no_change_is_no_commit() {
         site.commit("Nothing"),
         Committed {
             commit: None,
-            held_back: vec![]
+            held_back: vec![],
+            repairs: vec![]
         }
     );
     assert_eq!(site.worktree.head().unwrap(), state.head);
@@ -764,7 +773,9 @@ fn the_workspace_may_move() {
     let repository = UserRepository::open(&home.join("project")).unwrap();
     let key = key("acme", "alice", "main");
     let dir = home.join("threads/main");
-    let state = repository.ensure_thread(&key, &dir).unwrap();
+    let state = repository
+        .ensure_thread(&key, &dir, &Fence::open())
+        .unwrap();
     assert!(state.resumed);
     let site = Site {
         worktree: repository.worktree(&key, &dir),
@@ -908,7 +919,7 @@ fn what_cannot_be_put_right_is_refused() {
         write(site.dir.join("a.txt"), "a");
         let key = key("acme", "alice", "main");
         let ensured = UserRepository::open(&place.home("alice").join("project"))
-            .and_then(|repository| repository.ensure_thread(&key, &site.dir));
+            .and_then(|repository| repository.ensure_thread(&key, &site.dir, &Fence::open()));
         assert!(
             matches!(ensured, Err(RepositoryError::Tampered { .. })),
             "{ensured:?}"
@@ -949,7 +960,11 @@ fn what_we_put_into_worktrees_is_not_seen() {
         site.commit("Nothing"),
         Committed {
             commit: None,
-            held_back: vec![]
+            held_back: vec![],
+            repairs: vec![]
         }
     );
 }
+
+/// The twelve kinds of damage, done by the git program or by hand.
+mod damage;

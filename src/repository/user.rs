@@ -15,11 +15,13 @@ use super::{
     Operation as _, Remotes, RepositoryError, Result, Source, TemplateFile, Worktree, checkout,
     files,
     gitdir::{self, GitDir},
+    guard::Strangers,
     message, tree,
 };
 use crate::{
     domain::Signature,
     identity::{ThreadKey, UserKey},
+    lease::Fence,
 };
 
 /// The branch that the built-in template starts.
@@ -112,19 +114,21 @@ impl UserRepository {
     /// The branch starts at `thread-{thread}` where an older layout left one here or at the
     /// origin, else at the user's branch (which is made off the client's, if need be).
     /// Uncommitted edits stay what they are, also after a move of the whole workspace.
-    pub fn ensure_thread(&self, key: &ThreadKey, worktree: &Path) -> Result<ThreadState> {
+    ///
+    /// # Errors
+    /// [`RepositoryError::Locked`] and [`RepositoryError::Tampered`] for what the guard refuses.
+    pub fn ensure_thread(
+        &self,
+        key: &ThreadKey,
+        worktree: &Path,
+        fence: &Fence,
+    ) -> Result<ThreadState> {
         let repo = self.git.open(&self.project)?;
         let branch = key.branch();
-        self.git.check_branch(&branch)?;
-        for lock in [
-            format!("refs/heads/{branch}.lock"),
-            "packed-refs.lock".to_owned(),
-        ] {
-            gitdir::clear_dead_lock(&self.git.path().join(lock))?;
-        }
-        let (head, resumed) = match branch_tip(&repo, &branch)? {
-            Some(head) => (head, true),
-            None => {
+        let worktree = self.worktree(key, worktree);
+        let (head, resumed) = match worktree.settle_branch(&repo, Strangers::Keep, fence) {
+            Ok((head, _)) => (head, true),
+            Err(RepositoryError::NoSuchBranch { .. }) => {
                 let legacy = format!("thread-{}", key.thread);
                 let earlier = match branch_tip(&repo, &legacy)? {
                     Some(tip) => Some(tip),
@@ -134,11 +138,13 @@ impl UserRepository {
                     Some(tip) => tip,
                     None => self.ensure_user_branch(&repo, &key.user_key())?,
                 };
+                fence.check()?;
                 make_branch(&repo, &branch, start)?;
                 (start, earlier.is_some())
             }
+            Err(error) => return Err(error),
         };
-        self.worktree(key, worktree).ensure()?;
+        worktree.ensure(fence)?;
         Ok(ThreadState {
             resumed,
             branch,

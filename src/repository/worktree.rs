@@ -19,7 +19,8 @@ use super::{
     Operation as _, RepositoryError, Result, checkout,
     files::{self, Found, Root},
     gate::{self, Keeper},
-    gitdir::{self, GitDir},
+    gitdir::GitDir,
+    guard::{Repair, Strangers},
     message, tree, user,
 };
 use crate::{
@@ -32,11 +33,11 @@ use crate::{
 /// puts the links between worktree and repository right before.
 #[derive(Debug, Clone)]
 pub struct Worktree {
-    git: GitDir,
+    pub(super) git: GitDir,
     /// The worktree's entry in the git directory: HEAD, index, links.
-    admin: PathBuf,
-    path: PathBuf,
-    branch: String,
+    pub(super) admin: PathBuf,
+    pub(super) path: PathBuf,
+    pub(super) branch: String,
 }
 
 /// One path that differs from the branch's commit.
@@ -50,13 +51,21 @@ pub struct Change {
 
 /// What a commit is to say.
 #[derive(Debug)]
-pub struct CommitRequest<'a> {
+pub struct CommitText<'a> {
     /// Becomes the subject (its first line, cut) and, where it is longer, the body.
     pub instruction: &'a str,
     /// The last paragraph of the message: `Turn-Id`, `Thread`, `Status` and so on.
     pub trailers: &'a [(&'a str, String)],
     pub author: &'a Signature,
     pub committer: &'a Signature,
+}
+
+/// How to commit what is in the worktree.
+#[derive(Debug)]
+pub struct CommitRequest<'a> {
+    pub text: CommitText<'a>,
+    /// What becomes of commits that others made on the branch since the last one of ours.
+    pub strangers: Strangers,
     /// Folder of this turn for copies of what is held back; made when needed.
     pub held_dir: &'a Path,
     /// Asked right before the branch moves.
@@ -70,6 +79,8 @@ pub struct Committed {
     pub commit: Option<CommitSummary>,
     /// Files left out on purpose; they are still in the worktree.
     pub held_back: Vec<HeldBack>,
+    /// What had to be put right before.
+    pub repairs: Vec<Repair>,
 }
 
 /// One commit of a branch's history.
@@ -95,7 +106,7 @@ const ASSUME_UNCHANGED: u16 = 0x8000;
 /// `git update-index --skip-worktree` (the entry's extended flag).
 const SKIP_WORKTREE: u16 = 1 << 14;
 
-const LINK_MODE: u32 = 0o120_000;
+pub(super) const LINK_MODE: u32 = 0o120_000;
 
 impl Worktree {
     pub(super) fn new(git: GitDir, key: &ThreadKey, path: &Path) -> Self {
@@ -115,7 +126,7 @@ impl Worktree {
 
     /// Full id of the branch's commit.
     pub fn head(&self) -> Result<String> {
-        let repo = self.open()?;
+        let repo = self.read()?;
         self.tip(&repo).map(|id| id.to_string())
     }
 
@@ -144,15 +155,18 @@ impl Worktree {
         Ok(changes)
     }
 
-    /// Commits everything that changed, but for what the gate holds back, and brings the index
-    /// into agreement. Makes no commit where nothing changed.
+    /// Puts right what can be (see `guard`), commits everything that changed, but for what the
+    /// gate holds back, and brings the index into agreement. Makes no commit where nothing changed.
     ///
     /// # Errors
     /// [`RepositoryError::HeadMoved`] if the branch moved meanwhile: nothing was committed.
+    /// [`RepositoryError::Locked`] and [`RepositoryError::Tampered`] for what the guard refuses.
     pub fn commit(&self, request: &CommitRequest<'_>) -> Result<Committed> {
-        let repo = self.open()?;
+        let (repo, repairs) = self.put_right(request.strangers, request.fence)?;
         let head = self.tip(&repo)?;
-        self.commit_onto(&repo, head, request)
+        let mut committed = self.commit_onto(&repo, head, request)?;
+        committed.repairs.splice(0..0, repairs);
+        Ok(committed)
     }
 
     /// As [`Worktree::commit`], but from a head that was read earlier.
@@ -163,10 +177,13 @@ impl Worktree {
             email: String::new(),
         };
         let request = CommitRequest {
-            instruction: "",
-            trailers: &[],
-            author: &who,
-            committer: &who,
+            text: CommitText {
+                instruction: "",
+                trailers: &[],
+                author: &who,
+                committer: &who,
+            },
+            strangers: Strangers::Keep,
             held_dir: &self.path.with_file_name("held"),
             fence: &Fence::open(),
         };
@@ -180,37 +197,24 @@ impl Worktree {
         request: &CommitRequest<'_>,
     ) -> Result<Committed> {
         let head_tree = self.tree(repo, head)?;
-        let paths = self.differing(repo)?;
-        if paths.is_empty() {
+        let Some(staged) = self.stage(repo, &head_tree, Keeper::new(request.held_dir))? else {
             return Ok(Committed {
                 commit: None,
                 held_back: Vec::new(),
+                repairs: Vec::new(),
             });
-        }
-        let mut stage = Stage {
-            repo,
-            head: &head_tree,
-            root: Root::open(&self.path).during("open the worktree")?,
-            index: repo.index().during("read the index")?,
-            keeper: Keeper::new(request.held_dir),
-            edits: BTreeMap::new(),
-            held_back: Vec::new(),
         };
-        for path in &paths {
-            stage.take(path)?;
-        }
-        let Stage {
+        let Staged {
+            tree,
             mut index,
-            edits,
             held_back,
-            ..
-        } = stage;
-
-        let tree = tree::edit(repo, Some(&head_tree), &edits).during("write the tree")?;
+            repairs,
+        } = staged;
         let commit = if tree == head_tree.id() {
             None
         } else {
-            let id = self.write_commit(repo, head, tree, request)?;
+            let id = write_commit(repo, tree, &[head], &request.text)?;
+            self.move_branch(repo, head, id, request.fence)?;
             Some(summarise(repo, id)?)
         };
         // After the branch: an index that is behind is mended by the next commit, one that is
@@ -218,30 +222,74 @@ impl Worktree {
         if let Err(error) = index.write() {
             tracing::warn!(%error, branch = self.branch, "the index could not be written");
         }
-        Ok(Committed { commit, held_back })
+        Ok(Committed {
+            commit,
+            held_back,
+            repairs,
+        })
     }
 
-    fn write_commit(
+    /// The tree that a commit would have now; `None` if nothing differs from `head`.
+    pub(super) fn stage(
         &self,
         repo: &Repository,
-        head: Oid,
-        tree: Oid,
-        request: &CommitRequest<'_>,
-    ) -> Result<Oid> {
-        self.git.check_branch(&self.branch)?;
-        let write = || -> Result<_, git2::Error> {
-            let parent = repo.find_commit(head)?;
-            let tree = repo.find_tree(tree)?;
-            let text = message::compose(request.instruction, request.trailers);
-            let author = message::signature(request.author)?;
-            let committer = message::signature(request.committer)?;
-            repo.commit(None, &author, &committer, &text, &tree, &[&parent])
+        head: &Tree<'_>,
+        keeper: Keeper<'_>,
+    ) -> Result<Option<Staged>> {
+        let paths = self.differing(repo)?;
+        if paths.is_empty() {
+            return Ok(None);
+        }
+        let mut stage = Stage {
+            repo,
+            head,
+            root: Root::open(&self.path).during("open the worktree")?,
+            index: repo.index().during("read the index")?,
+            keeper,
+            edits: BTreeMap::new(),
+            held_back: Vec::new(),
         };
-        let id = write().during("commit")?;
+        let repairs = unsettled(&stage.index)
+            .during("read the index")?
+            .into_iter()
+            .collect();
+        for path in &paths {
+            stage.take(path)?;
+        }
+        let Stage {
+            index,
+            edits,
+            held_back,
+            ..
+        } = stage;
+        let tree = tree::edit(repo, Some(head), &edits).during("write the tree")?;
+        Ok(Some(Staged {
+            tree,
+            index,
+            held_back,
+            repairs,
+        }))
+    }
+
+    /// Moves the branch from one commit to the next, unless somebody else moved it meanwhile.
+    pub(super) fn move_branch(
+        &self,
+        repo: &Repository,
+        from: Oid,
+        to: Oid,
+        fence: &Fence,
+    ) -> Result<()> {
+        self.git.check_branch(&self.branch)?;
         let branch = format!("refs/heads/{}", self.branch);
-        request.fence.check()?;
-        let moved = repo.reference_matching(&branch, id, true, head, "commit");
-        moved.map_err(|error| match error.code() {
+        fence.check()?;
+        // First: a crash between the two is put right by moving the branch, the other way round
+        // the guard would take our commit for somebody else's.
+        self.remember(repo, to)?;
+        let moved = repo.reference_matching(&branch, to, true, from, "commit");
+        if moved.is_err() {
+            self.remember(repo, from)?;
+        }
+        moved.map(drop).map_err(|error| match error.code() {
             ErrorCode::Modified | ErrorCode::NotFound => RepositoryError::HeadMoved {
                 branch: self.branch.clone(),
             },
@@ -249,13 +297,12 @@ impl Worktree {
                 operation: "commit",
                 source: error,
             },
-        })?;
-        Ok(id)
+        })
     }
 
     /// At most the first `max_bytes` bytes of a regular file as it is committed.
     pub fn read_at_head(&self, path: &str, max_bytes: usize) -> Result<Option<Vec<u8>>> {
-        let repo = self.open()?;
+        let repo = self.read()?;
         let tree = self.tree(&repo, self.tip(&repo)?)?;
         match in_tree(&tree, Path::new(path))? {
             Some((id, mode)) if mode != LINK_MODE => {
@@ -269,7 +316,7 @@ impl Worktree {
 
     /// Writes the committed files into `to`, an empty or missing folder.
     pub fn export(&self, to: &Path) -> Result<()> {
-        let repo = self.open()?;
+        let repo = self.read()?;
         let tree = self.tree(&repo, self.tip(&repo)?)?;
         fs::create_dir_all(to).during("make the folder for a copy")?;
         checkout::fill(&repo, &tree, checkout::Target::Copy(to)).during("copy the site's files")
@@ -277,7 +324,7 @@ impl Worktree {
 
     /// The branch's commits, newest first, merges seen from their first parent.
     pub fn log(&self, limit: usize) -> Result<Vec<LogEntry>> {
-        let repo = self.open()?;
+        let repo = self.read()?;
         let walk = || -> Result<Vec<_>, git2::Error> {
             let mut walk = repo.revwalk()?;
             walk.simplify_first_parent()?;
@@ -289,46 +336,33 @@ impl Worktree {
         walk().during("read the history")
     }
 
+    /// The branch's commit with this trailer, if one of the newest few has it.
+    pub fn find_commit_with(&self, trailer: &str, value: &str) -> Result<Option<CommitSummary>> {
+        const NEWEST: usize = 20;
+        let entries = self.log(NEWEST)?;
+        let found = entries.iter().find(|entry| {
+            let mut trailers = entry.trailers.iter();
+            trailers.any(|(name, text)| name == trailer && text == value)
+        });
+        found.map(|entry| self.summary(&entry.id)).transpose()
+    }
+
     /// What one commit changed against its first parent.
     pub fn summary(&self, commit: &str) -> Result<CommitSummary> {
-        let repo = self.open()?;
+        let repo = self.read()?;
         let id = Oid::from_str(commit).during("read a commit's id")?;
         summarise(&repo, id)
     }
 
     /// Makes the worktree, or mends it; see `UserRepository::ensure_thread`.
-    pub(super) fn ensure(&self) -> Result<()> {
-        for lock in ["index.lock", "HEAD.lock"] {
-            gitdir::clear_dead_lock(&self.admin.join(lock))?;
-        }
-        let is_fresh = match files::kind_of(&self.path).during("look at the worktree")? {
-            None => true,
-            Some(kind) if kind.is_dir() => {
-                files::is_empty_dir(&self.path).during("look at the worktree")?
-            }
-            Some(_) => {
-                return Err(RepositoryError::Tampered {
-                    what: "the worktree is no folder".into(),
-                });
-            }
-        };
-        // Absolute, because the git program would prune a relative one; so it is written anew
-        // wherever the workspace is mounted.
-        let back = [self.path.join(".git").as_os_str().as_bytes(), b"\n"].concat();
-        self.put_right_entry()?;
-        files::put(&self.admin.join("gitdir"), &back).during("link the worktree")?;
-        files::put(&self.admin.join("locked"), b"kept by greenroom\n")
-            .during("link the worktree")?;
-        if is_fresh {
-            self.check_out()
-        } else {
-            self.mend_index()
-        }
+    pub(super) fn ensure(&self, fence: &Fence) -> Result<()> {
+        self.put_right(Strangers::Keep, fence)?;
+        self.mend_index()
     }
 
     /// First checkout, under another name until it is whole: a half made worktree would look
     /// like one in which somebody deleted files.
-    fn check_out(&self) -> Result<()> {
+    pub(super) fn check_out(&self) -> Result<()> {
         let name = self
             .path
             .file_name()
@@ -354,7 +388,7 @@ impl Worktree {
 
     /// Makes the index agree with the branch's commit: it is behind after a crash, and missing
     /// after the loss of the worktree's entry.
-    fn mend_index(&self) -> Result<()> {
+    pub(super) fn mend_index(&self) -> Result<()> {
         let repo = self.open()?;
         let tree = self.tree(&repo, self.tip(&repo)?)?;
         let mend = |repo: &Repository| {
@@ -377,8 +411,13 @@ impl Worktree {
         Ok(())
     }
 
+    /// Opens the user's repository for what needs no worktree. Puts nothing right.
+    fn read(&self) -> Result<Repository> {
+        self.git.open(self.git.project())
+    }
+
     /// Opens the worktree's repository after putting right what leads there.
-    fn open(&self) -> Result<Repository> {
+    pub(super) fn open(&self) -> Result<Repository> {
         if files::kind_of(&self.path)
             .during("look at the worktree")?
             .is_none()
@@ -390,19 +429,28 @@ impl Worktree {
         self.git.open_worktree(&self.admin, &self.path)
     }
 
-    /// The entry's side: which git directory it belongs to and which branch it is on.
-    fn put_right_entry(&self) -> Result<()> {
+    /// The entry's side: which git directory it belongs to, where the worktree is and which branch
+    /// it is on.
+    pub(super) fn put_right_entry(&self) -> Result<()> {
         fs::create_dir_all(&self.admin).during("make the worktree's entry")?;
         let head = format!("ref: refs/heads/{}\n", self.branch);
-        for (file, content) in [("commondir", "../..\n"), ("HEAD", &head)] {
-            files::put(&self.admin.join(file), content.as_bytes()).during("link the worktree")?;
+        // Absolute, because the git program would prune a relative one; so it is written anew
+        // wherever the workspace is mounted.
+        let back = [self.path.join(".git").as_os_str().as_bytes(), b"\n"].concat();
+        for (file, content) in [
+            ("commondir", b"../..\n".as_slice()),
+            ("HEAD", head.as_bytes()),
+            ("gitdir", &back),
+            ("locked", b"kept by greenroom\n"),
+        ] {
+            files::put(&self.admin.join(file), content).during("link the worktree")?;
         }
         Ok(())
     }
 
     /// The worktree's side: its `.git` file. A git directory that somebody put there is moved
     /// into the entry, so that nothing in it is lost.
-    fn put_right_link(&self) -> Result<()> {
+    pub(super) fn put_right_link(&self) -> Result<()> {
         let link = self.path.join(".git");
         if files::kind_of(&link)
             .during("look at the worktree's link")?
@@ -426,7 +474,7 @@ impl Worktree {
         files::put(&link, &content).during("link the worktree")
     }
 
-    fn tip(&self, repo: &Repository) -> Result<Oid> {
+    pub(super) fn tip(&self, repo: &Repository) -> Result<Oid> {
         user::branch_tip(repo, &self.branch)?.ok_or_else(|| RepositoryError::NoSuchBranch {
             branch: self.branch.clone(),
         })
@@ -436,7 +484,7 @@ impl Worktree {
         repo.refname_to_id(&format!("refs/heads/{}", self.branch))
     }
 
-    fn tree<'r>(&self, repo: &'r Repository, commit: Oid) -> Result<Tree<'r>> {
+    pub(super) fn tree<'r>(&self, repo: &'r Repository, commit: Oid) -> Result<Tree<'r>> {
         repo.find_commit(commit)
             .and_then(|commit| commit.tree())
             .during("read the commit")
@@ -504,6 +552,15 @@ impl Worktree {
     }
 }
 
+/// What [`Worktree::stage`] found.
+pub(super) struct Staged {
+    pub(super) tree: Oid,
+    /// Agrees with the tree; not written.
+    index: Index,
+    held_back: Vec<HeldBack>,
+    repairs: Vec<Repair>,
+}
+
 /// A commit in the making: the tree's edits and the index, path by path.
 struct Stage<'a> {
     repo: &'a Repository,
@@ -543,7 +600,7 @@ impl Stage<'_> {
                     self.hold_back(path, committed, &mut file, reason);
                     return Ok(());
                 }
-                match self.write_blob(path, &mut file) {
+                match write_blob(self.repo, path, &mut file) {
                     Ok(id) => self.stage(path, committed, id, &stat),
                     Err(error) => {
                         tracing::warn!(%error, "a changed file could not be read");
@@ -596,19 +653,10 @@ impl Stage<'_> {
         Ok(fault.filter(|_| !is_known()))
     }
 
-    /// Stores the file as git would for this path (line endings by its attributes).
-    fn write_blob(&self, path: &Path, file: &mut File) -> io::Result<Oid> {
-        let mut writer = self
-            .repo
-            .blob_writer(Some(path))
-            .map_err(io::Error::other)?;
-        io::copy(file, &mut writer)?;
-        writer.commit().map_err(io::Error::other)
-    }
-
     fn stage(&mut self, path: &Path, committed: Option<(Oid, u32)>, id: Oid, stat: &FileStat) {
         let entry = index_entry(path, id, stat);
         let mode = entry.mode;
+        self.forget(path);
         // Also the judge of names: it refuses `.git` in every spelling.
         if self.index.add(&entry).is_err() {
             self.leave_out(path, committed, "git does not allow a file of this name");
@@ -666,8 +714,37 @@ impl Stage<'_> {
     }
 }
 
+/// Stores the file as git would for this path (line endings by its attributes).
+pub(super) fn write_blob(repo: &Repository, path: &Path, file: &mut File) -> io::Result<Oid> {
+    let mut writer = repo.blob_writer(Some(path)).map_err(io::Error::other)?;
+    io::copy(file, &mut writer)?;
+    writer.commit().map_err(io::Error::other)
+}
+
+/// Makes a commit that no branch has yet.
+pub(super) fn write_commit(
+    repo: &Repository,
+    tree: Oid,
+    parents: &[Oid],
+    text: &CommitText<'_>,
+) -> Result<Oid> {
+    let write = || -> Result<_, git2::Error> {
+        let tree = repo.find_tree(tree)?;
+        let parents: Vec<_> = parents
+            .iter()
+            .map(|id| repo.find_commit(*id))
+            .collect::<Result<_, _>>()?;
+        let message = message::compose(text.instruction, text.trailers);
+        let author = message::signature(text.author)?;
+        let committer = message::signature(text.committer)?;
+        let parents: Vec<_> = parents.iter().collect();
+        repo.commit(None, &author, &committer, &message, &tree, &parents)
+    };
+    write().during("commit")
+}
+
 /// The blob and mode at `path`; `None` also for folders and submodules.
-fn in_tree(tree: &Tree<'_>, path: &Path) -> Result<Option<(Oid, u32)>> {
+pub(super) fn in_tree(tree: &Tree<'_>, path: &Path) -> Result<Option<(Oid, u32)>> {
     match tree.get_path(path) {
         Ok(entry) if entry.kind() == Some(ObjectType::Blob) => {
             let mode = u32::try_from(entry.filemode()).expect("git's modes are positive");
@@ -680,7 +757,7 @@ fn in_tree(tree: &Tree<'_>, path: &Path) -> Result<Option<(Oid, u32)>> {
 }
 
 /// An index entry that claims nothing about the file on disk.
-fn blank_entry(path: &Path, id: Oid) -> IndexEntry {
+pub(super) fn blank_entry(path: &Path, id: Oid) -> IndexEntry {
     let never = IndexTime::new(0, 0);
     IndexEntry {
         ctime: never,
@@ -698,14 +775,19 @@ fn blank_entry(path: &Path, id: Oid) -> IndexEntry {
     }
 }
 
-/// An entry for the file that `stat` was taken of. The index format has 32 bits for each field
-/// and cuts what is longer.
-fn index_entry(path: &Path, id: Oid, stat: &FileStat) -> IndexEntry {
-    let mode = match stat.st_mode {
+/// The mode that git has for a file of this one.
+pub(super) fn canonical_mode(mode: u32) -> u32 {
+    match mode {
         mode if mode & 0o170_000 == LINK_MODE => LINK_MODE,
         mode if mode & 0o100 != 0 => 0o100_755,
         _ => 0o100_644,
-    };
+    }
+}
+
+/// An entry for the file that `stat` was taken of. The index format has 32 bits for each field
+/// and cuts what is longer.
+pub(super) fn index_entry(path: &Path, id: Oid, stat: &FileStat) -> IndexEntry {
+    let mode = canonical_mode(stat.st_mode);
     IndexEntry {
         ctime: IndexTime::new(stat.st_ctime as i32, stat.st_ctime_nsec as u32),
         mtime: IndexTime::new(stat.st_mtime as i32, stat.st_mtime_nsec as u32),
@@ -734,6 +816,20 @@ fn clear_hiding_flags(index: &mut Index) -> Result<(), git2::Error> {
     Ok(())
 }
 
+/// The unsettled merge that somebody left in the index.
+fn unsettled(index: &Index) -> Result<Option<Repair>, git2::Error> {
+    let mut files = BTreeSet::new();
+    if index.has_conflicts() {
+        for conflict in index.conflicts()? {
+            let conflict = conflict?;
+            let side = conflict.our.or(conflict.their).or(conflict.ancestor);
+            files.extend(side.map(|entry| String::from_utf8_lossy(&entry.path).into_owned()));
+        }
+    }
+    let files: Vec<_> = files.into_iter().collect();
+    Ok((!files.is_empty()).then_some(Repair::Conflicts { files }))
+}
+
 fn log_entry(commit: &git2::Commit<'_>) -> Result<LogEntry, git2::Error> {
     let message = String::from_utf8_lossy(commit.message_bytes());
     let trailers = git2::message_trailers_strs(&message)?;
@@ -760,7 +856,7 @@ fn subject_of(commit: &git2::Commit<'_>) -> String {
     String::from_utf8_lossy(subject).into_owned()
 }
 
-fn summarise(repo: &Repository, id: Oid) -> Result<CommitSummary> {
+pub(super) fn summarise(repo: &Repository, id: Oid) -> Result<CommitSummary> {
     let read = || -> Result<_, git2::Error> {
         let commit = repo.find_commit(id)?;
         let before = match commit.parent(0) {
@@ -768,47 +864,55 @@ fn summarise(repo: &Repository, id: Oid) -> Result<CommitSummary> {
             Err(error) if error.code() == ErrorCode::NotFound => None,
             Err(error) => return Err(error),
         };
-        let mut options = DiffOptions::new();
-        options.context_lines(0).max_size(MAX_COUNTED_BYTES);
-        let mut diff =
-            repo.diff_tree_to_tree(before.as_ref(), Some(&commit.tree()?), Some(&mut options))?;
-        diff.find_similar(Some(DiffFindOptions::new().renames(true).rename_limit(200)))?;
-        let is_counted = diff.deltas().len() <= MAX_COUNTED_FILES;
-        let mut files = Vec::new();
-        for (at, delta) in diff.deltas().enumerate() {
-            let status = match delta.status() {
-                Delta::Added | Delta::Copied => FileStatus::Added,
-                Delta::Deleted => FileStatus::Deleted,
-                Delta::Renamed => FileStatus::Renamed,
-                _ => FileStatus::Modified,
-            };
-            let patch = if is_counted {
-                Patch::from_diff(&diff, at)?
-            } else {
-                None
-            };
-            let (_, additions, deletions) = patch
-                .map(|patch| patch.line_stats())
-                .transpose()?
-                .unwrap_or_default();
-            let file = if status == FileStatus::Deleted {
-                delta.old_file()
-            } else {
-                delta.new_file()
-            };
-            let path = String::from_utf8_lossy(file.path_bytes().unwrap_or_default()).into_owned();
-            files.push(FileChange {
-                path,
-                status,
-                additions: additions as u64,
-                deletions: deletions as u64,
-            });
-        }
         Ok(CommitSummary {
             id: id.to_string(),
             message: subject_of(&commit),
-            files,
+            files: changed_files(repo, before.as_ref(), &commit.tree()?)?,
         })
     };
     read().during("read what a commit changed")
+}
+
+/// What differs between two trees, with line counts.
+pub(super) fn changed_files(
+    repo: &Repository,
+    before: Option<&Tree<'_>>,
+    after: &Tree<'_>,
+) -> Result<Vec<FileChange>, git2::Error> {
+    let mut options = DiffOptions::new();
+    options.context_lines(0).max_size(MAX_COUNTED_BYTES);
+    let mut diff = repo.diff_tree_to_tree(before, Some(after), Some(&mut options))?;
+    diff.find_similar(Some(DiffFindOptions::new().renames(true).rename_limit(200)))?;
+    let is_counted = diff.deltas().len() <= MAX_COUNTED_FILES;
+    let mut files = Vec::new();
+    for (at, delta) in diff.deltas().enumerate() {
+        let status = match delta.status() {
+            Delta::Added | Delta::Copied => FileStatus::Added,
+            Delta::Deleted => FileStatus::Deleted,
+            Delta::Renamed => FileStatus::Renamed,
+            _ => FileStatus::Modified,
+        };
+        let patch = if is_counted {
+            Patch::from_diff(&diff, at)?
+        } else {
+            None
+        };
+        let (_, additions, deletions) = patch
+            .map(|patch| patch.line_stats())
+            .transpose()?
+            .unwrap_or_default();
+        let file = if status == FileStatus::Deleted {
+            delta.old_file()
+        } else {
+            delta.new_file()
+        };
+        let path = String::from_utf8_lossy(file.path_bytes().unwrap_or_default()).into_owned();
+        files.push(FileChange {
+            path,
+            status,
+            additions: additions as u64,
+            deletions: deletions as u64,
+        });
+    }
+    Ok(files)
 }

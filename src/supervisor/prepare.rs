@@ -19,7 +19,7 @@ use tokio::{
 use super::{DISK_DEADLINE, InitAnswer, InitRequest, Inner, PREVIEW_GRACE, SupervisorError};
 use crate::{
     agent::{Agent, AgentSite},
-    domain::{Continuity, PreviewError, PreviewState},
+    domain::{Continuity, PreviewError, PreviewState, TurnKind},
     identity::{ThreadKey, TurnId},
     lease::{Fence, Lease, Patience},
     preview::{PreviewSite, pick_port},
@@ -91,7 +91,8 @@ pub(super) async fn prepare(
     let repository = inner.lock_repository(&key.user_key()).await?;
     let checked_out = {
         let (inner, key, paths) = (inner.clone(), key.clone(), paths.clone());
-        let work = move || check_out(&inner, &key, &paths, wishes);
+        let checked = fence.clone();
+        let work = move || check_out(&inner, &key, &paths, wishes, &checked);
         fence
             .write("checking the site out", CLONE_DEADLINE, work)
             .await?
@@ -141,17 +142,10 @@ pub(super) async fn prepare(
         tasks: inner.tasks.clone(),
     };
     let (mut context, requeued) = recover(inner, &site, &paths, context).await?;
-    let agent = match agent_settings {
-        // Ahead of its first instruction, so that the first turn does not wait for it.
-        Some(_) if inner.settings.max_warm_agents > 0 => match site.start_agent(&mut context).await
-        {
-            Ok(started) => Some(started),
-            Err(error) => {
-                tracing::warn!(%error, "failed to start the agent ahead");
-                None
-            }
-        },
-        _ => None,
+    let agent = if agent_settings.is_some() && inner.settings.max_warm_agents > 0 {
+        site.start_agent_ahead(&mut context).await
+    } else {
+        None
     };
     let attach = Attach::start(inner.clone(), site.clone(), place, lease.clone());
     Ok(Preparation {
@@ -175,6 +169,7 @@ fn check_out(
     key: &ThreadKey,
     paths: &ThreadPaths,
     wishes: Option<InitRequest>,
+    fence: &Fence,
 ) -> Result<CheckedOut, SupervisorError> {
     let mut timings = BTreeMap::new();
     let mut clock = Instant::now();
@@ -216,7 +211,7 @@ fn check_out(
         repo_url: repo_url.clone(),
     }
     .save(&paths.user.metadata())?;
-    let state = repository.ensure_thread(key, &paths.worktree())?;
+    let state = repository.ensure_thread(key, &paths.worktree(), fence)?;
     lap(&mut timings, "worktreeMs");
     repository.exclude(GIT_EXCLUDES)?;
     let worktree = repository.worktree(key, &paths.worktree());
@@ -359,20 +354,28 @@ async fn recover(
                 std::fs::remove_file(mark).ok()
             })
             .await?;
-        } else if record.has_started() {
+        } else if record.has_started() || accepted.kind != TurnKind::Turn {
             tracing::warn!(turn_id = %id, "recovering a turn whose supervisor died");
-            context =
-                site.recover(&accepted, &journal, context)
-                    .await
-                    .map_err(|error| match site.fence.check() {
-                        Ok(()) => SupervisorError::Internal(format!("{error:#}")),
-                        Err(lost) => lost.into(),
-                    })?;
+            context = recover_one(site, &accepted, &journal, context).await?;
         } else {
             requeued.push((accepted, journal));
         }
     }
     Ok((context, requeued))
+}
+
+async fn recover_one(
+    site: &TurnSite,
+    accepted: &Accepted,
+    journal: &Journal,
+    context: StoredContext,
+) -> Result<StoredContext, SupervisorError> {
+    site.recover(accepted, journal, context)
+        .await
+        .map_err(|error| match site.fence.check() {
+            Ok(()) => error.into(),
+            Err(lost) => lost.into(),
+        })
 }
 
 /// Answers an init of a thread that is prepared.

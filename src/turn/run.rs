@@ -16,13 +16,15 @@ use crate::{
     },
     domain::{
         Account, CommitSummary, Continuity, ErrorCode, FileStatus, PreviewState, Signature,
-        TurnEvent, TurnFailure, TurnMode, TurnPreview, TurnResult, TurnStatus, Usage,
+        TurnEvent, TurnFailure, TurnKind, TurnMode, TurnPreview, TurnResult, TurnStatus, Usage,
     },
     gateway::Gateway,
     identity::ThreadKey,
     lease::{Fence, LeaseLost},
     process::Launcher,
-    repository::{CommitRequest, Committed, RepositoryError, Worktree},
+    repository::{
+        CommitRequest, CommitText, Committed, Repair, RepositoryError, Strangers, Worktree,
+    },
     task::{self, Tasks},
     usage::{Denied, Spent},
     workspace::{ThreadPaths, WorkspaceError},
@@ -52,13 +54,14 @@ pub struct TurnSite {
 #[derive(Debug)]
 pub struct RunEnd {
     pub result: TurnResult,
-    /// The CLI, if it can serve another turn.
-    pub agent: Option<Agent>,
+    /// The CLI, if it can serve another turn, with how it got at the conversation.
+    pub agent: Option<(Agent, Continuity)>,
     pub context: StoredContext,
 }
 
+/// Why a turn or an operation could not be carried out by greenroom.
 #[derive(Debug, thiserror::Error)]
-enum RunError {
+pub enum RunError {
     #[error(transparent)]
     Journal(#[from] JournalError),
     #[error(transparent)]
@@ -85,12 +88,27 @@ impl TurnSite {
             .any(|folder| folder.path().join(format!("{session}.jsonl")).is_file())
     }
 
-    /// Starts the CLI for the thread's conversation, ahead of its first instruction. Where that
-    /// begins anew the context gets its id.
-    ///
-    /// # Errors
-    /// If the program cannot be started.
-    pub async fn start_agent(
+    /// Starts the CLI ahead of its next instruction, which then does not wait for it; `None` if that
+    /// does not work, which the instruction will find out.
+    pub async fn start_agent_ahead(
+        &self,
+        context: &mut StoredContext,
+    ) -> Option<(Agent, Continuity)> {
+        match self.start_agent(context).await {
+            Ok((mut agent, continuity)) => {
+                agent.warm_up().await;
+                Some((agent, continuity))
+            }
+            Err(error) => {
+                tracing::warn!(%error, "failed to start the agent ahead");
+                None
+            }
+        }
+    }
+
+    /// Starts the CLI for the thread's conversation. Where that begins anew the context gets its
+    /// id.
+    async fn start_agent(
         &self,
         context: &mut StoredContext,
     ) -> Result<(Agent, Continuity), crate::agent::AgentError> {
@@ -113,6 +131,20 @@ impl TurnSite {
             None => (self.new_session(context).await, Continuity::Replayed),
         };
         Ok((self.spawn_agent(&session).await?, continuity))
+    }
+
+    /// The CLI for the next turn: this one, or another in its place if it is worn.
+    pub async fn renew(
+        &self,
+        agent: (Agent, Continuity),
+        context: &mut StoredContext,
+    ) -> Option<(Agent, Continuity)> {
+        let Some(why) = agent.0.worn().await else {
+            return Some(agent);
+        };
+        tracing::info!(why, "the agent is started anew for the next turn");
+        agent.0.stop().await;
+        self.start_agent_ahead(context).await
     }
 
     /// A new conversation. Its id is kept before its first turn: a turn that is cut off by a crash
@@ -151,7 +183,11 @@ impl TurnSite {
         .await
     }
 
-    async fn on_disk<T: Send + 'static>(
+    /// Runs `work` on the thread's worktree, if we may still write.
+    ///
+    /// # Errors
+    /// [`RunError`].
+    pub async fn on_disk<T: Send + 'static>(
         &self,
         what: &'static str,
         work: impl FnOnce(&Worktree) -> Result<T, RepositoryError> + Send + 'static,
@@ -162,8 +198,12 @@ impl TurnSite {
             .await
     }
 
-    /// Commits what is in the worktree, as the work of nobody's turn.
-    async fn commit_outside_edits(&self) -> Result<(), RunError> {
+    /// Commits what is in the worktree, as the work of nobody's turn, after the guard has put right
+    /// what had to be.
+    ///
+    /// # Errors
+    /// If the repository cannot be written.
+    pub async fn commit_outside_edits(&self) -> Result<Committed, RunError> {
         let trailers = vec![
             ("Thread", self.key.to_string()),
             ("Status", "outside".to_owned()),
@@ -174,23 +214,26 @@ impl TurnSite {
         let committed = self
             .on_disk("committing outside edits", move |tree| {
                 tree.commit(&CommitRequest {
-                    instruction: "Edits made outside of a turn",
-                    trailers: &trailers,
-                    author: &committer,
-                    committer: &committer,
+                    text: CommitText {
+                        instruction: "Edits made outside of a turn",
+                        trailers: &trailers,
+                        author: &committer,
+                        committer: &committer,
+                    },
+                    strangers: Strangers::Keep,
                     held_dir: &held_dir,
                     fence: &fence,
                 })
             })
             .await?;
-        if let Some(commit) = committed.commit {
+        if let Some(commit) = &committed.commit {
             tracing::info!(
                 commit = commit.id,
                 files = commit.files.len(),
                 "committed edits made outside of a turn"
             );
         }
-        Ok(())
+        Ok(committed)
     }
 
     async fn commit_turn(
@@ -214,10 +257,13 @@ impl TurnSite {
         let fence = self.fence.clone();
         self.on_disk("committing a turn", move |tree| {
             tree.commit(&CommitRequest {
-                instruction: &instruction,
-                trailers: &trailers,
-                author: &author,
-                committer: &committer,
+                text: CommitText {
+                    instruction: &instruction,
+                    trailers: &trailers,
+                    author: &author,
+                    committer: &committer,
+                },
+                strangers: Strangers::Fold,
                 held_dir: &held_dir,
                 fence: &fence,
             })
@@ -225,7 +271,8 @@ impl TurnSite {
         .await
     }
 
-    /// Gives a turn without a live owner its outcome: what it wrote is committed.
+    /// Gives a turn without a live owner its outcome: what it wrote is committed, an operation is
+    /// carried out to its end.
     ///
     /// # Errors
     /// If journal or repository cannot be written.
@@ -234,22 +281,50 @@ impl TurnSite {
         accepted: &Accepted,
         journal: &Journal,
         mut context: StoredContext,
-    ) -> Result<StoredContext, anyhow::Error> {
-        let outcome = RunOutcome::nothing();
-        let committed = self
-            .commit_turn(accepted, TurnStatus::Recovered, &outcome)
-            .await?;
+    ) -> Result<StoredContext, RunError> {
+        if accepted.kind != TurnKind::Turn {
+            let text = format!("{} (finished after an interruption)", accepted.instruction);
+            let off = async |_: Option<&CommitSummary>| TurnPreview {
+                state: PreviewState::Off,
+                errors: Vec::new(),
+            };
+            self.carry_out(accepted, journal, &mut context, text, &[], off)
+                .await?;
+            return Ok(context);
+        }
+        let made = {
+            let id = accepted.turn_id.to_string();
+            self.on_disk("looking for a turn's commit", move |tree| {
+                tree.find_commit_with("Turn-Id", &id)
+            })
+            .await?
+        };
+        let committed = match made {
+            // It was cut off between its commit and its outcome: what is there now came later.
+            Some(commit) => Committed {
+                commit: Some(commit),
+                ..self.commit_outside_edits().await?
+            },
+            None => {
+                let outcome = RunOutcome::nothing();
+                self.commit_turn(accepted, TurnStatus::Recovered, &outcome)
+                    .await?
+            }
+        };
         let mut result = blank_result(accepted, &context);
         result.status = TurnStatus::Recovered;
         result.text = "The turn was cut off; the edits that it had made are kept.".into();
         result.session_id.clone_from(&context.session_id);
         result.held_back = committed.held_back;
+        result.repairs = sentences(&committed.repairs);
         if let Some(commit) = committed.commit {
-            journal
-                .append(TurnEvent::CommitCreated {
-                    commit: commit.clone(),
-                })
-                .await?;
+            if !journal.record().has_commit() {
+                journal
+                    .append(TurnEvent::CommitCreated {
+                        commit: commit.clone(),
+                    })
+                    .await?;
+            }
             result.commit = Some(commit);
         }
         self.finish(accepted, journal, &mut context, &mut result)
@@ -258,7 +333,7 @@ impl TurnSite {
     }
 
     /// Context first, outcome last: a crash between the two recovers the turn once more.
-    async fn finish(
+    pub(super) async fn finish(
         &self,
         accepted: &Accepted,
         journal: &Journal,
@@ -298,10 +373,16 @@ impl RunOutcome {
     }
 }
 
+pub(super) fn sentences(repairs: &[Repair]) -> Vec<String> {
+    repairs.iter().map(Repair::to_string).collect()
+}
+
 /// A turn of which nothing is known but that it was accepted.
 pub fn blank_result(accepted: &Accepted, context: &StoredContext) -> TurnResult {
     TurnResult {
         turn_id: accepted.turn_id.clone(),
+        kind: accepted.kind,
+        effect: accepted.effect.clone(),
         status: TurnStatus::Queued,
         mode: accepted.mode,
         text: String::new(),
@@ -315,6 +396,7 @@ pub fn blank_result(accepted: &Accepted, context: &StoredContext) -> TurnResult 
             errors: Vec::new(),
         },
         held_back: Vec::new(),
+        repairs: Vec::new(),
         continuity: Continuity::Fresh,
         context: context.answer(),
         processes_left: false,
@@ -335,21 +417,28 @@ pub async fn run_turn(
     mut context: StoredContext,
     agent: Option<(Agent, Continuity)>,
     cancel: &CancellationToken,
-    preview: impl AsyncFnOnce(Option<&CommitSummary>) -> TurnPreview,
+    preview: impl AsyncFnOnce(Option<&CommitSummary>, Folder) -> TurnPreview,
 ) -> RunEnd {
     let started = Instant::now();
     let mut result = blank_result(accepted, &context);
     let mut slot = agent;
-    let outcome = drive(
-        site,
-        accepted,
-        journal,
-        &mut context,
-        &mut slot,
-        &mut result,
-        cancel,
-    )
-    .await;
+    let mut folder = Folder::Same;
+    let outcome = match begin(site, journal, &mut slot, &mut result).await {
+        Ok(found) => {
+            folder = found;
+            drive(
+                site,
+                accepted,
+                journal,
+                &mut context,
+                &mut slot,
+                &mut result,
+                cancel,
+            )
+            .await
+        }
+        Err(error) => Err(error),
+    };
     let failure = match outcome {
         Ok(outcome) => {
             let failure = apply(&outcome, accepted, &mut result);
@@ -373,7 +462,7 @@ pub async fn run_turn(
             context,
         };
     }
-    result.preview = preview(result.commit.as_ref()).await;
+    result.preview = preview(result.commit.as_ref(), folder).await;
     result.duration_ms = started.elapsed().as_millis() as u64;
     if let Err(error) = site
         .finish(accepted, journal, &mut context, &mut result)
@@ -391,7 +480,7 @@ pub async fn run_turn(
         commit = result.commit.as_ref().map(|commit| commit.id.as_str()),
         "turn ended"
     );
-    let agent = slot.map(|(agent, _)| agent).filter(Agent::is_usable);
+    let agent = slot.filter(|(agent, _)| agent.is_usable());
     RunEnd {
         result,
         agent,
@@ -409,6 +498,14 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// An error's own text as a sentence.
+fn sentence(error: &RepositoryError) -> String {
+    let text = error.to_string();
+    let mut letters = text.chars();
+    let first = letters.next().into_iter().flat_map(char::to_uppercase);
+    first.chain(letters).chain(['.']).collect()
+}
+
 fn internal(error: &RunError) -> TurnFailure {
     tracing::error!(error = chain(error), "a turn failed inside greenroom");
     match error {
@@ -418,6 +515,14 @@ fn internal(error: &RunError) -> TurnFailure {
                       missing."
                 .into(),
         },
+        RunError::Repository(error @ RepositoryError::Locked) => TurnFailure {
+            code: ErrorCode::ThreadBusyElsewhere,
+            message: sentence(error),
+        },
+        RunError::Repository(error @ RepositoryError::Tampered { .. }) => TurnFailure {
+            code: ErrorCode::Internal,
+            message: format!("{} The operator has to look at it.", sentence(error)),
+        },
         _ => TurnFailure {
             code: ErrorCode::Internal,
             message: "The turn could not be carried out; the edits so far are kept. The log has \
@@ -425,6 +530,33 @@ fn internal(error: &RunError) -> TurnFailure {
                 .into(),
         },
     }
+}
+
+/// The worktree's folder, since the turn before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Folder {
+    Same,
+    /// It was gone and is another one now: what stood in the old one must start again.
+    New,
+}
+
+/// Puts the worktree right and commits what others edited there.
+async fn begin(
+    site: &TurnSite,
+    journal: &Journal,
+    slot: &mut Option<(Agent, Continuity)>,
+    result: &mut TurnResult,
+) -> Result<Folder, RunError> {
+    journal.append(TurnEvent::Started {}).await?;
+    let repairs = site.commit_outside_edits().await?.repairs;
+    result.repairs = sentences(&repairs);
+    if !repairs.contains(&Repair::Folder) {
+        return Ok(Folder::Same);
+    }
+    if let Some((agent, _)) = slot.take() {
+        agent.stop().await;
+    }
+    Ok(Folder::New)
 }
 
 async fn drive(
@@ -436,8 +568,6 @@ async fn drive(
     result: &mut TurnResult,
     cancel: &CancellationToken,
 ) -> Result<RunOutcome, RunError> {
-    journal.append(TurnEvent::Started {}).await?;
-    site.commit_outside_edits().await?;
     if cancel.is_cancelled() {
         return Ok(RunOutcome::nothing());
     }
@@ -655,6 +785,7 @@ async fn commit(
     };
     let committed = site.commit_turn(accepted, status, outcome).await?;
     result.held_back = committed.held_back;
+    result.repairs.extend(sentences(&committed.repairs));
     if let Some(commit) = committed.commit {
         let told: BTreeSet<String> = outcome.touched.iter().map(|p| site.relative(p)).collect();
         for file in commit
@@ -688,6 +819,9 @@ pub(super) mod tests {
     pub(crate) fn result(id: &TurnId) -> TurnResult {
         let accepted = Accepted {
             turn_id: id.clone(),
+            kind: TurnKind::Turn,
+            effect: crate::domain::Effect::default(),
+            applies: None,
             mode: TurnMode::Execute,
             instruction: String::new(),
             model: None,

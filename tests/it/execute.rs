@@ -183,8 +183,8 @@ async fn a_turn_is_one_commit_of_exactly_its_edits() {
         .ok();
     let entry = &history["result"]["turns"][0];
     assert_eq!(
-        (&entry["turnId"], &entry["kind"]),
-        (&json!(id), &json!("execute"))
+        (&entry["turnId"], &entry["kind"], &entry["mode"]),
+        (&json!(id), &json!("turn"), &json!("execute"))
     );
     assert_eq!(
         (&entry["instruction"], &entry["author"]),

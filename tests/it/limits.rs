@@ -6,7 +6,7 @@ use std::{fs, path::Path, time::Duration};
 
 use greenroom::{
     agent::{
-        Agent, AgentSettings, AgentSite, Ending, Limits, RunEvent, RunOutcome, RunRequest,
+        Agent, AgentSettings, AgentSite, Ceiling, Ending, Limits, RunEvent, RunOutcome, RunRequest,
         SessionStart,
     },
     domain::{Account, TurnMode},
@@ -63,6 +63,7 @@ impl Stage {
     async fn agent(&self) -> Agent {
         let at = |name: &str| self.folder.path().join(name);
         let settings = AgentSettings {
+            ceiling: Ceiling::default(),
             program: acting_claude(),
             gateway_url: self.gateway.base_url(),
             gateway_port: self.gateway.port(),

@@ -12,6 +12,8 @@ mod conformance;
 mod dependencies;
 mod execute;
 mod gateway;
+mod guard;
+mod history;
 mod hostile;
 mod init;
 mod lifecycle;

@@ -95,6 +95,51 @@ async fn warm_and_cold_agents_leave_the_same() {
     assert_eq!(warm.files["never.txt"], "none", "a plan writes nothing");
 }
 
+/// The processes of the CLI that run now.
+fn agents(folders: &Folders) -> Vec<i32> {
+    let below = processes_below(&folders.workspace());
+    let agents = below.iter().filter(|process| process.is_program("claude"));
+    agents.map(|process| process.pid).collect()
+}
+
+#[tokio::test]
+async fn an_agent_that_grew_or_is_old_is_started_anew_between_turns() {
+    // Every one holds more than 1 MB, and none is less than 0 minutes old; a day is neither.
+    for (setting, value, is_replaced) in [
+        ("WARM_AGENT_MEMORY_MB", "1", true),
+        ("WARM_AGENT_MINUTES", "0.00001", true),
+        ("WARM_AGENT_MINUTES", "1440", false),
+    ] {
+        let api = StandIn::start(json!({})).await;
+        let folders = Folders::new();
+        let site = folders.site("site", SITE);
+        let alice = who("acme", "alice", "main");
+        let options = Options::new(&folders).api(&api).env(setting, value);
+        let greenroom = TestGreenroom::start(options).await;
+        greenroom.init(&alice, json!({"repoUrl": site})).await.ok();
+        let first = agents(&folders);
+        greenroom
+            .execute(&alice, "Change the heading to One")
+            .await
+            .ok();
+        let second = if is_replaced {
+            wait_for("another agent waits", || {
+                let now = agents(&folders);
+                (now.len() == 1 && now != first).then_some(now)
+            })
+            .await
+        } else {
+            agents(&folders)
+        };
+        assert_eq!(second == first, !is_replaced, "{setting}={value}");
+        let said = api.requests().last().unwrap().messages;
+        let result = greenroom.execute(&alice, "Change the heading to Two").await;
+        assert_eq!(result.ok()["continuity"], "native", "{setting}={value}");
+        let goes_on = api.requests().last().unwrap().messages > said;
+        assert!(goes_on, "{setting}={value}: the conversation goes on");
+    }
+}
+
 #[tokio::test]
 async fn no_more_agents_stay_up_than_may() {
     let api = StandIn::start(json!({})).await;
@@ -110,12 +155,6 @@ async fn no_more_agents_stay_up_than_may() {
             .await
             .ok();
     }
-    let agents = || {
-        let below = processes_below(&folders.workspace());
-        below
-            .iter()
-            .filter(|process| process.is_program("claude"))
-            .count()
-    };
-    wait_for("one agent is left", || (agents() == 1).then_some(())).await;
+    let is_one = || (agents(&folders).len() == 1).then_some(());
+    wait_for("one agent is left", is_one).await;
 }
