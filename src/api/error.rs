@@ -14,6 +14,7 @@ use crate::{
     identity::{InvalidId, TurnId},
     repository::{RemoteError, RemoteErrorKind, RemoteUse, RepositoryError, SourceError},
     supervisor::SupervisorError,
+    usage::ReadError,
 };
 
 tokio::task_local! {
@@ -117,11 +118,18 @@ impl ApiError {
             .error
             .clone()
             .unwrap_or_else(|| "the turn failed".into());
-        Self::new(status, code.as_str(), message).with(Details {
-            turn_id: Some(result.turn_id.clone()),
-            result: Some(Box::new(result)),
-            ..Details::default()
-        })
+        let retry_after = result.retry_at.map(|at| {
+            let wait = at.duration_since(jiff::Timestamp::now()).as_secs();
+            u64::try_from(wait).unwrap_or(0)
+        });
+        Self {
+            retry_after,
+            ..Self::new(status, code.as_str(), message).with(Details {
+                turn_id: Some(result.turn_id.clone()),
+                result: Some(Box::new(result)),
+                ..Details::default()
+            })
+        }
     }
 
     fn with(self, details: Details) -> Self {
@@ -227,6 +235,12 @@ impl From<SupervisorError> for ApiError {
             E::Blocking(error) => Self::internal(&*error),
             E::Internal(_) => Self::internal(&error),
         }
+    }
+}
+
+impl From<ReadError> for ApiError {
+    fn from(error: ReadError) -> Self {
+        Self::internal(&error)
     }
 }
 

@@ -6,6 +6,7 @@
 
 use std::{net::IpAddr, path::PathBuf, time::Duration};
 
+use jiff::tz::TimeZone;
 use tracing::Level;
 
 use super::{
@@ -245,6 +246,25 @@ settings! {
         "A lease without a beat for so long is stale";
     TURN_TIMEOUT_SECONDS, turn_timeout: Duration, Number, value::some_seconds, Is("600"),
         "Longest turn";
+
+    BUDGET_TURN_USD, budget_turn: Option<f64>, Number, value::dollars, Unset,
+        "Most that one turn may spend at the model API, in US dollars";
+    BUDGET_THREAD_DAY_USD, budget_thread_day: Option<f64>, Number, value::dollars, Unset,
+        "The same of each thread in a day";
+    BUDGET_THREAD_MONTH_USD, budget_thread_month: Option<f64>, Number, value::dollars, Unset,
+        "The same of each thread in a calendar month";
+    BUDGET_USER_DAY_USD, budget_user_day: Option<f64>, Number, value::dollars, Unset,
+        "The same of each user in a day";
+    BUDGET_USER_MONTH_USD, budget_user_month: Option<f64>, Number, value::dollars, Unset,
+        "The same of each user in a calendar month";
+    BUDGET_CLIENT_DAY_USD, budget_client_day: Option<f64>, Number, value::dollars, Unset,
+        "The same of each client in a day";
+    BUDGET_CLIENT_MONTH_USD, budget_client_month: Option<f64>, Number, value::dollars, Unset,
+        "The same of each client in a calendar month";
+    USAGE_TIME_ZONE, usage_time_zone: TimeZone, Text, value::time_zone, Is("UTC"),
+        "Where the days and months of budgets and reports begin, as Europe/Berlin";
+    PRICES_FILE, prices_file: Option<PathBuf>, Text, value::path, Unset,
+        "Prices of models that differ from the built-in list, or are not on it (YAML)";
 
     CONTROL_PLANE_URL, control_plane_url: Option<String>, Text, value::url, Unset,
         "Where lifecycle events are posted";

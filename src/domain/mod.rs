@@ -3,10 +3,12 @@
 //! The shapes here are the contract's: they are serialised as they are, into answers, events,
 //! journals and contexts.
 
+mod account;
 mod idle;
 mod publish;
 mod turn;
 
+pub use account::Account;
 pub use idle::{IdleDecision, IdleFacts, decide_idle};
 pub use publish::{Between, ConflictKind, MergeStep};
 pub use turn::{
