@@ -203,6 +203,24 @@ impl TurnId {
         }
     }
 
+    /// The turn of a thread whose unique part is known.
+    ///
+    /// # Errors
+    /// [`InvalidTurnId`] if that is none.
+    pub fn of_sequence(key: &ThreadKey, sequence: &str) -> Result<Self, InvalidTurnId> {
+        let is_sequence = sequence.len() == 32
+            && sequence
+                .bytes()
+                .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
+        if !is_sequence {
+            return Err(InvalidTurnId);
+        }
+        Ok(Self {
+            key: key.clone(),
+            sequence: sequence.to_owned(),
+        })
+    }
+
     /// The thread that the turn belongs to.
     pub fn key(&self) -> &ThreadKey {
         &self.key
@@ -228,17 +246,7 @@ impl FromStr for TurnId {
             return Err(InvalidTurnId);
         };
         let key = ThreadKey::parse(client, user, thread).map_err(|_| InvalidTurnId)?;
-        let is_sequence = sequence.len() == 32
-            && sequence
-                .bytes()
-                .all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
-        if !is_sequence {
-            return Err(InvalidTurnId);
-        }
-        Ok(Self {
-            key,
-            sequence: sequence.to_owned(),
-        })
+        Self::of_sequence(&key, sequence)
     }
 }
 

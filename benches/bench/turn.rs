@@ -8,7 +8,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::ensure;
+use anyhow::{Context as _, ensure};
 use greenroom::{
     rehearsal::{Rehearsal, Rule, Script, Step},
     task::Tasks,
@@ -25,6 +25,7 @@ use crate::{
 
 const ROUNDS: usize = 10;
 const WARM: usize = 2;
+const OVERHEAD_ROUNDS: usize = 31;
 const SOON: Duration = Duration::from_secs(30);
 
 /// Milliseconds of one instruction.
@@ -90,6 +91,7 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Table> {
         );
     }
     drop((warm_one, cold_one));
+    let (talk, edit) = overhead(world, &repository).await?;
     tasks.stop(Duration::from_secs(2)).await;
 
     let first = |times: &[Times]| times.iter().map(|t| t.first_request).collect::<Vec<_>>();
@@ -129,11 +131,56 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Table> {
         whole(&resumed),
         base,
     );
+    table.own(
+        "greenroom's own share of a turn: the stand-in CLI, which says one word at once",
+        ms,
+        talk,
+        "under 10 ms",
+    );
+    table.own(
+        "the same, with one file written and committed",
+        ms,
+        edit,
+        "under 10 ms",
+    );
     table.note(
         "A whole turn of greenroom includes the journal, the check for outside edits and the \
          search for something to commit; by hand nothing of that is done.",
     );
     Ok(table)
+}
+
+/// Whole turns of the stand-in CLI, whose own part is a fraction of a millisecond: what is left is
+/// ours. Some that only talk, and some that write a file.
+async fn overhead(world: &World, repository: &Path) -> anyhow::Result<(Vec<f64>, Vec<f64>)> {
+    let examples = std::env::current_exe()?.with_file_name("../examples/acting-claude");
+    let acting = examples.to_str().context("a path of Unicode")?.to_owned();
+    let env = [
+        ("ANTHROPIC_API_KEY", "none"),
+        ("CLAUDE_BIN", acting.as_str()),
+        ("ASTRO_DEV_MODE", "false"),
+    ];
+    let greenroom = start::greenroom(world, "turn-overhead", &env).await?;
+    init::thread(&greenroom, "t", repository).await?;
+    let mut http = Http::connect(greenroom.port).await?;
+    let (mut talk, mut edit) = (Vec::new(), Vec::new());
+    for round in 0..OVERHEAD_ROUNDS {
+        let scripts = ["text Done.".to_owned(), format!("write bench.txt {round}")];
+        for (script, times) in scripts.iter().zip([&mut talk, &mut edit]) {
+            let body = json!({
+                "clientId": "bench", "userId": "u", "threadId": "t", "instruction": script,
+            });
+            let from = Timestamp::now();
+            let (status, answer) = http.post("/api/execute", &body).await?;
+            let to = Timestamp::now();
+            ensure!(status == 200, "execute answered {status}: {answer}");
+            // The first one meets a CLI that has not served yet.
+            if round > 0 {
+                times.push(ms_between(from, to));
+            }
+        }
+    }
+    Ok((talk, edit))
 }
 
 /// When the model was first asked this.

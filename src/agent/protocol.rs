@@ -317,6 +317,12 @@ pub(super) fn interrupt(request_id: &str) -> Value {
     control(request_id, json!({"subtype": "interrupt"}))
 }
 
+/// What fills the conversation. Asked for the sake of the work: the CLI then has its system prompt
+/// and its tools' descriptions ready.
+pub(super) fn get_context_usage(request_id: &str) -> Value {
+    control(request_id, json!({"subtype": "get_context_usage"}))
+}
+
 /// Plan or execute, from the next turn on.
 pub(super) fn set_mode(request_id: &str, mode: TurnMode) -> Value {
     control(

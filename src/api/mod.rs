@@ -8,11 +8,13 @@ mod access;
 mod body;
 mod error;
 mod health;
+mod operations;
 mod page;
 mod serve;
 mod sse;
 mod threads;
 mod turns;
+mod usage;
 
 use std::{sync::Arc, time::Instant};
 
@@ -34,6 +36,7 @@ use crate::{
     identity::{ClientId, ThreadId, UserId},
     lifecycle::Activity,
     supervisor::Supervisor,
+    usage::{Books, Ledger},
 };
 
 /// Ids that requests may omit, and tenants that this container is pinned to.
@@ -48,6 +51,8 @@ pub struct Pins {
 #[derive(Debug)]
 pub struct ApiState {
     pub supervisor: Supervisor,
+    pub ledger: Ledger,
+    pub books: Books,
     pub activity: Activity,
     pub access: Access,
     pub pins: Pins,
@@ -75,11 +80,16 @@ pub type Shared = Arc<ApiState>;
         threads::one,
         threads::history,
         threads::preview,
+        operations::undo,
+        operations::redo,
+        operations::restore,
         turns::one,
         turns::events,
         turns::cancel,
         health::idle,
         health::touch,
+        usage::report,
+        usage::live,
     ),
     components(schemas(
         error::ErrorBody,
@@ -87,6 +97,7 @@ pub type Shared = Arc<ApiState>;
         crate::supervisor::ThreadView,
         crate::supervisor::TurnSummary,
         crate::supervisor::PreviewView,
+        operations::DryRunView,
     ))
 )]
 struct Document;
@@ -116,9 +127,14 @@ pub fn router(state: Shared) -> Router {
         .route(thread, get(threads::one))
         .route(&format!("{thread}/history"), get(threads::history))
         .route(&format!("{thread}/preview"), get(threads::preview))
+        .route(&format!("{thread}/undo"), post(operations::undo))
+        .route(&format!("{thread}/redo"), post(operations::redo))
+        .route(&format!("{thread}/restore"), post(operations::restore))
         .route("/api/turns/{turn}", get(turns::one))
         .route("/api/turns/{turn}/events", get(turns::events))
         .route("/api/turns/{turn}/cancel", post(turns::cancel))
+        .route("/api/usage", get(usage::report))
+        .route("/api/usage/live", get(usage::live))
         .route("/api/idle", get(health::idle))
         .route("/api/idle/touch", post(health::touch))
         .route("/", get(page::index))
@@ -146,6 +162,7 @@ mod tests {
             "/api/init",
             "/api/execute",
             "/api/turns/{turn}/events",
+            "/api/usage",
         ] {
             assert!(document["paths"][path].is_object(), "{path} is described");
         }

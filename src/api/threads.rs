@@ -197,7 +197,7 @@ impl ExecuteBody {
 }
 
 /// Git's own rules for a signature: no line ends, no angle brackets.
-fn check_author(author: Author) -> Result<Author, ApiError> {
+pub(super) fn check_author(author: Author) -> Result<Author, ApiError> {
     for (field, text) in [
         ("author.name", &author.name),
         ("author.email", &author.email),
@@ -270,7 +270,7 @@ fn wants_events(headers: &HeaderMap) -> bool {
         .any(|kind| kind.trim().starts_with("text/event-stream"))
 }
 
-fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, ApiError> {
+pub(super) fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, ApiError> {
     let Some(value) = headers.get("idempotency-key") else {
         return Ok(None);
     };
@@ -309,9 +309,9 @@ pub(super) async fn list(
     Ok(Answer(json!({"success": true, "result": threads})).into_response())
 }
 
-type ThreadPath = Path<(String, String, String)>;
+pub(super) type ThreadPath = Path<(String, String, String)>;
 
-fn path_key(state: &Shared, path: &ThreadPath) -> Result<ThreadKey, ApiError> {
+pub(super) fn path_key(state: &Shared, path: &ThreadPath) -> Result<ThreadKey, ApiError> {
     let (client, user, thread) = &path.0;
     thread_key(&state.pins, Some(client), Some(user), Some(thread))
 }
@@ -342,7 +342,7 @@ pub(super) async fn history(
     const LIMIT: usize = 200;
     let turns = state
         .supervisor
-        .history(&path_key(&state, &path)?, LIMIT)
+        .history(&path_key(&state, &path)?, LIMIT, None)
         .await?;
     Ok(Answer(json!({"success": true, "result": {"turns": turns}})).into_response())
 }

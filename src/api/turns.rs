@@ -10,7 +10,7 @@ use serde_json::json;
 use super::{ApiError, Shared, body::check_pins, sse};
 use crate::identity::TurnId;
 
-fn turn_id(state: &Shared, text: &str) -> Result<TurnId, ApiError> {
+pub(super) fn turn_id(state: &Shared, text: &str) -> Result<TurnId, ApiError> {
     let id: TurnId = text
         .parse()
         .map_err(|_| ApiError::not_found("there is no such turn"))?;

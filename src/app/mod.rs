@@ -28,6 +28,7 @@ use crate::{
     supervisor::{Supervisor, SupervisorSettings},
     task::{self, Tasks},
     telemetry,
+    usage::{Books, Budgets, Ledger, LedgerSettings, Level, Limit, Prices, Tenants, Term},
     workspace::{Dependencies, make_private_dir},
 };
 
@@ -51,7 +52,8 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
     let tasks = Tasks::new();
     let credential = loaded.credential()?;
     let is_rehearsal = credential == CredentialSource::Rehearsal;
-    let gateway = start_gateway(settings, credential, &tasks).await?;
+    let ledger = Ledger::new(ledger_settings(settings).await?, &tasks);
+    let gateway = start_gateway(settings, credential, ledger.clone(), &tasks).await?;
     let launcher = Launcher::start(settings.lease / 2, ConfinementMode::Auto)
         .context("failed to start the launcher")?;
     let programs = Programs::find(&loaded);
@@ -85,6 +87,12 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
     );
     let state = Arc::new(ApiState {
         supervisor: supervisor.clone(),
+        ledger,
+        books: Books::new(
+            settings.workspace_path.clone(),
+            tenants(settings),
+            budgets(settings),
+        ),
         activity: activity.clone(),
         access: Access::new(access_settings(settings, listeners.api_port())),
         pins: Pins {
@@ -210,9 +218,61 @@ fn runtime_folder(loaded: &Loaded) -> anyhow::Result<PathBuf> {
     Ok(own)
 }
 
+async fn ledger_settings(settings: &Settings) -> anyhow::Result<LedgerSettings> {
+    let prices = match settings.prices_file.clone() {
+        None => Prices::default(),
+        Some(file) => {
+            let load = move || Prices::load(&file);
+            task::blocking("reading the price list", Duration::from_secs(20), load)
+                .await?
+                .context("PRICES_FILE")?
+        }
+    };
+    Ok(LedgerSettings {
+        workspace: Some(settings.workspace_path.clone()),
+        prices,
+        budgets: budgets(settings),
+    })
+}
+
+/// Whose ledgers this container looks into.
+pub fn tenants(settings: &Settings) -> Tenants {
+    Tenants {
+        client: settings.client_id.clone(),
+        user: settings.user_id.clone(),
+    }
+}
+
+/// The limits that are set.
+pub fn budgets(settings: &Settings) -> Budgets {
+    let limits = [
+        (Level::Turn, Term::Whole, settings.budget_turn),
+        (Level::Thread, Term::Day, settings.budget_thread_day),
+        (Level::Thread, Term::Month, settings.budget_thread_month),
+        (Level::User, Term::Day, settings.budget_user_day),
+        (Level::User, Term::Month, settings.budget_user_month),
+        (Level::Client, Term::Day, settings.budget_client_day),
+        (Level::Client, Term::Month, settings.budget_client_month),
+    ];
+    let limits = limits.into_iter();
+    Budgets {
+        limits: limits
+            .filter_map(|(level, term, usd)| {
+                Some(Limit {
+                    level,
+                    term,
+                    usd: usd?,
+                })
+            })
+            .collect(),
+        zone: settings.usage_time_zone.clone(),
+    }
+}
+
 async fn start_gateway(
     settings: &Settings,
     source: CredentialSource,
+    ledger: Ledger,
     tasks: &Tasks,
 ) -> anyhow::Result<Gateway> {
     let (upstream, credential) = match source {
@@ -238,6 +298,7 @@ async fn start_gateway(
         GatewayConfig {
             upstream,
             credential,
+            ledger,
         },
         tasks,
     )

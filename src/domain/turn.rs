@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{FileChange, FileStatus, HeldBack, PreviewError, PreviewState, Usage};
+use super::{ConflictKind, FileChange, FileStatus, HeldBack, PreviewError, PreviewState, Usage};
 use crate::identity::{ThreadId, TurnId};
 
 /// May the turn write?
@@ -14,6 +14,69 @@ pub enum TurnMode {
     Execute,
     /// Reads and answers; changes nothing.
     Plan,
+}
+
+/// What kind of work a turn is. More may come; readers take one that they do not know for `Other`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum TurnKind {
+    /// An instruction to the agent.
+    #[default]
+    Turn,
+    /// One turn's changes were taken back.
+    Undo,
+    /// An undo was taken back.
+    Redo,
+    /// The site was set to an earlier state.
+    Restore,
+    /// Changes of the branches above were brought down.
+    Sync,
+    #[serde(other)]
+    Other,
+}
+
+impl TurnKind {
+    /// As in the contract and in the commit's `Kind` trailer.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Turn => "turn",
+            Self::Undo => "undo",
+            Self::Redo => "redo",
+            Self::Restore => "restore",
+            Self::Sync => "sync",
+            Self::Other => "other",
+        }
+    }
+}
+
+/// What an operation did, beside its commit. Empty for a turn of the agent.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Effect {
+    /// The turn whose changes are gone by this: of an undo its target, of a redo the undo.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub undone: Option<TurnId>,
+    /// The turn whose changes are there again by this redo.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub redone: Option<TurnId>,
+    /// The commit (full id) whose state is there again by this restore.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restored: Option<String>,
+}
+
+/// A file that keeps an operation from being carried out.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Conflict {
+    /// Relative to the site's root, with `/`.
+    pub path: String,
+    /// One sentence for a person.
+    pub reason: String,
+    pub kind: ConflictKind,
+    /// Of a silent loss: some of the lines that would vanish.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lines: Vec<String>,
 }
 
 /// Where a turn stands. The last four are final.
@@ -167,6 +230,10 @@ pub struct ThreadContext {
 pub struct TurnResult {
     #[schema(value_type = String)]
     pub turn_id: TurnId,
+    #[serde(default)]
+    pub kind: TurnKind,
+    #[serde(flatten)]
+    pub effect: Effect,
     pub status: TurnStatus,
     pub mode: TurnMode,
     pub text: String,
@@ -191,6 +258,10 @@ pub struct TurnResult {
     pub error: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub code: Option<ErrorCode>,
+    /// From when on the same would work: the budget that was used up begins anew then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub retry_at: Option<jiff::Timestamp>,
 }
 
 /// What happens during a turn, in the order in which it happened. The serialised form is
@@ -223,6 +294,13 @@ pub enum TurnEvent {
     },
     #[serde(rename = "file.changed")]
     FileChanged { path: String, status: FileStatus },
+    #[serde(rename = "budget.warning", rename_all = "camelCase")]
+    BudgetWarning {
+        spent_usd: f64,
+        limit_usd: f64,
+        /// Which limit, in words.
+        limit: String,
+    },
     #[serde(rename = "preview.updated")]
     PreviewUpdated {},
     #[serde(rename = "preview.error")]

@@ -6,13 +6,20 @@
 //! the CLI needs. Bodies stream both ways without being gathered; a client that goes away, or a
 //! run that ends, cancels the upstream request.
 //!
+//! Every model request is charged to its run's account ([`crate::usage`]): it is reserved at the
+//! most it may cost before the last piece of it goes up (`toll`), and counted from the answer's
+//! own bytes as they pass (`count`).
+//!
 //! One task accepts connections and one serves each of them, all in the [`Tasks`] that it was
 //! started with. State: the tokens and their runs (`run`), and the upstream client, which is made
 //! at the first request because loading the platform's certificates is slow.
 
+mod count;
 mod credential;
+mod json;
 mod relay;
 mod run;
+mod toll;
 
 use std::{
     io,
@@ -27,7 +34,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{net::TcpListener, sync::Semaphore};
 use url::Url;
 
-use crate::task::Tasks;
+use crate::{task::Tasks, usage::Ledger};
 
 pub use credential::{Credential, load_credentials_file};
 pub use run::{ActiveRun, AgentToken, Hold, UpstreamNote};
@@ -67,6 +74,8 @@ pub struct GatewayConfig {
     /// Base address; `/v1/messages` is appended to its path.
     pub upstream: Url,
     pub credential: Credential,
+    /// Where requests are counted.
+    pub ledger: Ledger,
 }
 
 /// Connections at once. A CLI keeps two or three; the rest is room for many CLIs, and a bound for
@@ -91,7 +100,7 @@ impl Gateway {
     /// # Errors
     /// [`GatewayError`] if the port, the upstream's address or the credential is unusable.
     pub async fn start(config: GatewayConfig, tasks: &Tasks) -> Result<Self, GatewayError> {
-        let tokens = Arc::new(Tokens::default());
+        let tokens = Arc::new(Tokens::new(config.ledger.clone()));
         let relay = Arc::new(Relay::new(config, tokens.clone())?);
         let listen = |source| GatewayError::Listen { source };
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
@@ -115,6 +124,11 @@ impl Gateway {
     /// The loopback port, for the rules that confine an agent.
     pub fn port(&self) -> u16 {
         self.port
+    }
+
+    /// Where requests are counted.
+    pub fn ledger(&self) -> &Ledger {
+        self.tokens.ledger()
     }
 
     /// A fresh token for one CLI process, with no run active yet.

@@ -5,10 +5,7 @@ use std::{
     error::Error,
     io,
     net::IpAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -17,6 +14,7 @@ use futures_util::{Stream, StreamExt, stream};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, header};
 use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
 use hyper::body::{Body, Frame, Incoming};
+use jiff::Timestamp;
 use serde_json::json;
 use tokio::sync::OnceCell;
 use url::{Host, Url};
@@ -25,14 +23,16 @@ use super::{
     GatewayConfig, GatewayError,
     credential::Credential,
     run::{Admission, Exchange, Tokens, retry_after},
+    toll::{self, Stopped, Toll},
 };
-use crate::task;
+use crate::{task, usage::Denied};
 
 pub(super) type Answer = Response<UnsyncBoxBody<Bytes, io::Error>>;
 
 /// The largest request body; the API itself takes 32 MB.
 pub(super) const MAX_BODY: u64 = 64 << 20;
 /// A request body that stands still for so long is given up.
+const COUNT_TOKENS: &str = "/v1/messages/count_tokens";
 const UPLOAD_IDLE: Duration = Duration::from_secs(60);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// Reading the platform's certificates.
@@ -77,6 +77,7 @@ impl Relay {
         let GatewayConfig {
             upstream,
             credential,
+            ledger: _,
         } = config;
         if !matches!(upstream.scheme(), "http" | "https") || upstream.host().is_none() {
             return Err(GatewayError::UnusableUpstream);
@@ -115,15 +116,32 @@ impl Relay {
         let Admission::Run(run) = admission else {
             return refuse(StatusCode::FORBIDDEN, "no run is active for this token");
         };
+        let is_model_request =
+            *request.method() == Method::POST && request.uri().path() == "/v1/messages";
+        if is_model_request && let Err(denied) = run.meter.check_now() {
+            return deny(&denied);
+        }
+        if request.uri().path() == COUNT_TOKENS && run.is_before_its_first_message() {
+            return refuse(
+                StatusCode::FORBIDDEN,
+                "nothing is counted before the first message",
+            );
+        }
+        let toll = is_model_request.then(|| Toll::new(run.meter.clone()));
         let over = run.over.clone();
         tokio::select! {
             biased;
             () = over.cancelled() => refuse(StatusCode::FORBIDDEN, "the run is over"),
-            answer = self.forward(request, Exchange::start(run)) => answer,
+            answer = self.forward(request, toll.clone(), Exchange::start(run, toll)) => answer,
         }
     }
 
-    async fn forward(&self, request: Request<Incoming>, mut exchange: Exchange) -> Answer {
+    async fn forward(
+        &self,
+        request: Request<Incoming>,
+        toll: Option<Arc<Toll>>,
+        mut exchange: Exchange,
+    ) -> Answer {
         if request.body().size_hint().lower() > MAX_BODY {
             return too_large();
         }
@@ -135,7 +153,7 @@ impl Relay {
             Ok(client) => client,
             Err(why) => {
                 tracing::error!(why, "the gateway has no HTTPS client");
-                exchange.unreachable();
+                exchange.unreachable(false);
                 return refuse(StatusCode::BAD_GATEWAY, &why);
             }
         };
@@ -149,22 +167,26 @@ impl Relay {
         if let Err(error) = self.credential.apply(&mut headers) {
             return refuse(StatusCode::BAD_GATEWAY, &error.to_string());
         }
-        let exceeded = Arc::new(AtomicBool::new(false));
+        let stopped = Arc::new(Stopping::default());
         let mut upstream = client.request(head.method, target(&self.upstream, &head.uri));
         if !body.is_end_stream() {
-            upstream = upstream.body(reqwest::Body::wrap_stream(upload(body, exceeded.clone())));
+            upstream = upstream.body(reqwest::Body::wrap_stream(upload(
+                body,
+                toll,
+                stopped.clone(),
+            )));
         }
         match upstream.headers(headers).send().await {
             Ok(answer) if answer.status().is_redirection() => {
                 // Following it would carry the credential to an address that nobody configured.
-                exchange.head(answer.status(), answer.headers());
+                exchange.head(answer.status(), answer.headers()).await;
                 refuse(
                     StatusCode::BAD_GATEWAY,
                     "the model API answered with a redirect; configure its final address",
                 )
             }
             Ok(answer) => {
-                exchange.head(answer.status(), answer.headers());
+                exchange.head(answer.status(), answer.headers()).await;
                 let pause = retry_after(answer.headers());
                 let is_over = match pause {
                     Some(pause) => exchange.run().wait_out(answer.status(), pause).await,
@@ -178,9 +200,13 @@ impl Relay {
                 }
                 relayed
             }
-            Err(_) if exceeded.load(Ordering::Relaxed) => too_large(),
             Err(error) => {
-                exchange.unreachable();
+                match stopped.take() {
+                    Some(Stopped::TooLarge) => return too_large(),
+                    Some(Stopped::Denied(denied)) => return deny(&denied),
+                    None => {}
+                }
+                exchange.unreachable(!error.is_connect());
                 let why = reason(&error);
                 let host = self.upstream.host_str().unwrap_or_default();
                 tracing::warn!(host, error = chain(&error.without_url()), "{why}");
@@ -212,7 +238,7 @@ fn is_needed(method: &Method, path: &str) -> bool {
                 .all(|b| b.is_ascii_alphanumeric() || b"._:@-".contains(&b))
     };
     match (method, path) {
-        (&Method::POST, "/v1/messages" | "/v1/messages/count_tokens") => true,
+        (&Method::POST, "/v1/messages" | COUNT_TOKENS) => true,
         (&Method::GET, "/v1/models") => true,
         (&Method::GET, path) => path.strip_prefix("/v1/models/").is_some_and(is_model_id),
         _ => false,
@@ -289,31 +315,58 @@ fn is_loopback(url: &Url) -> bool {
     }
 }
 
+/// Why an upload was stopped by us.
+#[derive(Debug, Default)]
+struct Stopping(Mutex<Option<Stopped>>);
+
+impl Stopping {
+    fn set(&self, why: Stopped) -> io::Error {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
+        io::Error::other("the gateway stopped it")
+    }
+
+    fn take(&self) -> Option<Stopped> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
 /// The CLI's body on its way up, piece by piece; ends with an error past [`MAX_BODY`] or after a
-/// standstill.
+/// standstill. Its last piece is held back until the request is paid for: without it the upstream
+/// has nothing to answer.
 fn upload(
     body: Incoming,
-    exceeded: Arc<AtomicBool>,
+    toll: Option<Arc<Toll>>,
+    stopping: Arc<Stopping>,
 ) -> impl Stream<Item = io::Result<Bytes>> + Send {
-    stream::try_unfold((body, 0_u64), move |(mut body, mut sent)| {
-        let exceeded = exceeded.clone();
+    let scan = toll.map(|toll| (toll, toll::Request::default()));
+    let begin = (body, 0_u64, None::<Bytes>, scan);
+    stream::try_unfold(begin, move |(mut body, mut sent, mut held, mut scan)| {
+        let stopping = stopping.clone();
         async move {
             loop {
                 let frame = tokio::time::timeout(UPLOAD_IDLE, body.frame())
                     .await
                     .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?;
                 let Some(frame) = frame.transpose().map_err(io::Error::other)? else {
-                    return Ok(None);
+                    if let Some((toll, request)) = scan.take() {
+                        let paid = toll.pay(&request).await;
+                        paid.map_err(|denied| stopping.set(Stopped::Denied(denied)))?;
+                    }
+                    return Ok(held.take().map(|last| (last, (body, sent, None, None))));
                 };
                 let Ok(data) = frame.into_data() else {
                     continue;
                 };
                 sent += data.len() as u64;
                 if sent > MAX_BODY {
-                    exceeded.store(true, Ordering::Relaxed);
-                    return Err(io::Error::other("the request body is too large"));
+                    return Err(stopping.set(Stopped::TooLarge));
                 }
-                return Ok(Some((data, (body, sent))));
+                if let Some((_, request)) = &mut scan {
+                    request.feed(&data);
+                }
+                if let Some(ready) = held.replace(data) {
+                    return Ok(Some((ready, (body, sent, held, scan))));
+                }
             }
         }
     })
@@ -336,13 +389,13 @@ fn relayed(answer: reqwest::Response, exchange: Exchange) -> Answer {
                 };
                 match chunk {
                     Some(Ok(chunk)) => {
-                        exchange.chunk(&chunk);
+                        exchange.chunk(&chunk).await;
                         Ok(Some((Frame::data(chunk), (chunks, exchange, over))))
                     }
                     // The client must see a cut stream as one: end with an error, not in peace.
                     Some(Err(error)) => Err(io::Error::other(error.without_url())),
                     None => {
-                        exchange.complete();
+                        exchange.complete().await;
                         Ok(None)
                     }
                 }
@@ -383,6 +436,40 @@ fn too_large() -> Answer {
     )
 }
 
+/// A request that may not be paid for. The CLI must not try again by itself: its run is told, and
+/// ends.
+fn deny(denied: &Denied) -> Answer {
+    match denied {
+        Denied::OverBudget(breach) => {
+            let mut answer = refuse(StatusCode::TOO_MANY_REQUESTS, &sentence(denied));
+            let headers = answer.headers_mut();
+            headers.insert("x-should-retry", HeaderValue::from_static("false"));
+            if let Some(at) = breach.resets {
+                let seconds = at.duration_since(Timestamp::now()).as_secs().max(1);
+                headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+            }
+            answer
+        }
+        Denied::Held(_) => {
+            let mut answer = refuse(StatusCode::TOO_MANY_REQUESTS, &sentence(denied));
+            let soon = HeaderValue::from_static("10");
+            answer.headers_mut().insert(header::RETRY_AFTER, soon);
+            answer
+        }
+        Denied::Ledger(_) | Denied::Blocking(_) => {
+            tracing::error!(
+                error = chain(denied),
+                "a model request could not be reserved"
+            );
+            refuse(StatusCode::SERVICE_UNAVAILABLE, &sentence(denied))
+        }
+    }
+}
+
+fn sentence(denied: &Denied) -> String {
+    format!("greenroom let no request through: {denied}")
+}
+
 fn empty() -> UnsyncBoxBody<Bytes, io::Error> {
     Full::default().map_err(never).boxed_unsync()
 }
@@ -398,6 +485,7 @@ fn refuse(status: StatusCode, message: &str) -> Answer {
         StatusCode::FORBIDDEN => "permission_error",
         StatusCode::NOT_FOUND => "not_found_error",
         StatusCode::PAYLOAD_TOO_LARGE => "request_too_large",
+        StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
         _ => "api_error",
     };
     let body = json!({"type": "error", "error": {"type": kind, "message": message}}).to_string();

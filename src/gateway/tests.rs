@@ -18,7 +18,7 @@ use serde_json::Value;
 use tokio::sync::{mpsc, oneshot};
 
 use super::*;
-use crate::config::Secret;
+use crate::{config::Secret, domain::Account, usage::LedgerSettings};
 
 const CANARY: &str = "sk-canary-5678";
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -57,6 +57,7 @@ impl Room {
         let config = GatewayConfig {
             upstream: upstream.parse().unwrap(),
             credential,
+            ledger: Ledger::new(LedgerSettings::default(), &tasks),
         };
         let gateway = Gateway::start(config, &tasks).await.unwrap();
         rustls::crypto::ring::default_provider()
@@ -131,7 +132,7 @@ async fn the_credential_goes_up_and_is_never_shown() {
         })
         .await;
         let token = room.gateway.issue();
-        let run = token.begin("turn");
+        let run = token.begin(Account::of_kind("test"));
         let answer = soon(
             room.post(token.as_str())
                 .header("anthropic-beta", "one-1")
@@ -209,9 +210,9 @@ async fn nothing_passes_without_a_token_a_run_and_a_needed_path() {
     check(room.post("wrong"), 401, "authentication_error").await;
     check(room.client.post(&other), 401, "authentication_error").await;
     check(room.post(token.as_str()), 403, "permission_error").await;
-    drop(token.begin("turn"));
+    drop(token.begin(Account::of_kind("test")));
     check(room.post(token.as_str()), 403, "permission_error").await;
-    let run = token.begin("turn");
+    let run = token.begin(Account::of_kind("test"));
     check(
         room.client.post(&other).bearer_auth(token.as_str()),
         404,
@@ -243,7 +244,7 @@ async fn chunks_pass_as_they_come() {
     })
     .await;
     let token = room.gateway.issue();
-    let _run = token.begin("turn");
+    let _run = token.begin(Account::of_kind("test"));
     let mut answer = soon(room.post(token.as_str()).body("{}").send())
         .await
         .unwrap();
@@ -278,7 +279,7 @@ async fn a_client_that_goes_away_and_a_run_that_ends_cancel_the_upstream() {
     };
 
     // In the middle of the answer, by the client.
-    let run = token.begin("turn");
+    let run = token.begin(Account::of_kind("test"));
     let mut answer = soon(room.post(token.as_str()).body("{}").send())
         .await
         .unwrap();
@@ -330,7 +331,7 @@ async fn a_stream_cut_upstream_is_cut_downstream() {
     })
     .await;
     let token = room.gateway.issue();
-    let _run = token.begin("turn");
+    let _run = token.begin(Account::of_kind("test"));
     let answer = soon(room.post(token.as_str()).body("{}").send())
         .await
         .unwrap();
@@ -351,7 +352,7 @@ async fn large_bodies_stream_up_to_the_bound() {
     })
     .await;
     let token = room.gateway.issue();
-    let _run = token.begin("turn");
+    let _run = token.begin(Account::of_kind("test"));
     let sent = vec![b' '; 3 << 20];
     let answer = soon(room.post(token.as_str()).body(sent).send())
         .await
@@ -381,7 +382,7 @@ async fn an_unreachable_upstream_is_502_without_its_address() {
     let upstream = format!("http://user:hunter2@{closed}");
     let room = Room::before(&upstream, key(), Tasks::new()).await;
     let token = room.gateway.issue();
-    let run = token.begin("turn");
+    let run = token.begin(Account::of_kind("test"));
     let answer = soon(room.post(token.as_str()).body("{}").send())
         .await
         .unwrap();
@@ -409,7 +410,7 @@ async fn a_redirect_is_not_followed() {
     })
     .await;
     let token = room.gateway.issue();
-    let _run = token.begin("turn");
+    let _run = token.begin(Account::of_kind("test"));
     let answer = soon(room.post(token.as_str()).body("{}").send())
         .await
         .unwrap();
@@ -432,6 +433,7 @@ async fn unusable_settings_are_refused_at_the_start() {
         let config = GatewayConfig {
             upstream: upstream.parse().unwrap(),
             credential,
+            ledger: Ledger::new(LedgerSettings::default(), &tasks),
         };
         let error = Gateway::start(config, &tasks).await.unwrap_err();
         assert!(!error.to_string().contains('\n'));

@@ -1,6 +1,6 @@
 //! The one place that writes a tree's files to disk.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use git2::{Repository, Tree, build::CheckoutBuilder};
 
@@ -33,6 +33,31 @@ pub(super) fn fill(
         Target::Copy(folder) => {
             options.target_dir(folder).update_index(false);
         }
+    }
+    repo.checkout_tree(tree.as_object(), Some(&mut options))
+}
+
+/// Writes some files of `tree`, as git would (line endings, modes, symlinks), into a folder of ours.
+pub(super) fn fill_some<'p>(
+    repo: &Repository,
+    tree: &Tree<'_>,
+    paths: impl Iterator<Item = &'p PathBuf>,
+    folder: &Path,
+) -> Result<(), git2::Error> {
+    let mut options = CheckoutBuilder::new();
+    options
+        .force()
+        .target_dir(folder)
+        .update_index(false)
+        .disable_pathspec_match(true);
+    let mut is_empty = true;
+    for path in paths {
+        options.path(path.as_path());
+        is_empty = false;
+    }
+    // No path at all would mean every path.
+    if is_empty {
+        return Ok(());
     }
     repo.checkout_tree(tree.as_object(), Some(&mut options))
 }

@@ -1,7 +1,9 @@
-//! Reading below a folder without ever following a symlink: what runs in a worktree may swap a
-//! folder for a link between the scan and the read, and the supervisor may read more than it.
+//! Reading and placing files below a folder without ever following a symlink: what runs in a
+//! worktree may swap a folder for a link between the scan and the read, and the supervisor may
+//! read and write more than it.
 
 use std::{
+    ffi::OsStr,
     fs::{self, File},
     io::{self, Write as _},
     os::{
@@ -13,8 +15,9 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{AtFlags, OFlag, openat, readlinkat},
-    sys::stat::{FileStat, Mode, SFlag, fstat, fstatat},
+    fcntl::{AtFlags, OFlag, openat, readlinkat, renameat},
+    sys::stat::{FileStat, Mode, SFlag, fstat, fstatat, mkdirat},
+    unistd::{UnlinkatFlags, linkat, unlinkat},
 };
 
 /// What stands at a path.
@@ -39,37 +42,53 @@ impl Root {
         Ok(Self(nix::fcntl::open(path, flags, Mode::empty())?))
     }
 
-    /// Looks at `path` (relative, without `..`). A path through a symlink is nothing: git has no
-    /// such path.
-    pub(super) fn look(&self, path: &Path) -> io::Result<Found> {
-        let steps: Vec<_> = path.iter().collect();
-        let Some((name, folders)) = steps.split_last() else {
-            return Ok(Found::Directory);
-        };
-        let mut at: Option<OwnedFd> = None;
-        for folder in folders {
-            let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-            let from = at.as_ref().unwrap_or(&self.0);
-            match openat(from.as_fd(), *folder, flags, Mode::empty()) {
-                Ok(next) => at = Some(next),
-                Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => return Ok(Found::Nothing),
+    /// Opens the folder that `path` (relative, without `..`) lies in; with `make` what is missing
+    /// of it is made. `None` if there is none, or something else stands in the way: a symlink is
+    /// never followed.
+    pub(super) fn folder_of(&self, path: &Path, make: bool) -> io::Result<Option<OwnedFd>> {
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        let mut at = self.0.try_clone()?;
+        for folder in path.parent().unwrap_or(Path::new("")) {
+            let mut next = openat(at.as_fd(), folder, flags, Mode::empty());
+            if make && matches!(next, Err(Errno::ENOENT)) {
+                match mkdirat(at.as_fd(), folder, Mode::from_bits_truncate(0o777)) {
+                    Ok(()) | Err(Errno::EEXIST) => {}
+                    Err(error) => return Err(error.into()),
+                }
+                next = openat(at.as_fd(), folder, flags, Mode::empty());
+            }
+            match next {
+                Ok(next) => at = next,
+                Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ELOOP) => return Ok(None),
                 Err(error) => return Err(error.into()),
             }
         }
-        let at = at.as_ref().unwrap_or(&self.0).as_fd();
-        let stat = match fstatat(at, *name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+        Ok(Some(at))
+    }
+
+    /// Looks at `path` (relative, without `..`). A path through a symlink is nothing: git has no
+    /// such path.
+    pub(super) fn look(&self, path: &Path) -> io::Result<Found> {
+        let Some(name) = path.file_name() else {
+            return Ok(Found::Directory);
+        };
+        let Some(at) = self.folder_of(path, false)? else {
+            return Ok(Found::Nothing);
+        };
+        let at = at.as_fd();
+        let stat = match fstatat(at, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
             Ok(stat) => stat,
             Err(Errno::ENOENT | Errno::ENOTDIR) => return Ok(Found::Nothing),
             Err(error) => return Err(error.into()),
         };
         match kind(&stat) {
             SFlag::S_IFDIR => Ok(Found::Directory),
-            SFlag::S_IFLNK => Ok(Found::Link(readlinkat(at, *name)?.into_vec(), stat)),
+            SFlag::S_IFLNK => Ok(Found::Link(readlinkat(at, name)?.into_vec(), stat)),
             SFlag::S_IFREG => {
                 // O_NONBLOCK: should it be a pipe by now, opening must not wait for a writer.
                 let flags =
                     OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
-                let file = openat(at, *name, flags, Mode::empty())?;
+                let file = openat(at, name, flags, Mode::empty())?;
                 let stat = fstat(&file)?;
                 if kind(&stat) != SFlag::S_IFREG {
                     return Ok(Found::Other);
@@ -77,6 +96,68 @@ impl Root {
                 Ok(Found::File(File::from(file), stat))
             }
             _ => Ok(Found::Other),
+        }
+    }
+
+    /// Renames the file at `path` to the same path below `to`, over what is there.
+    ///
+    /// # Errors
+    /// The disk's; [`io::ErrorKind::NotFound`] if either has no such folder.
+    pub(super) fn rename_to(&self, path: &Path, to: &Self) -> io::Result<()> {
+        let (from, onto, name) = self.two_folders(path, to)?;
+        Ok(renameat(from, name, onto, name)?)
+    }
+
+    /// Gives the file at `path` the same path below `to` as a second name.
+    ///
+    /// # Errors
+    /// The disk's; [`io::ErrorKind::AlreadyExists`] if something is there.
+    pub(super) fn link_to(&self, path: &Path, to: &Self) -> io::Result<()> {
+        let (from, onto, name) = self.two_folders(path, to)?;
+        Ok(linkat(from, name, onto, name, AtFlags::empty())?)
+    }
+
+    fn two_folders<'p>(
+        &self,
+        path: &'p Path,
+        to: &Self,
+    ) -> io::Result<(OwnedFd, OwnedFd, &'p OsStr)> {
+        let missing = || io::Error::from(io::ErrorKind::NotFound);
+        let from = self.folder_of(path, false)?.ok_or_else(missing)?;
+        let onto = to.folder_of(path, true)?.ok_or_else(missing)?;
+        Ok((from, onto, path.file_name().ok_or_else(missing)?))
+    }
+
+    /// Removes the file at `path`; nothing there is fine.
+    pub(super) fn remove(&self, path: &Path) -> io::Result<()> {
+        let (Some(folder), Some(name)) = (self.folder_of(path, false)?, path.file_name()) else {
+            return Ok(());
+        };
+        match unlinkat(folder, name, UnlinkatFlags::NoRemoveDir) {
+            Ok(()) | Err(Errno::ENOENT) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Removes the folders that `path` lies in as far as they are empty.
+    pub(super) fn prune(&self, path: &Path) -> io::Result<()> {
+        for folder in path.ancestors().skip(1) {
+            if !self.remove_empty(folder)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the folder at `path` if nothing is in it; says whether it did.
+    pub(super) fn remove_empty(&self, path: &Path) -> io::Result<bool> {
+        let (Some(folder), Some(name)) = (self.folder_of(path, false)?, path.file_name()) else {
+            return Ok(false);
+        };
+        match unlinkat(folder, name, UnlinkatFlags::RemoveDir) {
+            Ok(()) => Ok(true),
+            Err(Errno::ENOENT | Errno::ENOTDIR | Errno::ENOTEMPTY | Errno::EEXIST) => Ok(false),
+            Err(error) => Err(error.into()),
         }
     }
 }

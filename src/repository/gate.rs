@@ -113,13 +113,25 @@ pub(super) const TOO_LARGE: &str = "it is larger than 20 MB";
 /// Keeps copies of held-back files in one folder, which it makes when it is needed.
 #[derive(Debug)]
 pub(super) struct Keeper<'a> {
-    folder: &'a Path,
+    /// `None`: nothing is kept.
+    folder: Option<&'a Path>,
     copied: u64,
 }
 
 impl<'a> Keeper<'a> {
     pub(super) fn new(folder: &'a Path) -> Self {
-        Self { folder, copied: 0 }
+        Self {
+            folder: Some(folder),
+            copied: 0,
+        }
+    }
+
+    /// Of a commit that is not made.
+    pub(super) fn none() -> Self {
+        Self {
+            folder: None,
+            copied: 0,
+        }
     }
 
     /// Copies `file` to `path` below the folder, for the owner's eyes alone.
@@ -130,13 +142,16 @@ impl<'a> Keeper<'a> {
     /// # Errors
     /// The disk's; also if the folder would grow beyond [`MAX_COPIED_BYTES`].
     pub(super) fn keep(&mut self, path: &Path, file: &mut File) -> io::Result<()> {
+        let Some(folder) = self.folder else {
+            return Ok(());
+        };
         let metadata = file.metadata()?;
-        let target = self.folder.join(path);
-        let parent = target.parent().unwrap_or(self.folder);
+        let target = folder.join(path);
+        let parent = target.parent().unwrap_or(folder);
         if is_copy(&target, &metadata) {
             return Ok(());
         }
-        let earlier = self.earlier(path, &metadata);
+        let earlier = earlier(folder, path, &metadata);
         fs::DirBuilder::new()
             .recursive(true)
             .mode(0o700)
@@ -160,17 +175,18 @@ impl<'a> Keeper<'a> {
         io::copy(&mut io::Read::take(&mut *file, metadata.len()), &mut copy)?;
         copy.set_modified(metadata.modified()?)
     }
+}
 
-    fn earlier(&self, path: &Path, metadata: &fs::Metadata) -> Option<PathBuf> {
-        let own_name = self.folder.file_name()?;
-        let siblings = fs::read_dir(self.folder.parent()?).ok()?;
-        let newest = siblings
-            .filter_map(|e| Some(e.ok()?.file_name()))
-            .filter(|n| n != own_name)
-            .max()?;
-        let candidate = self.folder.parent()?.join(newest).join(path);
-        is_copy(&candidate, metadata).then_some(candidate)
-    }
+/// The copy that the newest folder beside `folder` has of this file.
+fn earlier(folder: &Path, path: &Path, metadata: &fs::Metadata) -> Option<PathBuf> {
+    let own_name = folder.file_name()?;
+    let siblings = fs::read_dir(folder.parent()?).ok()?;
+    let newest = siblings
+        .filter_map(|e| Some(e.ok()?.file_name()))
+        .filter(|n| n != own_name)
+        .max()?;
+    let candidate = folder.parent()?.join(newest).join(path);
+    is_copy(&candidate, metadata).then_some(candidate)
 }
 
 /// Is `path` a copy that was made of this file as it is?

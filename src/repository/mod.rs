@@ -11,31 +11,46 @@
 //! leaves in a worktree can point git elsewhere.
 //!
 //! **Invariant:** nothing here resets, cleans or stashes. The only files ever written into a
-//! worktree are those of a first checkout, into a folder that nobody has seen yet.
+//! worktree are those of a first checkout, into a folder that nobody has seen yet, and those that
+//! differ between a branch's commit and the next one (`landing`), which never overwrites what is
+//! in neither.
 
 mod checkout;
+mod draft;
 mod files;
 mod gate;
 mod gitdir;
+mod github;
 mod guard;
+mod landing;
+mod loss;
+mod merge;
 mod message;
+mod publish;
 mod remote;
 mod source;
 #[cfg(test)]
 mod tests;
 mod tree;
+mod uplink;
 mod user;
 mod worktree;
 
 use std::{io, sync::Once};
 
-use crate::lease::LeaseLost;
+use crate::{
+    domain::{Between, Conflict},
+    lease::LeaseLost,
+};
 
+pub use draft::{Draft, Snapshot};
+pub use github::{GitHub, GitHubRepository, NoPullRequests, PullRequest, PullRequestText};
 pub use guard::{Repair, Strangers};
-pub use remote::{RemoteError, RemoteErrorKind, Remotes};
+pub use publish::{Destination, Mover, Origin, PublishRequest, Published, PushedBranch, Synced};
+pub use remote::{RemoteError, RemoteErrorKind, RemoteUse, Remotes};
 pub use source::{Source, SourceError, TemplateFile, parse_source};
 pub use user::{ThreadState, UserRepository};
-pub use worktree::{Change, CommitRequest, Committed, LogEntry, Worktree};
+pub use worktree::{Change, CommitRequest, CommitText, Committed, LogEntry, Worktree};
 
 /// Why something with a repository did not work.
 #[derive(Debug, thiserror::Error)]
@@ -71,6 +86,28 @@ pub enum RepositoryError {
     /// Somebody else moved the branch; nothing was committed, and a second try may work.
     #[error("the branch {branch} was moved by somebody else")]
     HeadMoved { branch: String },
+    /// A change that does not fit what is there now; nothing of it was applied.
+    #[error("the change does not fit what is there now")]
+    Conflict {
+        /// The branches that were to be merged, if it was that.
+        between: Option<Between>,
+        files: Vec<Conflict>,
+    },
+    /// No commit of this id, or none of this thread.
+    #[error("there is no commit {commit} in this thread")]
+    NoSuchCommit { commit: String },
+    #[error("more than one commit begins with {commit}; give more of its id")]
+    AmbiguousCommit { commit: String },
+    /// There is nowhere to publish to.
+    #[error(
+        "this site came from no repository, so there is no origin; publish to \"user\" or \"client\""
+    )]
+    NoOrigin,
+    #[error(
+        "a merge or rebase that somebody began in project/ is not finished; finish or abort it, \
+         then try again"
+    )]
+    Unfinished,
     /// Another process may write by now; the branch was not touched.
     #[error(transparent)]
     Lost(#[from] LeaseLost),

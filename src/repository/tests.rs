@@ -159,16 +159,18 @@ impl Site {
     fn try_commit(&self, instruction: &str, strangers: Strangers) -> Result<Committed> {
         let home = self.dir.parent().unwrap().parent().unwrap();
         self.worktree.commit(&CommitRequest {
-            instruction,
-            trailers: &[
-                ("Turn-Id", "a~b~c~1".into()),
-                ("Status", "completed".into()),
-            ],
-            author: &Signature {
-                name: "Alice".into(),
-                email: "alice@example.com".into(),
+            text: CommitText {
+                instruction,
+                trailers: &[
+                    ("Turn-Id", "a~b~c~1".into()),
+                    ("Status", "completed".into()),
+                ],
+                author: &Signature {
+                    name: "Alice".into(),
+                    email: "alice@example.com".into(),
+                },
+                committer: &greenroom(),
             },
-            committer: &greenroom(),
             strangers,
             held_dir: &home.join(".greenroom/held/1"),
             fence: &Fence::open(),
@@ -1043,3 +1045,4 @@ fn what_we_put_into_worktrees_is_not_seen() {
 
 /// The twelve kinds of damage, done by the git program or by hand.
 mod damage;
+mod publishing;

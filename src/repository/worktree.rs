@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     domain::{CommitSummary, FileChange, FileStatus, HeldBack, Signature},
-    identity::ThreadKey,
+    identity::{ThreadKey, UserKey},
     lease::Fence,
 };
 
@@ -39,6 +39,8 @@ pub struct Worktree {
     pub(super) admin: PathBuf,
     pub(super) path: PathBuf,
     pub(super) branch: String,
+    /// It is the repository's own, `project/`, which has no links to be put right.
+    pub(super) is_main: bool,
 }
 
 /// One path that differs from the branch's commit.
@@ -52,13 +54,19 @@ pub struct Change {
 
 /// What a commit is to say.
 #[derive(Debug)]
-pub struct CommitRequest<'a> {
+pub struct CommitText<'a> {
     /// Becomes the subject (its first line, cut) and, where it is longer, the body.
     pub instruction: &'a str,
     /// The last paragraph of the message: `Turn-Id`, `Thread`, `Status` and so on.
     pub trailers: &'a [(&'a str, String)],
     pub author: &'a Signature,
     pub committer: &'a Signature,
+}
+
+/// How to commit what is in the worktree.
+#[derive(Debug)]
+pub struct CommitRequest<'a> {
+    pub text: CommitText<'a>,
     /// What becomes of commits that others made on the branch since the last one of ours.
     pub strangers: Strangers,
     /// Folder of this turn for copies of what is held back; made when needed.
@@ -103,7 +111,7 @@ const ASSUME_UNCHANGED: u16 = 0x8000;
 /// `git update-index --skip-worktree` (the entry's extended flag).
 const SKIP_WORKTREE: u16 = 1 << 14;
 
-const LINK_MODE: u32 = 0o120_000;
+pub(super) const LINK_MODE: u32 = 0o120_000;
 
 impl Worktree {
     pub(super) fn new(git: GitDir, key: &ThreadKey, path: &Path) -> Self {
@@ -113,6 +121,18 @@ impl Worktree {
             admin,
             path: path.to_owned(),
             branch: key.branch(),
+            is_main: false,
+        }
+    }
+
+    /// `project/`, where the user's branch is checked out.
+    pub(super) fn of_user(git: GitDir, key: &UserKey, project: &Path) -> Self {
+        Self {
+            admin: git.path().to_owned(),
+            git,
+            path: project.to_owned(),
+            branch: key.user_branch(),
+            is_main: true,
         }
     }
 
@@ -159,7 +179,10 @@ impl Worktree {
     /// [`RepositoryError::HeadMoved`] if the branch moved meanwhile: nothing was committed.
     /// [`RepositoryError::Locked`] and [`RepositoryError::Tampered`] for what the guard refuses.
     pub fn commit(&self, request: &CommitRequest<'_>) -> Result<Committed> {
-        let (repo, repairs) = self.put_right(request.strangers, request.fence)?;
+        let (repo, repairs) = match self.is_main {
+            true => (self.open()?, Vec::new()),
+            false => self.put_right(request.strangers, request.fence)?,
+        };
         let head = self.tip(&repo)?;
         let mut committed = self.commit_onto(&repo, head, request)?;
         committed.repairs.splice(0..0, repairs);
@@ -174,10 +197,12 @@ impl Worktree {
             email: String::new(),
         };
         let request = CommitRequest {
-            instruction: "",
-            trailers: &[],
-            author: &who,
-            committer: &who,
+            text: CommitText {
+                instruction: "",
+                trailers: &[],
+                author: &who,
+                committer: &who,
+            },
             strangers: Strangers::Keep,
             held_dir: &self.path.with_file_name("held"),
             fence: &Fence::open(),
@@ -192,44 +217,24 @@ impl Worktree {
         request: &CommitRequest<'_>,
     ) -> Result<Committed> {
         let head_tree = self.tree(repo, head)?;
-        let paths = self.differing(repo)?;
-        if paths.is_empty() {
+        let Some(staged) = self.stage(repo, &head_tree, Keeper::new(request.held_dir))? else {
             return Ok(Committed {
                 commit: None,
                 held_back: Vec::new(),
                 repairs: Vec::new(),
             });
-        }
-        let mut stage = Stage {
-            repo,
-            head: &head_tree,
-            root: Root::open(&self.path).during("open the worktree")?,
-            paths: &paths,
-            gone: OnceCell::new(),
-            index: repo.index().during("read the index")?,
-            keeper: Keeper::new(request.held_dir),
-            edits: BTreeMap::new(),
-            held_back: Vec::new(),
         };
-        let repairs = unsettled(&stage.index)
-            .during("read the index")?
-            .into_iter()
-            .collect();
-        for path in &paths {
-            stage.take(path)?;
-        }
-        let Stage {
+        let Staged {
+            tree,
             mut index,
-            edits,
             held_back,
-            ..
-        } = stage;
-
-        let tree = tree::edit(repo, Some(&head_tree), &edits).during("write the tree")?;
+            repairs,
+        } = staged;
         let commit = if tree == head_tree.id() {
             None
         } else {
-            let id = self.write_commit(repo, head, tree, request)?;
+            let id = write_commit(repo, tree, &[head], &request.text)?;
+            self.move_branch(repo, head, id, request.fence)?;
             Some(summarise(repo, id)?)
         };
         // After the branch: an index that is behind is mended by the next commit, one that is
@@ -244,33 +249,69 @@ impl Worktree {
         })
     }
 
-    fn write_commit(
+    /// The tree that a commit would have now; `None` if nothing differs from `head`.
+    pub(super) fn stage(
         &self,
         repo: &Repository,
-        head: Oid,
-        tree: Oid,
-        request: &CommitRequest<'_>,
-    ) -> Result<Oid> {
-        self.git.check_branch(&self.branch)?;
-        let write = || -> Result<_, git2::Error> {
-            let parent = repo.find_commit(head)?;
-            let tree = repo.find_tree(tree)?;
-            let text = message::compose(request.instruction, request.trailers);
-            let author = message::signature(request.author)?;
-            let committer = message::signature(request.committer)?;
-            repo.commit(None, &author, &committer, &text, &tree, &[&parent])
+        head: &Tree<'_>,
+        keeper: Keeper<'_>,
+    ) -> Result<Option<Staged>> {
+        let paths = self.differing(repo)?;
+        if paths.is_empty() {
+            return Ok(None);
+        }
+        let mut stage = Stage {
+            repo,
+            head,
+            root: Root::open(&self.path).during("open the worktree")?,
+            paths: &paths,
+            gone: OnceCell::new(),
+            index: repo.index().during("read the index")?,
+            keeper,
+            edits: BTreeMap::new(),
+            held_back: Vec::new(),
         };
-        let id = write().during("commit")?;
+        let repairs = unsettled(&stage.index)
+            .during("read the index")?
+            .into_iter()
+            .collect();
+        for path in &paths {
+            stage.take(path)?;
+        }
+        let Stage {
+            index,
+            edits,
+            held_back,
+            ..
+        } = stage;
+        let tree = tree::edit(repo, Some(head), &edits).during("write the tree")?;
+        Ok(Some(Staged {
+            tree,
+            index,
+            held_back,
+            repairs,
+        }))
+    }
+
+    /// Moves the branch from one commit to the next, unless somebody else moved it meanwhile.
+    pub(super) fn move_branch(
+        &self,
+        repo: &Repository,
+        from: Oid,
+        to: Oid,
+        fence: &Fence,
+    ) -> Result<()> {
+        self.git.check_branch(&self.branch)?;
         let branch = format!("refs/heads/{}", self.branch);
-        request.fence.check()?;
+        fence.check()?;
         // First: a crash between the two is put right by moving the branch, the other way round
         // the guard would take our commit for somebody else's.
-        self.remember(repo, id)?;
-        let moved = repo.reference_matching(&branch, id, true, head, "commit");
+        self.remember(repo, to)?;
+        let moved = repo.reference_matching(&branch, to, true, from, "commit");
         if moved.is_err() {
-            self.remember(repo, head)?;
+            self.remember(repo, from)?;
         }
-        moved.map_err(|error| match error.code() {
+        moved.map(drop).map_err(|error| match error.code() {
             ErrorCode::Modified | ErrorCode::NotFound => RepositoryError::HeadMoved {
                 branch: self.branch.clone(),
             },
@@ -278,8 +319,7 @@ impl Worktree {
                 operation: "commit",
                 source: error,
             },
-        })?;
-        Ok(id)
+        })
     }
 
     /// At most the first `max_bytes` bytes of a regular file as it is committed.
@@ -316,6 +356,17 @@ impl Worktree {
                 .collect()
         };
         walk().during("read the history")
+    }
+
+    /// The branch's commit with this trailer, if one of the newest few has it.
+    pub fn find_commit_with(&self, trailer: &str, value: &str) -> Result<Option<CommitSummary>> {
+        const NEWEST: usize = 20;
+        let entries = self.log(NEWEST)?;
+        let found = entries.iter().find(|entry| {
+            let mut trailers = entry.trailers.iter();
+            trailers.any(|(name, text)| name == trailer && text == value)
+        });
+        found.map(|entry| self.summary(&entry.id)).transpose()
     }
 
     /// What one commit changed against its first parent.
@@ -388,12 +439,15 @@ impl Worktree {
     }
 
     /// Opens the worktree's repository after putting right what leads there.
-    fn open(&self) -> Result<Repository> {
+    pub(super) fn open(&self) -> Result<Repository> {
         if files::kind_of(&self.path)
             .during("look at the worktree")?
             .is_none()
         {
             return Err(RepositoryError::Missing);
+        }
+        if self.is_main {
+            return self.git.open(&self.path);
         }
         self.put_right_entry()?;
         self.put_right_link()?;
@@ -445,7 +499,7 @@ impl Worktree {
         files::put(&link, &content).during("link the worktree")
     }
 
-    fn tip(&self, repo: &Repository) -> Result<Oid> {
+    pub(super) fn tip(&self, repo: &Repository) -> Result<Oid> {
         user::branch_tip(repo, &self.branch)?.ok_or_else(|| RepositoryError::NoSuchBranch {
             branch: self.branch.clone(),
         })
@@ -455,7 +509,7 @@ impl Worktree {
         repo.refname_to_id(&format!("refs/heads/{}", self.branch))
     }
 
-    fn tree<'r>(&self, repo: &'r Repository, commit: Oid) -> Result<Tree<'r>> {
+    pub(super) fn tree<'r>(&self, repo: &'r Repository, commit: Oid) -> Result<Tree<'r>> {
         repo.find_commit(commit)
             .and_then(|commit| commit.tree())
             .during("read the commit")
@@ -523,6 +577,15 @@ impl Worktree {
     }
 }
 
+/// What [`Worktree::stage`] found.
+pub(super) struct Staged {
+    pub(super) tree: Oid,
+    /// Agrees with the tree; not written.
+    index: Index,
+    held_back: Vec<HeldBack>,
+    repairs: Vec<Repair>,
+}
+
 /// A commit in the making: the tree's edits and the index, path by path.
 struct Stage<'a> {
     repo: &'a Repository,
@@ -565,7 +628,7 @@ impl Stage<'_> {
                     self.hold_back(path, committed, &mut file, &reason);
                     return Ok(());
                 }
-                match self.write_blob(path, &mut file) {
+                match write_blob(self.repo, path, &mut file) {
                     Ok(id) => self.stage(path, committed, id, &stat),
                     Err(error) => {
                         tracing::warn!(%error, "a changed file could not be read");
@@ -644,16 +707,6 @@ impl Stage<'_> {
         Ok(self.gone.get_or_init(|| gone))
     }
 
-    /// Stores the file as git would for this path (line endings by its attributes).
-    fn write_blob(&self, path: &Path, file: &mut File) -> io::Result<Oid> {
-        let mut writer = self
-            .repo
-            .blob_writer(Some(path))
-            .map_err(io::Error::other)?;
-        io::copy(file, &mut writer)?;
-        writer.commit().map_err(io::Error::other)
-    }
-
     fn stage(&mut self, path: &Path, committed: Option<(Oid, u32)>, id: Oid, stat: &FileStat) {
         let entry = index_entry(path, id, stat);
         let mode = entry.mode;
@@ -715,8 +768,37 @@ impl Stage<'_> {
     }
 }
 
+/// Stores the file as git would for this path (line endings by its attributes).
+pub(super) fn write_blob(repo: &Repository, path: &Path, file: &mut File) -> io::Result<Oid> {
+    let mut writer = repo.blob_writer(Some(path)).map_err(io::Error::other)?;
+    io::copy(file, &mut writer)?;
+    writer.commit().map_err(io::Error::other)
+}
+
+/// Makes a commit that no branch has yet.
+pub(super) fn write_commit(
+    repo: &Repository,
+    tree: Oid,
+    parents: &[Oid],
+    text: &CommitText<'_>,
+) -> Result<Oid> {
+    let write = || -> Result<_, git2::Error> {
+        let tree = repo.find_tree(tree)?;
+        let parents: Vec<_> = parents
+            .iter()
+            .map(|id| repo.find_commit(*id))
+            .collect::<Result<_, _>>()?;
+        let message = message::compose(text.instruction, text.trailers);
+        let author = message::signature(text.author)?;
+        let committer = message::signature(text.committer)?;
+        let parents: Vec<_> = parents.iter().collect();
+        repo.commit(None, &author, &committer, &message, &tree, &parents)
+    };
+    write().during("commit")
+}
+
 /// The blob and mode at `path`; `None` also for folders and submodules.
-fn in_tree(tree: &Tree<'_>, path: &Path) -> Result<Option<(Oid, u32)>> {
+pub(super) fn in_tree(tree: &Tree<'_>, path: &Path) -> Result<Option<(Oid, u32)>> {
     match tree.get_path(path) {
         Ok(entry) if entry.kind() == Some(ObjectType::Blob) => {
             let mode = u32::try_from(entry.filemode()).expect("git's modes are positive");
@@ -729,7 +811,7 @@ fn in_tree(tree: &Tree<'_>, path: &Path) -> Result<Option<(Oid, u32)>> {
 }
 
 /// An index entry that claims nothing about the file on disk.
-fn blank_entry(path: &Path, id: Oid) -> IndexEntry {
+pub(super) fn blank_entry(path: &Path, id: Oid) -> IndexEntry {
     let never = IndexTime::new(0, 0);
     IndexEntry {
         ctime: never,
@@ -747,14 +829,19 @@ fn blank_entry(path: &Path, id: Oid) -> IndexEntry {
     }
 }
 
-/// An entry for the file that `stat` was taken of. The index format has 32 bits for each field
-/// and cuts what is longer.
-fn index_entry(path: &Path, id: Oid, stat: &FileStat) -> IndexEntry {
-    let mode = match stat.st_mode {
+/// The mode that git has for a file of this one.
+pub(super) fn canonical_mode(mode: u32) -> u32 {
+    match mode {
         mode if mode & 0o170_000 == LINK_MODE => LINK_MODE,
         mode if mode & 0o100 != 0 => 0o100_755,
         _ => 0o100_644,
-    };
+    }
+}
+
+/// An entry for the file that `stat` was taken of. The index format has 32 bits for each field
+/// and cuts what is longer.
+pub(super) fn index_entry(path: &Path, id: Oid, stat: &FileStat) -> IndexEntry {
+    let mode = canonical_mode(stat.st_mode);
     IndexEntry {
         ctime: IndexTime::new(stat.st_ctime as i32, stat.st_ctime_nsec as u32),
         mtime: IndexTime::new(stat.st_mtime as i32, stat.st_mtime_nsec as u32),
@@ -823,7 +910,7 @@ fn subject_of(commit: &git2::Commit<'_>) -> String {
     String::from_utf8_lossy(subject).into_owned()
 }
 
-fn summarise(repo: &Repository, id: Oid) -> Result<CommitSummary> {
+pub(super) fn summarise(repo: &Repository, id: Oid) -> Result<CommitSummary> {
     let read = || -> Result<_, git2::Error> {
         let commit = repo.find_commit(id)?;
         let before = match commit.parent(0) {
@@ -831,47 +918,55 @@ fn summarise(repo: &Repository, id: Oid) -> Result<CommitSummary> {
             Err(error) if error.code() == ErrorCode::NotFound => None,
             Err(error) => return Err(error),
         };
-        let mut options = DiffOptions::new();
-        options.context_lines(0).max_size(MAX_COUNTED_BYTES);
-        let mut diff =
-            repo.diff_tree_to_tree(before.as_ref(), Some(&commit.tree()?), Some(&mut options))?;
-        diff.find_similar(Some(DiffFindOptions::new().renames(true).rename_limit(200)))?;
-        let is_counted = diff.deltas().len() <= MAX_COUNTED_FILES;
-        let mut files = Vec::new();
-        for (at, delta) in diff.deltas().enumerate() {
-            let status = match delta.status() {
-                Delta::Added | Delta::Copied => FileStatus::Added,
-                Delta::Deleted => FileStatus::Deleted,
-                Delta::Renamed => FileStatus::Renamed,
-                _ => FileStatus::Modified,
-            };
-            let patch = if is_counted {
-                Patch::from_diff(&diff, at)?
-            } else {
-                None
-            };
-            let (_, additions, deletions) = patch
-                .map(|patch| patch.line_stats())
-                .transpose()?
-                .unwrap_or_default();
-            let file = if status == FileStatus::Deleted {
-                delta.old_file()
-            } else {
-                delta.new_file()
-            };
-            let path = String::from_utf8_lossy(file.path_bytes().unwrap_or_default()).into_owned();
-            files.push(FileChange {
-                path,
-                status,
-                additions: additions as u64,
-                deletions: deletions as u64,
-            });
-        }
         Ok(CommitSummary {
             id: id.to_string(),
             message: subject_of(&commit),
-            files,
+            files: changed_files(repo, before.as_ref(), &commit.tree()?)?,
         })
     };
     read().during("read what a commit changed")
+}
+
+/// What differs between two trees, with line counts.
+pub(super) fn changed_files(
+    repo: &Repository,
+    before: Option<&Tree<'_>>,
+    after: &Tree<'_>,
+) -> Result<Vec<FileChange>, git2::Error> {
+    let mut options = DiffOptions::new();
+    options.context_lines(0).max_size(MAX_COUNTED_BYTES);
+    let mut diff = repo.diff_tree_to_tree(before, Some(after), Some(&mut options))?;
+    diff.find_similar(Some(DiffFindOptions::new().renames(true).rename_limit(200)))?;
+    let is_counted = diff.deltas().len() <= MAX_COUNTED_FILES;
+    let mut files = Vec::new();
+    for (at, delta) in diff.deltas().enumerate() {
+        let status = match delta.status() {
+            Delta::Added | Delta::Copied => FileStatus::Added,
+            Delta::Deleted => FileStatus::Deleted,
+            Delta::Renamed => FileStatus::Renamed,
+            _ => FileStatus::Modified,
+        };
+        let patch = if is_counted {
+            Patch::from_diff(&diff, at)?
+        } else {
+            None
+        };
+        let (_, additions, deletions) = patch
+            .map(|patch| patch.line_stats())
+            .transpose()?
+            .unwrap_or_default();
+        let file = if status == FileStatus::Deleted {
+            delta.old_file()
+        } else {
+            delta.new_file()
+        };
+        let path = String::from_utf8_lossy(file.path_bytes().unwrap_or_default()).into_owned();
+        files.push(FileChange {
+            path,
+            status,
+            additions: additions as u64,
+            deletions: deletions as u64,
+        });
+    }
+    Ok(files)
 }

@@ -4,6 +4,7 @@
 //! (`thread.rs`) that owns the thread's queue, agent and preparation. News comes back as return
 //! values, journals and `watch`es. It knows nothing of HTTP.
 
+mod operation;
 mod prepare;
 mod thread;
 mod view;
@@ -24,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     agent::AgentSettings,
-    domain::{PreviewStatus, Signature, TurnResult, TurnStatus},
+    domain::{Between, Conflict, ConflictKind, PreviewStatus, Signature, TurnResult, TurnStatus},
     gateway::Gateway,
     identity::{ThreadId, ThreadKey, TurnId, UserKey},
     lease::{Lease, LeaseError, LeaseLost, Patience},
@@ -33,10 +34,11 @@ use crate::{
     process::Launcher,
     repository::{Remotes, RepositoryError, SourceError},
     task::{self, BlockingError, Tasks},
-    turn::{JournalError, StoredContext, TurnFile, TurnRecord, blank_result},
+    turn::{JournalError, Past, RunError, StoredContext, TurnFile, TurnRecord, blank_result},
     workspace::{Cache, Dependencies, InstallError, ThreadPaths, UserPaths, WorkspaceError},
 };
 
+pub use operation::{DryRun, Operation, OperationAnswer, OperationRequest};
 pub use view::{ExecuteRequest, InitAnswer, InitRequest, PreviewView, ThreadView, TurnSummary};
 
 use thread::{Request, ThreadHandle};
@@ -70,6 +72,25 @@ pub enum SupervisorError {
     QueueFull { limit: usize },
     #[error("another container works on this thread; ask there, or again once it is done")]
     BusyElsewhere,
+    /// The branch's commit is another one than the caller knows.
+    #[error(
+        "the thread has changed since (its head is {head} now); look at it again, then decide anew"
+    )]
+    StaleHead { head: String },
+    #[error(
+        "that cannot be taken back by itself, because later changes build on it or files are in the \
+         way; nothing was changed"
+    )]
+    UndoConflict { files: Vec<Conflict> },
+    #[error("{}; nothing was changed", conflict_text(between.as_ref(), files))]
+    MergeConflict {
+        /// The branches that were to be merged, if it was that.
+        between: Option<Between>,
+        files: Vec<Conflict>,
+    },
+    /// What was asked for makes no sense here.
+    #[error("{0}")]
+    Refused(&'static str),
     #[error(transparent)]
     Lease(Arc<LeaseError>),
     #[error(transparent)]
@@ -98,6 +119,23 @@ macro_rules! shared_error {
     )*};
 }
 shared_error!(InstallError, WorkspaceError, BlockingError);
+
+fn conflict_text(between: Option<&Between>, files: &[Conflict]) -> String {
+    let lost = files
+        .iter()
+        .any(|file| file.kind == ConflictKind::SilentLoss);
+    match between {
+        Some(Between { from, to }) if lost => format!(
+            "merging {from} into {to} would take away what others wrote and nobody here touched; \
+             look at the lines, and publish with acceptLoss if they are to go"
+        ),
+        Some(Between { from, to }) => format!(
+            "{from} and {to} changed the same places; sync the thread, or let its agent bring the \
+             files into agreement, then try again"
+        ),
+        None => "the changes of both sides do not go together".into(),
+    }
+}
 
 impl From<LeaseLost> for SupervisorError {
     fn from(_: LeaseLost) -> Self {
@@ -130,7 +168,21 @@ impl From<RepositoryError> for SupervisorError {
     fn from(error: RepositoryError) -> Self {
         match error {
             RepositoryError::Lost(lost) => lost.into(),
+            RepositoryError::Conflict { between, files } => Self::MergeConflict { between, files },
             error => Self::Repository(Arc::new(error)),
+        }
+    }
+}
+
+impl From<RunError> for SupervisorError {
+    fn from(error: RunError) -> Self {
+        match error {
+            RunError::Journal(error) => error.into(),
+            RunError::Repository(error) => error.into(),
+            RunError::Workspace(error) => error.into(),
+            RunError::Blocking(error) => error.into(),
+            RunError::Lost(lost) => lost.into(),
+            RunError::Agent(error) => Self::Internal(error.to_string()),
         }
     }
 }
@@ -146,6 +198,15 @@ impl Clone for SupervisorError {
             },
             Self::QueueFull { limit } => Self::QueueFull { limit: *limit },
             Self::BusyElsewhere => Self::BusyElsewhere,
+            Self::StaleHead { head } => Self::StaleHead { head: head.clone() },
+            Self::UndoConflict { files } => Self::UndoConflict {
+                files: files.clone(),
+            },
+            Self::MergeConflict { between, files } => Self::MergeConflict {
+                between: between.clone(),
+                files: files.clone(),
+            },
+            Self::Refused(why) => Self::Refused(why),
             Self::Lease(error) => Self::Lease(error.clone()),
             Self::Source(error) => Self::Source(error.clone()),
             Self::Repository(error) => Self::Repository(error.clone()),
@@ -405,6 +466,22 @@ impl Supervisor {
             .await
     }
 
+    /// Does something to a thread in its turn's place: after what was asked for before, never
+    /// beside a turn. Nothing is accepted until its time comes: a caller that goes away before
+    /// that takes its wish along.
+    ///
+    /// # Errors
+    /// See [`SupervisorError`]; then nothing was changed, but for outside edits being committed.
+    pub async fn operate(
+        &self,
+        request: OperationRequest,
+    ) -> Result<OperationAnswer, SupervisorError> {
+        let key = request.key.clone();
+        self.revive(&key).await?;
+        self.ask(&key, |reply| Request::Operate(Box::new(request), reply))
+            .await
+    }
+
     /// A turn, live or at rest.
     ///
     /// # Errors
@@ -557,7 +634,7 @@ impl Supervisor {
         Ok(views)
     }
 
-    /// The thread's turns, newest first.
+    /// At most `limit` of the thread's turns, newest first, from the one before `before` on.
     ///
     /// # Errors
     /// [`SupervisorError::NotFound`].
@@ -565,6 +642,7 @@ impl Supervisor {
         &self,
         key: &ThreadKey,
         limit: usize,
+        before: Option<TurnId>,
     ) -> Result<Vec<TurnSummary>, SupervisorError> {
         if !self.is_initialised(key).await? {
             return Err(SupervisorError::NotFound("there is no such thread"));
@@ -577,7 +655,7 @@ impl Supervisor {
         let (paths, key) = (self.0.paths(key), key.clone());
         Ok(
             task::blocking("reading the history", DISK_DEADLINE, move || {
-                read_history(&paths, &key, limit, &running)
+                read_history(Past::of(&paths, &key), limit, before.as_ref(), &running)
             })
             .await?,
         )

@@ -19,7 +19,7 @@ use tokio::{
 use super::{DISK_DEADLINE, InitAnswer, InitRequest, Inner, PREVIEW_GRACE, SupervisorError};
 use crate::{
     agent::{Agent, AgentSite},
-    domain::{Continuity, PreviewError, PreviewState},
+    domain::{Continuity, PreviewError, PreviewState, TurnKind},
     identity::{ThreadKey, TurnId},
     lease::{Fence, Lease, Patience},
     preview::{PreviewSite, pick_port},
@@ -142,17 +142,10 @@ pub(super) async fn prepare(
         tasks: inner.tasks.clone(),
     };
     let (mut context, requeued) = recover(inner, &site, &paths, context).await?;
-    let agent = match agent_settings {
-        // Ahead of its first instruction, so that the first turn does not wait for it.
-        Some(_) if inner.settings.max_warm_agents > 0 => match site.start_agent(&mut context).await
-        {
-            Ok(started) => Some(started),
-            Err(error) => {
-                tracing::warn!(%error, "failed to start the agent ahead");
-                None
-            }
-        },
-        _ => None,
+    let agent = if agent_settings.is_some() && inner.settings.max_warm_agents > 0 {
+        site.start_agent_ahead(&mut context).await
+    } else {
+        None
     };
     let attach = Attach::start(inner.clone(), site.clone(), place, lease.clone());
     Ok(Preparation {
@@ -361,20 +354,28 @@ async fn recover(
                 std::fs::remove_file(mark).ok()
             })
             .await?;
-        } else if record.has_started() {
+        } else if record.has_started() || accepted.kind != TurnKind::Turn {
             tracing::warn!(turn_id = %id, "recovering a turn whose supervisor died");
-            context =
-                site.recover(&accepted, &journal, context)
-                    .await
-                    .map_err(|error| match site.fence.check() {
-                        Ok(()) => SupervisorError::Internal(format!("{error:#}")),
-                        Err(lost) => lost.into(),
-                    })?;
+            context = recover_one(site, &accepted, &journal, context).await?;
         } else {
             requeued.push((accepted, journal));
         }
     }
     Ok((context, requeued))
+}
+
+async fn recover_one(
+    site: &TurnSite,
+    accepted: &Accepted,
+    journal: &Journal,
+    context: StoredContext,
+) -> Result<StoredContext, SupervisorError> {
+    site.recover(accepted, journal, context)
+        .await
+        .map_err(|error| match site.fence.check() {
+            Ok(()) => error.into(),
+            Err(lost) => lost.into(),
+        })
 }
 
 /// Answers an init of a thread that is prepared.

@@ -14,11 +14,15 @@ use tracing::Instrument;
 
 use super::{
     ExecuteRequest, InitAnswer, InitRequest, Inner, LiveTurn, SupervisorError, lock,
+    operation::{self, OperationAnswer, OperationEnd, OperationRequest},
     prepare::{self, Preparation, Prepared},
 };
 use crate::{
     agent::Agent,
-    domain::{CommitSummary, Continuity, PreviewState, TurnEvent, TurnPreview, TurnStatus},
+    domain::{
+        CommitSummary, Continuity, Effect, PreviewState, TurnEvent, TurnKind, TurnPreview,
+        TurnStatus,
+    },
     identity::{ThreadKey, TurnId},
     lease::Lease,
     lifecycle::{Guard, HolderKind},
@@ -48,6 +52,7 @@ pub(super) enum Request {
     /// Prepare a thread that was initialised before, without an init of its own.
     Revive(Reply<()>),
     Execute(Box<ExecuteRequest>, Reply<TurnRecord>),
+    Operate(Box<OperationRequest>, Reply<OperationAnswer>),
     /// A waiting turn was cancelled: look.
     Wake,
     /// Another thread needs the place: end the idle agent.
@@ -95,7 +100,7 @@ pub(super) fn start(inner: Arc<Inner>, key: ThreadKey) -> ThreadHandle {
         agent: None,
         agent_idle_since: Instant::now(),
         queue: VecDeque::new(),
-        running: None,
+        is_running: false,
         is_preparing: false,
         waiting: Vec::new(),
         work: JoinSet::new(),
@@ -115,6 +120,21 @@ struct Queued {
     _guard: Guard,
 }
 
+/// An operation that waits. Nothing of it was accepted yet.
+#[derive(Debug)]
+struct Wish {
+    request: Box<OperationRequest>,
+    reply: Reply<OperationAnswer>,
+    _guard: Guard,
+}
+
+/// What waits in line, in the order in which it was asked for.
+#[derive(Debug)]
+enum InLine {
+    Turn(Box<Queued>),
+    Wish(Wish),
+}
+
 enum Waiter {
     Init(InitRequest, Reply<InitAnswer>),
     Revive(Reply<()>),
@@ -124,6 +144,7 @@ enum Waiter {
 enum Done {
     Prepared(Result<Box<Preparation>, SupervisorError>),
     Turn(TurnId, Box<RunEnd>),
+    Operation(Box<OperationEnd>, Reply<OperationAnswer>),
     /// Replies, cancelled waiting turns: nothing to take in.
     Nothing,
     /// A waiting turn was cancelled and has its outcome.
@@ -139,8 +160,9 @@ struct Driver {
     context: Option<StoredContext>,
     agent: Option<(Agent, Continuity)>,
     agent_idle_since: Instant,
-    queue: VecDeque<Queued>,
-    running: Option<TurnId>,
+    queue: VecDeque<InLine>,
+    /// A turn or an operation is under way.
+    is_running: bool,
     is_preparing: bool,
     waiting: Vec<Waiter>,
     work: JoinSet<Done>,
@@ -194,6 +216,13 @@ impl Driver {
             Request::Execute(request, reply) => {
                 let admitted = self.admit(*request).await;
                 reply.send(admitted).ok();
+                self.start_next();
+            }
+            Request::Operate(request, reply) => {
+                match self.check_line() {
+                    Ok(()) => self.put_in_line(request, reply),
+                    Err(error) => drop(reply.send(Err(error))),
+                }
                 self.start_next();
             }
             Request::Wake => self.drop_cancelled(),
@@ -274,8 +303,36 @@ impl Driver {
                 }
                 self.start_next();
             }
+            Done::Operation(end, reply) => {
+                self.is_running = false;
+                let OperationEnd {
+                    answer,
+                    context,
+                    is_unfinished,
+                    folder,
+                } = *end;
+                reply.send(answer).ok();
+                if self.prepared.is_none() {
+                    self.prepare();
+                    return;
+                }
+                if is_unfinished {
+                    self.begin_anew();
+                    return;
+                }
+                if let Some(context) = context {
+                    self.context = Some(context);
+                }
+                if folder == Folder::New {
+                    self.rest_agent();
+                    if let Some(prepared) = &self.prepared {
+                        prepared.attach.again();
+                    }
+                }
+                self.start_next();
+            }
             Done::Turn(id, end) => {
-                self.running = None;
+                self.is_running = false;
                 lock(&self.inner.live).remove(&id);
                 if self.prepared.is_none() {
                     // The lease was lost under it.
@@ -306,6 +363,29 @@ impl Driver {
         self.work.spawn(work.in_current_span());
     }
 
+    /// Is there room for one more in line?
+    fn check_line(&self) -> Result<(), SupervisorError> {
+        if self.prepared.is_none() {
+            return Err(SupervisorError::BusyElsewhere);
+        }
+        let limit = self.inner.settings.max_queued_turns;
+        // The running one does not wait.
+        if self.queue.len() >= limit + usize::from(!self.is_running) {
+            return Err(SupervisorError::QueueFull { limit });
+        }
+        Ok(())
+    }
+
+    fn put_in_line(&mut self, request: Box<OperationRequest>, reply: Reply<OperationAnswer>) {
+        let who = format!("an operation on {}", self.key);
+        let guard = self.inner.activity.hold(HolderKind::Queue, who);
+        self.queue.push_back(InLine::Wish(Wish {
+            request,
+            reply,
+            _guard: guard,
+        }));
+    }
+
     /// Writes a turn into its journal and puts it in line.
     async fn admit(&mut self, request: ExecuteRequest) -> Result<TurnRecord, SupervisorError> {
         let paths = self.inner.paths(&self.key);
@@ -324,14 +404,13 @@ impl Driver {
             }
             return Ok(TurnRecord::at_rest(TurnFile::new(&paths, id)));
         }
-        let limit = self.inner.settings.max_queued_turns;
-        // The running one does not wait.
-        if self.queue.len() >= limit + usize::from(self.running.is_none()) {
-            return Err(SupervisorError::QueueFull { limit });
-        }
+        self.check_line()?;
         let timeout = request.timeout.unwrap_or(self.inner.settings.turn_timeout);
         let accepted = Accepted {
             turn_id: TurnId::new(&self.key),
+            kind: TurnKind::Turn,
+            effect: Effect::default(),
+            applies: None,
             mode: request.mode,
             instruction: request.instruction,
             model: request.model,
@@ -345,7 +424,7 @@ impl Driver {
             mark.set(&accepted.turn_id, fence).await?;
         }
         let journal = Journal::create(&paths, accepted.clone(), fence, &self.inner.tasks).await?;
-        let position = self.queue.len() + usize::from(self.running.is_some());
+        let position = self.queue.len() + usize::from(self.is_running);
         journal.append(TurnEvent::Queued { position }).await?;
         let record = journal.record();
         self.enqueue(accepted, journal, request.request_id);
@@ -363,28 +442,58 @@ impl Driver {
             .inner
             .activity
             .hold(HolderKind::Queue, accepted.turn_id.to_string());
-        self.queue.push_back(Queued {
+        self.queue.push_back(InLine::Turn(Box::new(Queued {
             accepted,
             journal,
             cancel,
             request_id,
             _guard: guard,
-        });
+        })));
     }
 
-    /// Runs the next turn in line, if none runs.
+    /// Runs what is next in line, if nothing runs.
     fn start_next(&mut self) {
-        if self.running.is_some() || self.inner.draining.is_cancelled() {
+        if self.is_running || self.inner.draining.is_cancelled() {
             return;
         }
         let (Some(prepared), Some(context)) = (self.prepared.clone(), self.context.clone()) else {
             return;
         };
-        let Some(turn) = self.queue.pop_front() else {
-            return;
+        loop {
+            match self.queue.pop_front() {
+                None => return,
+                // Whoever wished for it has gone, and was promised nothing.
+                Some(InLine::Wish(wish)) if wish.reply.is_closed() => {}
+                Some(InLine::Wish(wish)) => return self.start_operation(wish, prepared, context),
+                Some(InLine::Turn(turn)) => return self.start_turn(turn, prepared, context),
+            }
+        }
+    }
+
+    fn start_operation(&mut self, wish: Wish, prepared: Prepared, context: StoredContext) {
+        self.is_running = true;
+        let inner = self.inner.clone();
+        let request_id = wish.request.request_id.clone();
+        let span = tracing::info_span!("operation", request_id);
+        let work = async move {
+            let Wish {
+                request,
+                reply,
+                _guard,
+            } = wish;
+            let who = format!("an operation on {}", request.key);
+            let holder = inner.activity.hold(HolderKind::Turn, who);
+            drop(_guard);
+            let end = operation::run(&inner, &prepared, context, &request).await;
+            drop(holder);
+            Done::Operation(Box::new(end), reply)
         };
+        self.work.spawn(work.instrument(span));
+    }
+
+    fn start_turn(&mut self, turn: Box<Queued>, prepared: Prepared, context: StoredContext) {
         let id = turn.accepted.turn_id.clone();
-        self.running = Some(id.clone());
+        self.is_running = true;
         self.inner.warm.remove(&self.key);
         let agent = self.agent.take();
         let inner = self.inner.clone();
@@ -396,7 +505,7 @@ impl Driver {
                 cancel,
                 _guard,
                 ..
-            } = turn;
+            } = *turn;
             // Elsewhere as many turns run as may: this one still waits.
             let permit = tokio::select! {
                 permit = inner.turns.clone().acquire_owned() => permit.ok(),
@@ -435,9 +544,10 @@ impl Driver {
     fn drop_cancelled(&mut self) {
         let (cancelled, waiting): (VecDeque<_>, VecDeque<_>) = std::mem::take(&mut self.queue)
             .into_iter()
-            .partition(|turn| turn.cancel.is_cancelled());
+            .partition(|next| matches!(next, InLine::Turn(turn) if turn.cancel.is_cancelled()));
         self.queue = waiting;
-        for turn in cancelled {
+        for next in cancelled {
+            let InLine::Turn(turn) = next else { continue };
             let (Some(context), Some(prepared)) = (&mut self.context, &self.prepared) else {
                 return;
             };
@@ -488,10 +598,20 @@ impl Driver {
     /// stays in its journals. The next owner recovers both; where nobody else came, that is us.
     fn lose(&mut self) {
         tracing::error!("the thread's lease is lost; all of its work here ends");
+        self.begin_anew();
+    }
+
+    /// Forgets the thread and prepares it again: what is in a journal gets its outcome, or its
+    /// place in line.
+    fn begin_anew(&mut self) {
         self.lease = None;
         self.prepared = None;
         self.context = None;
-        self.queue.clear();
+        for next in self.queue.drain(..) {
+            if let InLine::Wish(wish) = next {
+                wish.reply.send(Err(SupervisorError::BusyElsewhere)).ok();
+            }
+        }
         lock(&self.inner.live).retain(|id, _| *id.key() != self.key);
         self.inner.warm.remove(&self.key);
         // Dropped, it is killed.
@@ -503,7 +623,7 @@ impl Driver {
             }
             Done::Nothing
         });
-        if self.running.is_none() {
+        if !self.is_running {
             self.prepare();
         }
     }
@@ -520,6 +640,7 @@ impl Driver {
                             agent.stop().await;
                         }
                     }
+                    Ok(Done::Operation(end, reply)) => drop(reply.send(end.answer)),
                     Ok(Done::Prepared(Ok(preparation))) => {
                         if let Some((agent, _)) = preparation.agent {
                             agent.stop().await;
@@ -552,7 +673,7 @@ async fn lost(lease: Option<&Lease>) {
 
 /// The preview's word on a turn: what needs new dependencies gets them, a server that had given up
 /// tries again.
-async fn preview_after(
+pub(super) async fn preview_after(
     inner: &Arc<Inner>,
     prepared: &Prepared,
     commit: Option<&CommitSummary>,

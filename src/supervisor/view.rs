@@ -7,9 +7,9 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::{
-    domain::{Author, PreviewState, TurnMode, TurnStatus, Usage},
+    domain::{Author, Effect, ErrorCode, PreviewState, TurnKind, TurnMode, TurnStatus, Usage},
     identity::{ClientId, ThreadId, ThreadKey, TurnId, UserId},
-    turn::TurnFile,
+    turn::{Past, PastTurn, Undone},
     workspace::ThreadPaths,
 };
 
@@ -86,8 +86,8 @@ pub struct ThreadView {
 pub struct TurnSummary {
     #[schema(value_type = String)]
     pub turn_id: TurnId,
-    /// `execute` or `plan`.
-    pub kind: TurnMode,
+    pub kind: TurnKind,
+    pub mode: TurnMode,
     pub instruction: String,
     pub status: TurnStatus,
     pub text: String,
@@ -97,66 +97,81 @@ pub struct TurnSummary {
     pub duration_ms: u64,
     pub commit: Option<crate::domain::CommitSummary>,
     pub usage: Usage,
+    #[serde(flatten)]
+    pub effect: Effect,
+    /// The turn that took this one's changes back, while that is in force.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub undone_by: Option<TurnId>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub code: Option<ErrorCode>,
 }
 
-/// The thread's turns, newest first, of their journals. Blocking.
+/// At most `limit` of the thread's turns, newest first, from the one before `before` on.
+/// Blocking.
 pub(super) fn read_history(
-    paths: &ThreadPaths,
-    key: &ThreadKey,
+    past: Past,
     limit: usize,
+    before: Option<&TurnId>,
     running: &[TurnId],
 ) -> Vec<TurnSummary> {
-    let entries = std::fs::read_dir(paths.turns())
-        .into_iter()
-        .flatten()
-        .flatten();
-    let mut ids: Vec<TurnId> = entries
-        .filter_map(|entry| {
-            let name = entry.file_name().into_string().ok()?;
-            format!(
-                "{}~{}~{}~{}",
-                key.client,
-                key.user,
-                key.thread,
-                name.strip_suffix(".jsonl")?
-            )
-            .parse()
-            .ok()
-        })
-        .collect();
-    ids.sort_by(|a, b| b.cmp(a));
-    ids.into_iter()
-        .take(limit)
-        .filter_map(|id| {
-            let file = TurnFile::new(paths, id.clone());
-            let accepted = file.accepted().ok()?;
-            let outcome = file.outcome().ok().flatten();
-            let pending = if running.contains(&id) {
-                TurnStatus::Running
-            } else {
-                TurnStatus::Queued
+    let mut undone = Undone::default();
+    let mut turns = Vec::new();
+    for turn in past {
+        let undone_by = undone.by(&turn);
+        // What is newer than the page still tells what of the page is undone.
+        if before.is_some_and(|before| turn.id() >= before) {
+            continue;
+        }
+        turns.push(TurnSummary::new(turn, undone_by, running));
+        if turns.len() == limit {
+            break;
+        }
+    }
+    turns
+}
+
+impl TurnSummary {
+    fn new(turn: PastTurn, undone_by: Option<TurnId>, running: &[TurnId]) -> Self {
+        let PastTurn { accepted, outcome } = turn;
+        let pending = if running.contains(&accepted.turn_id) {
+            TurnStatus::Running
+        } else {
+            TurnStatus::Queued
+        };
+        let mut summary = Self {
+            kind: accepted.kind,
+            mode: accepted.mode,
+            instruction: accepted.instruction,
+            status: pending,
+            text: String::new(),
+            author: accepted.author,
+            started_at: accepted.accepted_at,
+            duration_ms: 0,
+            commit: None,
+            usage: Usage::default(),
+            effect: accepted.effect,
+            undone_by,
+            error: None,
+            code: None,
+            turn_id: accepted.turn_id,
+        };
+        if let Some(outcome) = outcome {
+            summary.status = outcome.status;
+            summary.text = outcome.text;
+            summary.duration_ms = outcome.duration_ms;
+            summary.commit = outcome.commit;
+            summary.usage = outcome.usage;
+            summary.effect = Effect {
+                undone: outcome.undone,
+                redone: outcome.redone,
+                restored: outcome.restored,
             };
-            Some(TurnSummary {
-                kind: accepted.mode,
-                instruction: accepted.instruction,
-                author: accepted.author,
-                started_at: accepted.accepted_at,
-                status: outcome.as_ref().map_or(pending, |result| result.status),
-                text: outcome
-                    .as_ref()
-                    .map(|result| result.text.clone())
-                    .unwrap_or_default(),
-                duration_ms: outcome.as_ref().map_or(0, |result| result.duration_ms),
-                usage: outcome
-                    .as_ref()
-                    .map(|result| result.usage)
-                    .unwrap_or_default(),
-                error: outcome.as_ref().and_then(|result| result.error.clone()),
-                commit: outcome.and_then(|result| result.commit),
-                turn_id: id,
-            })
-        })
-        .collect()
+            summary.error = outcome.error;
+            summary.code = outcome.code;
+        }
+        summary
+    }
 }

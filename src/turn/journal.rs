@@ -17,8 +17,9 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::history::PastOutcome;
 use crate::{
-    domain::{Author, TurnEvent, TurnMode, TurnResult},
+    domain::{Author, Effect, TurnEvent, TurnKind, TurnMode, TurnResult},
     identity::TurnId,
     lease::{Fence, LeaseLost},
     task::{self, BlockingError, Tasks},
@@ -54,6 +55,15 @@ pub enum JournalError {
 #[serde(rename_all = "camelCase")]
 pub struct Accepted {
     pub turn_id: TurnId,
+    /// Journals from before there were others have none: they are turns of the agent.
+    #[serde(default)]
+    pub kind: TurnKind,
+    #[serde(flatten)]
+    pub effect: Effect,
+    /// Of an operation: the commit that it is about to make, by its full id. It exists already; a
+    /// restart finishes what was begun with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub applies: Option<String>,
     pub mode: TurnMode,
     pub instruction: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -93,6 +103,7 @@ impl EventLine {
             TurnEvent::ToolStarted { .. } => "tool.started",
             TurnEvent::ToolFinished { .. } => "tool.finished",
             TurnEvent::FileChanged { .. } => "file.changed",
+            TurnEvent::BudgetWarning { .. } => "budget.warning",
             TurnEvent::PreviewUpdated {} => "preview.updated",
             TurnEvent::PreviewError { .. } => "preview.error",
             TurnEvent::CommitCreated { .. } => "commit.created",
@@ -136,6 +147,8 @@ pub struct Committed {
     /// Number of the last event.
     pub last_id: u64,
     pub has_started: bool,
+    /// The turn's commit was told of.
+    pub has_commit: bool,
     /// The last event was the outcome.
     pub is_done: bool,
     /// The writer lost the thread's lease: somebody else writes what follows.
@@ -302,6 +315,7 @@ async fn write_events(
                         event: *event,
                     };
                     committed.has_started |= matches!(line.event, TurnEvent::Started {});
+                    committed.has_commit |= matches!(line.event, TurnEvent::CommitCreated { .. });
                     committed.is_done = line.outcome().is_some();
                     serde_json::to_writer(&mut text, &line).expect("our own plain data serialises");
                     text.push(b'\n');
@@ -423,6 +437,7 @@ impl TurnFile {
             if let Ok(event) = serde_json::from_slice::<EventLine>(line) {
                 committed.last_id = event.id;
                 committed.has_started |= matches!(event.event, TurnEvent::Started {});
+                committed.has_commit |= matches!(event.event, TurnEvent::CommitCreated { .. });
                 committed.is_done |= event.outcome().is_some();
             }
             committed.bytes = end;
@@ -488,29 +503,56 @@ impl TurnFile {
     /// # Errors
     /// [`JournalError`].
     pub fn outcome(&self) -> Result<Option<TurnResult>, JournalError> {
-        if self.open_mark.exists() {
-            return Ok(None);
-        }
-        let mut file =
-            File::open(&self.journal).map_err(WorkspaceError::io("open", &self.journal))?;
-        let length = file
-            .metadata()
-            .map_err(WorkspaceError::io("read", &self.journal))?
-            .len();
-        file.seek(SeekFrom::Start(length.saturating_sub(MAX_LINE)))
-            .map_err(WorkspaceError::io("read", &self.journal))?;
-        let mut tail = Vec::new();
-        file.take(MAX_LINE)
-            .read_to_end(&mut tail)
-            .map_err(WorkspaceError::io("read", &self.journal))?;
-        let last = tail
-            .strip_suffix(b"\n")
-            .unwrap_or(&tail)
-            .rsplit(|b| *b == b'\n')
-            .next();
-        Ok(last
-            .and_then(|line| serde_json::from_slice::<EventLine>(line).ok())
+        let last = self.last_line()?;
+        Ok(serde_json::from_slice::<EventLine>(&last)
+            .ok()
             .and_then(|line| line.outcome().cloned()))
+    }
+
+    /// As [`TurnFile::outcome`], without what only an answer shows.
+    pub(super) fn past_outcome(&self) -> Result<Option<PastOutcome>, JournalError> {
+        #[derive(Deserialize)]
+        struct Line {
+            data: Data,
+        }
+        #[derive(Deserialize)]
+        struct Data {
+            result: PastOutcome,
+        }
+        let last = self.last_line()?;
+        Ok(serde_json::from_slice::<Line>(&last)
+            .ok()
+            .map(|line| line.data.result))
+    }
+
+    /// The last line of a turn that has its outcome; else nothing.
+    fn last_line(&self) -> Result<Vec<u8>, JournalError> {
+        if self.open_mark.exists() {
+            return Ok(Vec::new());
+        }
+        self.read_last_line()
+            .map_err(WorkspaceError::io("read", &self.journal))
+            .map_err(JournalError::from)
+    }
+
+    fn read_last_line(&self) -> io::Result<Vec<u8>> {
+        /// Holds most outcomes; a longer one is read with more steps.
+        const AT_FIRST: u64 = 32 << 10;
+        let mut file = File::open(&self.journal)?;
+        let length = file.metadata()?.len();
+        let mut want = AT_FIRST;
+        loop {
+            let from = length.saturating_sub(want);
+            file.seek(SeekFrom::Start(from))?;
+            let mut tail = Vec::new();
+            (&mut file).take(length - from).read_to_end(&mut tail)?;
+            let whole = tail.strip_suffix(b"\n").unwrap_or(&tail);
+            match whole.iter().rposition(|b| *b == b'\n') {
+                Some(at) => return Ok(whole[at + 1..].to_vec()),
+                None if from == 0 || want >= MAX_LINE => return Ok(whole.to_vec()),
+                None => want = (want * 8).min(MAX_LINE),
+            }
+        }
     }
 
     fn events(&self, from: u64, to: u64) -> Result<(Vec<EventLine>, u64), JournalError> {
@@ -576,6 +618,13 @@ impl TurnRecord {
         self.live
             .as_ref()
             .is_none_or(|live| live.borrow().has_started)
+    }
+
+    /// Does the journal tell of a commit?
+    pub(super) fn has_commit(&self) -> bool {
+        self.live
+            .as_ref()
+            .is_some_and(|live| live.borrow().has_commit)
     }
 
     /// Waits for the outcome.
@@ -697,6 +746,9 @@ mod tests {
     fn accepted(id: &TurnId) -> Accepted {
         Accepted {
             turn_id: id.clone(),
+            kind: TurnKind::Turn,
+            effect: Effect::default(),
+            applies: None,
             mode: TurnMode::Execute,
             instruction: "make it blue".into(),
             model: None,

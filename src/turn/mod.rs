@@ -6,11 +6,14 @@
 //! a restart are the same bytes, and a slow reader slows nobody.
 
 mod context;
+mod history;
 mod journal;
+mod operation;
 mod run;
 
 pub use context::{StoredContext, replay_summary};
+pub use history::{Past, PastTurn, Undone, redo_target, undo_target};
 pub use journal::{
     Accepted, Committed, EventLine, Events, Journal, JournalError, TurnFile, TurnRecord,
 };
-pub use run::{Folder, RunEnd, TurnSite, blank_result, run_turn};
+pub use run::{Folder, RunEnd, RunError, TurnSite, blank_result, run_turn};

@@ -15,15 +15,18 @@ use crate::{
         Agent, AgentSettings, AgentSite, Ending, RunEvent, RunOutcome, RunRequest, SessionStart,
     },
     domain::{
-        CommitSummary, Continuity, ErrorCode, FileStatus, PreviewState, Signature, TurnEvent,
-        TurnFailure, TurnMode, TurnPreview, TurnResult, TurnStatus, Usage,
+        Account, CommitSummary, Continuity, ErrorCode, FileStatus, PreviewState, Signature,
+        TurnEvent, TurnFailure, TurnKind, TurnMode, TurnPreview, TurnResult, TurnStatus, Usage,
     },
     gateway::Gateway,
     identity::ThreadKey,
     lease::{Fence, LeaseLost},
     process::Launcher,
-    repository::{CommitRequest, Committed, Repair, RepositoryError, Strangers, Worktree},
+    repository::{
+        CommitRequest, CommitText, Committed, Repair, RepositoryError, Strangers, Worktree,
+    },
     task::{self, Tasks},
+    usage::{Denied, Spent},
     workspace::{ThreadPaths, WorkspaceError},
 };
 
@@ -56,8 +59,9 @@ pub struct RunEnd {
     pub context: StoredContext,
 }
 
+/// Why a turn or an operation could not be carried out by greenroom.
 #[derive(Debug, thiserror::Error)]
-enum RunError {
+pub enum RunError {
     #[error(transparent)]
     Journal(#[from] JournalError),
     #[error(transparent)]
@@ -84,12 +88,27 @@ impl TurnSite {
             .any(|folder| folder.path().join(format!("{session}.jsonl")).is_file())
     }
 
-    /// Starts the CLI for the thread's conversation, ahead of its first instruction. Where that
-    /// begins anew the context gets its id.
-    ///
-    /// # Errors
-    /// If the program cannot be started.
-    pub async fn start_agent(
+    /// Starts the CLI ahead of its next instruction, which then does not wait for it; `None` if that
+    /// does not work, which the instruction will find out.
+    pub async fn start_agent_ahead(
+        &self,
+        context: &mut StoredContext,
+    ) -> Option<(Agent, Continuity)> {
+        match self.start_agent(context).await {
+            Ok((mut agent, continuity)) => {
+                agent.warm_up().await;
+                Some((agent, continuity))
+            }
+            Err(error) => {
+                tracing::warn!(%error, "failed to start the agent ahead");
+                None
+            }
+        }
+    }
+
+    /// Starts the CLI for the thread's conversation. Where that begins anew the context gets its
+    /// id.
+    async fn start_agent(
         &self,
         context: &mut StoredContext,
     ) -> Result<(Agent, Continuity), crate::agent::AgentError> {
@@ -125,13 +144,7 @@ impl TurnSite {
         };
         tracing::info!(why, "the agent is started anew for the next turn");
         agent.0.stop().await;
-        match self.start_agent(context).await {
-            Ok(started) => Some(started),
-            Err(error) => {
-                tracing::warn!(%error, "failed to start the agent ahead");
-                None
-            }
-        }
+        self.start_agent_ahead(context).await
     }
 
     /// A new conversation. Its id is kept before its first turn: a turn that is cut off by a crash
@@ -170,7 +183,11 @@ impl TurnSite {
         .await
     }
 
-    async fn on_disk<T: Send + 'static>(
+    /// Runs `work` on the thread's worktree, if we may still write.
+    ///
+    /// # Errors
+    /// [`RunError`].
+    pub async fn on_disk<T: Send + 'static>(
         &self,
         what: &'static str,
         work: impl FnOnce(&Worktree) -> Result<T, RepositoryError> + Send + 'static,
@@ -183,7 +200,10 @@ impl TurnSite {
 
     /// Commits what is in the worktree, as the work of nobody's turn, after the guard has put right
     /// what had to be.
-    async fn commit_outside_edits(&self) -> Result<Vec<Repair>, RunError> {
+    ///
+    /// # Errors
+    /// If the repository cannot be written.
+    pub async fn commit_outside_edits(&self) -> Result<Committed, RunError> {
         let trailers = vec![
             ("Thread", self.key.to_string()),
             ("Status", "outside".to_owned()),
@@ -194,24 +214,26 @@ impl TurnSite {
         let committed = self
             .on_disk("committing outside edits", move |tree| {
                 tree.commit(&CommitRequest {
-                    instruction: "Edits made outside of a turn",
-                    trailers: &trailers,
-                    author: &committer,
-                    committer: &committer,
+                    text: CommitText {
+                        instruction: "Edits made outside of a turn",
+                        trailers: &trailers,
+                        author: &committer,
+                        committer: &committer,
+                    },
                     strangers: Strangers::Keep,
                     held_dir: &held_dir,
                     fence: &fence,
                 })
             })
             .await?;
-        if let Some(commit) = committed.commit {
+        if let Some(commit) = &committed.commit {
             tracing::info!(
                 commit = commit.id,
                 files = commit.files.len(),
                 "committed edits made outside of a turn"
             );
         }
-        Ok(committed.repairs)
+        Ok(committed)
     }
 
     async fn commit_turn(
@@ -235,10 +257,12 @@ impl TurnSite {
         let fence = self.fence.clone();
         self.on_disk("committing a turn", move |tree| {
             tree.commit(&CommitRequest {
-                instruction: &instruction,
-                trailers: &trailers,
-                author: &author,
-                committer: &committer,
+                text: CommitText {
+                    instruction: &instruction,
+                    trailers: &trailers,
+                    author: &author,
+                    committer: &committer,
+                },
                 strangers: Strangers::Fold,
                 held_dir: &held_dir,
                 fence: &fence,
@@ -247,7 +271,8 @@ impl TurnSite {
         .await
     }
 
-    /// Gives a turn without a live owner its outcome: what it wrote is committed.
+    /// Gives a turn without a live owner its outcome: what it wrote is committed, an operation is
+    /// carried out to its end.
     ///
     /// # Errors
     /// If journal or repository cannot be written.
@@ -256,11 +281,36 @@ impl TurnSite {
         accepted: &Accepted,
         journal: &Journal,
         mut context: StoredContext,
-    ) -> Result<StoredContext, anyhow::Error> {
-        let outcome = RunOutcome::nothing();
-        let committed = self
-            .commit_turn(accepted, TurnStatus::Recovered, &outcome)
-            .await?;
+    ) -> Result<StoredContext, RunError> {
+        if accepted.kind != TurnKind::Turn {
+            let text = format!("{} (finished after an interruption)", accepted.instruction);
+            let off = async |_: Option<&CommitSummary>| TurnPreview {
+                state: PreviewState::Off,
+                errors: Vec::new(),
+            };
+            self.carry_out(accepted, journal, &mut context, text, &[], off)
+                .await?;
+            return Ok(context);
+        }
+        let made = {
+            let id = accepted.turn_id.to_string();
+            self.on_disk("looking for a turn's commit", move |tree| {
+                tree.find_commit_with("Turn-Id", &id)
+            })
+            .await?
+        };
+        let committed = match made {
+            // It was cut off between its commit and its outcome: what is there now came later.
+            Some(commit) => Committed {
+                commit: Some(commit),
+                ..self.commit_outside_edits().await?
+            },
+            None => {
+                let outcome = RunOutcome::nothing();
+                self.commit_turn(accepted, TurnStatus::Recovered, &outcome)
+                    .await?
+            }
+        };
         let mut result = blank_result(accepted, &context);
         result.status = TurnStatus::Recovered;
         result.text = "The turn was cut off; the edits that it had made are kept.".into();
@@ -268,11 +318,13 @@ impl TurnSite {
         result.held_back = committed.held_back;
         result.repairs = sentences(&committed.repairs);
         if let Some(commit) = committed.commit {
-            journal
-                .append(TurnEvent::CommitCreated {
-                    commit: commit.clone(),
-                })
-                .await?;
+            if !journal.record().has_commit() {
+                journal
+                    .append(TurnEvent::CommitCreated {
+                        commit: commit.clone(),
+                    })
+                    .await?;
+            }
             result.commit = Some(commit);
         }
         self.finish(accepted, journal, &mut context, &mut result)
@@ -281,7 +333,7 @@ impl TurnSite {
     }
 
     /// Context first, outcome last: a crash between the two recovers the turn once more.
-    async fn finish(
+    pub(super) async fn finish(
         &self,
         accepted: &Accepted,
         journal: &Journal,
@@ -316,11 +368,12 @@ impl RunOutcome {
             model: None,
             touched: BTreeSet::new(),
             left_running: false,
+            counted: Spent::default(),
         }
     }
 }
 
-fn sentences(repairs: &[Repair]) -> Vec<String> {
+pub(super) fn sentences(repairs: &[Repair]) -> Vec<String> {
     repairs.iter().map(Repair::to_string).collect()
 }
 
@@ -328,6 +381,8 @@ fn sentences(repairs: &[Repair]) -> Vec<String> {
 pub fn blank_result(accepted: &Accepted, context: &StoredContext) -> TurnResult {
     TurnResult {
         turn_id: accepted.turn_id.clone(),
+        kind: accepted.kind,
+        effect: accepted.effect.clone(),
         status: TurnStatus::Queued,
         mode: accepted.mode,
         text: String::new(),
@@ -347,6 +402,7 @@ pub fn blank_result(accepted: &Accepted, context: &StoredContext) -> TurnResult 
         processes_left: false,
         error: None,
         code: None,
+        retry_at: None,
     }
 }
 
@@ -492,7 +548,7 @@ async fn begin(
     result: &mut TurnResult,
 ) -> Result<Folder, RunError> {
     journal.append(TurnEvent::Started {}).await?;
-    let repairs = site.commit_outside_edits().await?;
+    let repairs = site.commit_outside_edits().await?.repairs;
     result.repairs = sentences(&repairs);
     if !repairs.contains(&Repair::Folder) {
         return Ok(Folder::Same);
@@ -515,9 +571,21 @@ async fn drive(
     if cancel.is_cancelled() {
         return Ok(RunOutcome::nothing());
     }
+    let account = Account::turn(&accepted.turn_id);
+    match site.gateway.ledger().meter(account.clone()).check().await {
+        Ok(()) => {}
+        Err(Denied::OverBudget(breach)) => {
+            return Ok(RunOutcome {
+                ending: Ending::OverBudget(breach),
+                ..RunOutcome::nothing()
+            });
+        }
+        // The gateway asks again, and knows what to do.
+        Err(error) => tracing::warn!(error = chain(&error), "failed to look at the budgets"),
+    }
     let deadline = Instant::now() + Duration::from_secs_f64(accepted.timeout_seconds);
     let request = |instruction| RunRequest {
-        label: accepted.turn_id.to_string(),
+        account: account.clone(),
         instruction,
         mode: accepted.mode,
         model: accepted.model.clone(),
@@ -613,6 +681,11 @@ impl TurnSite {
                 },
             },
             RunEvent::Waiting { until, reason } => TurnEvent::Waiting { until, reason },
+            RunEvent::BudgetWarning(warning) => TurnEvent::BudgetWarning {
+                spent_usd: warning.spent_usd,
+                limit_usd: warning.limit.usd,
+                limit: warning.limit.to_string(),
+            },
         }
     }
 
@@ -671,6 +744,17 @@ fn apply(
             ErrorCode::AgentFailed,
             "The agent could not begin the conversation; please send the instruction again.".into(),
         ),
+        Ending::OverBudget(breach) => {
+            result.retry_at = breach.resets;
+            let what = breach.to_string();
+            let mut chars = what.chars();
+            let first = chars.next().into_iter().flat_map(char::to_uppercase);
+            let sentence: String = first.chain(chars).collect();
+            fail(
+                ErrorCode::BudgetExceeded,
+                format!("{sentence}. The edits so far are kept; the operator can raise it."),
+            )
+        }
         Ending::TimedOut => fail(
             ErrorCode::TurnTimeout,
             format!(
@@ -695,7 +779,9 @@ async fn commit(
     let status = match &outcome.ending {
         Ending::Completed => TurnStatus::Completed,
         Ending::Cancelled => TurnStatus::Cancelled,
-        Ending::Failed(_) | Ending::TimedOut | Ending::SessionLost => TurnStatus::Failed,
+        Ending::Failed(_) | Ending::TimedOut | Ending::OverBudget(_) | Ending::SessionLost => {
+            TurnStatus::Failed
+        }
     };
     let committed = site.commit_turn(accepted, status, outcome).await?;
     result.held_back = committed.held_back;
@@ -733,6 +819,9 @@ pub(super) mod tests {
     pub(crate) fn result(id: &TurnId) -> TurnResult {
         let accepted = Accepted {
             turn_id: id.clone(),
+            kind: TurnKind::Turn,
+            effect: crate::domain::Effect::default(),
+            applies: None,
             mode: TurnMode::Execute,
             instruction: String::new(),
             model: None,

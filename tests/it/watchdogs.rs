@@ -230,8 +230,9 @@ async fn a_turn_that_nobody_asked_for_is_stopped_and_is_not_the_next_one() {
     }
     stage.goes_on("turns of its own").await;
 
-    // One that does not stop costs the process, and nothing else.
-    stage.play("stubborn\nself-turn 1 sleep 300").await;
+    // One that does not stop costs the process, and nothing else. It begins long after our own turn
+    // was cleaned up, which would end its command, and so it.
+    stage.play("stubborn\nself-turn 3000 sleep 300").await;
     wait_for("it is noticed", || {
         stage.log_holds("does not stop").then_some(())
     })

@@ -1,0 +1,216 @@
+//! Undo, redo, restore: what is done to a thread beside its agent's turns.
+
+use axum::{
+    Json as Answer,
+    extract::State,
+    http::HeaderMap,
+    response::{IntoResponse, Response},
+};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+use utoipa::ToSchema;
+
+use super::{
+    ApiError, Shared,
+    body::JsonOrNothing,
+    error::request_id,
+    threads::{ThreadPath, check_author, idempotency_key, path_key},
+    turns::turn_id,
+};
+use crate::{
+    domain::{Author, Effect, FileChange, TurnKind, TurnResult, TurnStatus},
+    supervisor::{DryRun, Operation, OperationAnswer, OperationRequest},
+};
+
+/// All of it may be left out, the body too.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct UndoBody {
+    /// The turn to take back (or, for a redo, to bring back).
+    turn_id: Option<String>,
+    /// Refuse (409 `stale_head`) if the thread's commit is another one: an id in hex, or the first
+    /// 4 digits of it or more. Edits that are not committed yet do not make it another one.
+    expected_head: Option<String>,
+    /// Say what would change, and change nothing.
+    dry_run: Option<bool>,
+    /// The author of the commit.
+    author: Option<Author>,
+}
+
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct RestoreBody {
+    /// A commit of this thread: its id in hex, or the first 4 digits of it or more.
+    #[schema(required)]
+    commit: Option<String>,
+    expected_head: Option<String>,
+    dry_run: Option<bool>,
+    author: Option<Author>,
+}
+
+/// What an operation would do: the `result` of a request with `dryRun`.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct DryRunView {
+    /// Always true.
+    dry_run: bool,
+    kind: TurnKind,
+    #[serde(flatten)]
+    effect: Effect,
+    /// The thread's commit, to be sent as `expectedHead`.
+    head: String,
+    files: Vec<FileChange>,
+}
+
+impl From<DryRun> for DryRunView {
+    fn from(run: DryRun) -> Self {
+        Self {
+            dry_run: true,
+            kind: run.kind,
+            effect: run.effect,
+            head: run.head,
+            files: run.files,
+        }
+    }
+}
+
+/// Takes one turn's changes back, by a new commit: those of `turnId`, else of the newest turn that
+/// changed files and is not undone (undo and redo themselves do not count; restore and sync do).
+/// Later turns' changes stay. What later turns built on, and files in no commit that are in the
+/// way, are 409 `undo_conflict` with `files`, and nothing is changed. Runs after the turns that
+/// wait already. With `Idempotency-Key` a second call answers with the first one's turn.
+#[utoipa::path(post, path = "/api/clients/{client}/users/{user}/threads/{thread}/undo",
+    params(("client" = String, Path), ("user" = String, Path), ("thread" = String, Path)),
+    request_body = UndoBody,
+    responses((status = 200, description = "`{success, result}`: a turn of kind `undo` with `undone`; with `dryRun` a `DryRunView`", body = TurnResult),
+              (status = 400, description = "`invalid_request`: the turn is undone already, changed nothing, or has not ended"),
+              (status = 404, description = "`not_found`: no such thread or turn, or nothing left to undo"),
+              (status = 409, description = "`undo_conflict` with `files`, `stale_head` with `head`, `thread_busy_elsewhere`"),
+              (status = 429, description = "`queue_full`")))]
+pub(super) async fn undo(
+    State(state): State<Shared>,
+    path: ThreadPath,
+    headers: HeaderMap,
+    JsonOrNothing(body): JsonOrNothing<UndoBody>,
+) -> Result<Response, ApiError> {
+    let turn = body.turn_id.map(|id| turn_id(&state, &id)).transpose()?;
+    let wishes = Wishes::new(body.expected_head, body.dry_run, body.author)?;
+    operate(&state, &path, &headers, wishes, Operation::Undo { turn }).await
+}
+
+/// Takes the newest undo that is in force back (or the one of `turnId`), by a new commit. Turns
+/// that came after it stay.
+#[utoipa::path(post, path = "/api/clients/{client}/users/{user}/threads/{thread}/redo",
+    params(("client" = String, Path), ("user" = String, Path), ("thread" = String, Path)),
+    request_body = UndoBody,
+    responses((status = 200, description = "`{success, result}`: a turn of kind `redo` with `redone` (the turn) and `undone` (the undo); with `dryRun` a `DryRunView`", body = TurnResult),
+              (status = 400, description = "`invalid_request`: the turn is not undone"),
+              (status = 404, description = "`not_found`: no such thread or turn, or nothing left to redo"),
+              (status = 409, description = "`undo_conflict` with `files`, `stale_head` with `head`, `thread_busy_elsewhere`"),
+              (status = 429, description = "`queue_full`")))]
+pub(super) async fn redo(
+    State(state): State<Shared>,
+    path: ThreadPath,
+    headers: HeaderMap,
+    JsonOrNothing(body): JsonOrNothing<UndoBody>,
+) -> Result<Response, ApiError> {
+    let turn = body.turn_id.map(|id| turn_id(&state, &id)).transpose()?;
+    let wishes = Wishes::new(body.expected_head, body.dry_run, body.author)?;
+    operate(&state, &path, &headers, wishes, Operation::Redo { turn }).await
+}
+
+/// Sets the site to the state of an earlier commit of this thread, by a new commit. Files that are
+/// in no commit (ignored, held back) stay; where one is in the way it is 409 `undo_conflict`.
+#[utoipa::path(post, path = "/api/clients/{client}/users/{user}/threads/{thread}/restore",
+    params(("client" = String, Path), ("user" = String, Path), ("thread" = String, Path)),
+    request_body = RestoreBody,
+    responses((status = 200, description = "`{success, result}`: a turn of kind `restore` with `restored`; with `dryRun` a `DryRunView`", body = TurnResult),
+              (status = 400, description = "`invalid_request`: that is no commit id, or begins more than one"),
+              (status = 404, description = "`not_found`: no such thread, or the commit is not in its history"),
+              (status = 409, description = "`undo_conflict` with `files`, `stale_head` with `head`, `thread_busy_elsewhere`"),
+              (status = 429, description = "`queue_full`")))]
+pub(super) async fn restore(
+    State(state): State<Shared>,
+    path: ThreadPath,
+    headers: HeaderMap,
+    JsonOrNothing(body): JsonOrNothing<RestoreBody>,
+) -> Result<Response, ApiError> {
+    let commit = body
+        .commit
+        .ok_or_else(|| ApiError::invalid("commit is missing: name the state to go back to"))?;
+    let commit = commit_id("commit", commit)?;
+    let wishes = Wishes::new(body.expected_head, body.dry_run, body.author)?;
+    operate(
+        &state,
+        &path,
+        &headers,
+        wishes,
+        Operation::Restore { commit },
+    )
+    .await
+}
+
+/// The id of a commit in hex, or the beginning of one, as git writes it.
+pub(super) fn commit_id(field: &str, text: String) -> Result<String, ApiError> {
+    let is_id = (4..=40).contains(&text.len()) && text.bytes().all(|b| b.is_ascii_hexdigit());
+    if is_id {
+        Ok(text.to_ascii_lowercase())
+    } else {
+        Err(ApiError::invalid(format!(
+            "{field} has to be the id of a commit: 4 to 40 hexadecimal digits"
+        )))
+    }
+}
+
+/// What may be said about any operation.
+struct Wishes {
+    expected_head: Option<String>,
+    dry_run: bool,
+    author: Option<Author>,
+}
+
+impl Wishes {
+    fn new(
+        expected_head: Option<String>,
+        dry_run: Option<bool>,
+        author: Option<Author>,
+    ) -> Result<Self, ApiError> {
+        Ok(Self {
+            expected_head: expected_head
+                .map(|id| commit_id("expectedHead", id))
+                .transpose()?,
+            dry_run: dry_run.unwrap_or(false),
+            author: author.map(check_author).transpose()?,
+        })
+    }
+}
+
+async fn operate(
+    state: &Shared,
+    path: &ThreadPath,
+    headers: &HeaderMap,
+    wishes: Wishes,
+    operation: Operation,
+) -> Result<Response, ApiError> {
+    let request = OperationRequest {
+        key: path_key(state, path)?,
+        operation,
+        expected_head: wishes.expected_head,
+        dry_run: wishes.dry_run,
+        author: wishes.author,
+        idempotency_key: idempotency_key(headers)?,
+        request_id: request_id(),
+    };
+    match state.supervisor.operate(request).await? {
+        OperationAnswer::Done(result) if result.status == TurnStatus::Failed => {
+            Err(ApiError::turn(*result))
+        }
+        OperationAnswer::Done(result) => {
+            Ok(Answer(json!({"success": true, "result": result})).into_response())
+        }
+        OperationAnswer::DryRun(run) => {
+            let view = DryRunView::from(*run);
+            Ok(Answer(json!({"success": true, "result": view})).into_response())
+        }
+    }
+}

@@ -1,0 +1,501 @@
+//! Bringing a worktree from its branch's commit to the next one, so that a kill at any moment
+//! loses nothing.
+//!
+//! Everything that needs disk space is written first, beside the worktree. Then the branch moves:
+//! that is the point of no return, and whoever recovers calls [`Worktree::apply`] again. Then each
+//! file is put in its place by a rename, and the one that it replaces is looked at once more
+//! before it goes: what somebody wrote in that very moment is merged, or stays as it is.
+//!
+//! ```text
+//! {entry in the git directory}/landing/in/{path}    new content, waiting for its rename
+//!                                     /out/{path}   what stood there, until it was looked at
+//! ```
+//!
+//! **Invariant:** a file of the worktree is replaced or removed only if its content is the one
+//! that the branch's earlier commit has; anything else is somebody's edit.
+
+use std::{
+    collections::BTreeMap,
+    ffi::OsStr,
+    fs, io,
+    os::unix::ffi::OsStrExt as _,
+    path::{Path, PathBuf},
+};
+
+use git2::{Delta, Index, IndexEntry, ObjectType, Oid, Repository, Tree};
+
+use super::{
+    Operation as _, RepositoryError, Result, checkout,
+    draft::find_commit,
+    files::{self, Found, Root},
+    tree,
+    worktree::{
+        LINK_MODE, Worktree, blank_entry, canonical_mode, index_entry, summarise, write_blob,
+    },
+};
+use crate::{domain::CommitSummary, lease::Fence};
+
+/// A file as git knows it: its content and its mode.
+pub(super) type Blob = (Oid, u32);
+
+/// A submodule's place, which has no file.
+const SUBMODULE_MODE: u32 = 0o160_000;
+
+/// What becomes of one path.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Step {
+    pub(super) old: Option<Blob>,
+    pub(super) new: Option<Blob>,
+}
+
+/// What stands at a path.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum State {
+    Absent,
+    Blob(Blob),
+    Folder,
+    /// A device, pipe or socket.
+    Other,
+}
+
+/// The paths that differ between two trees.
+pub(super) fn steps(
+    repo: &Repository,
+    before: &Tree<'_>,
+    after: &Tree<'_>,
+) -> Result<BTreeMap<PathBuf, Step>> {
+    let diff = repo
+        .diff_tree_to_tree(Some(before), Some(after), None)
+        .during("compare two states")?;
+    let mut steps = BTreeMap::<PathBuf, Step>::new();
+    for delta in diff.deltas() {
+        let (old, new) = (delta.old_file(), delta.new_file());
+        let blob = |file: &git2::DiffFile<'_>| {
+            let mode = u32::from(file.mode());
+            let mode = if mode == SUBMODULE_MODE {
+                mode
+            } else {
+                canonical_mode(mode)
+            };
+            Some((file.id(), mode))
+        };
+        let path_of = |file: &git2::DiffFile<'_>| {
+            PathBuf::from(OsStr::from_bytes(file.path_bytes().unwrap_or_default()))
+        };
+        // A file that became a symlink is told of twice.
+        if delta.status() != Delta::Added {
+            steps.entry(path_of(&old)).or_default().old = blob(&old);
+        }
+        if delta.status() != Delta::Deleted {
+            steps.entry(path_of(&new)).or_default().new = blob(&new);
+        }
+    }
+    let is_submodule = |blob: Option<Blob>| blob.is_some_and(|(_, mode)| mode == SUBMODULE_MODE);
+    steps.retain(|_, step| !is_submodule(step.old) && !is_submodule(step.new));
+    Ok(steps)
+}
+
+/// What stands at `path` below `root` now; its content gets into the repository by that.
+pub(super) fn state(repo: &Repository, root: &Root, path: &Path) -> Result<State> {
+    let found = root.look(path).during("look at a file")?;
+    Ok(match found {
+        Found::Nothing => State::Absent,
+        Found::Directory => State::Folder,
+        Found::Other => State::Other,
+        Found::Link(target, _) => {
+            State::Blob((repo.blob(&target).during("store a symlink")?, LINK_MODE))
+        }
+        Found::File(mut file, stat) => {
+            let id = write_blob(repo, path, &mut file).during("read a file")?;
+            State::Blob((id, canonical_mode(stat.st_mode)))
+        }
+    })
+}
+
+impl Worktree {
+    /// Makes `commit` (full id), a child of the branch's commit, the branch's next one, and brings
+    /// worktree and index to it. Where an earlier call was cut off this one finishes it.
+    ///
+    /// Edits that came in since the commit was drafted are merged into, or kept as they are: they
+    /// are outside edits then, like any others.
+    ///
+    /// # Errors
+    /// [`RepositoryError::HeadMoved`] if the branch is elsewhere: nothing was changed. After any
+    /// other error the branch may have moved already; then a further call is needed.
+    pub fn apply(&self, commit: &str, fence: &Fence) -> Result<CommitSummary> {
+        let repo = self.open()?;
+        let commit = find_commit(&repo, commit)?;
+        let trees = || -> Result<_, git2::Error> {
+            let parent = commit.parent(0)?;
+            Ok((parent.id(), parent.tree()?, commit.tree()?))
+        };
+        let (parent, before, after) = trees().during("read a commit")?;
+        let tip = self.tip(&repo)?;
+        if tip != parent && tip != commit.id() {
+            return Err(RepositoryError::HeadMoved {
+                branch: self.branch.clone(),
+            });
+        }
+        let steps = steps(&repo, &before, &after)?;
+        let landing = Landing::begin(self, &repo, steps, fence)?;
+        landing.write_beside(&after)?;
+        if tip == parent {
+            self.move_branch(&repo, parent, commit.id(), fence)?;
+        }
+        landing.finish()?;
+        summarise(&repo, commit.id())
+    }
+}
+
+/// Which commits a worktree is on its way between, while it is.
+const NOTE: &str = "note";
+
+impl Worktree {
+    /// Refuses what [`Worktree::follow`] would refuse.
+    pub(super) fn check_following(&self, from: Oid, to: Oid) -> Result<()> {
+        let repo = self.open()?;
+        let (before, after) = (self.tree(&repo, from)?, self.tree(&repo, to)?);
+        self.check_room(&repo, &before, &after)
+    }
+
+    /// Brings worktree and index from one commit of the branch to another; `go` moves the branch,
+    /// in the midst of it. The worktree must be as `from` has it.
+    ///
+    /// # Errors
+    /// [`RepositoryError::Conflict`] where something is in the way, and what `go` says: then
+    /// nothing was changed. After any other error [`Worktree::finish_following`] is needed.
+    pub(super) fn follow(
+        &self,
+        from: Oid,
+        to: Oid,
+        fence: &Fence,
+        go: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let repo = self.open()?;
+        let (before, after) = (self.tree(&repo, from)?, self.tree(&repo, to)?);
+        self.check_room(&repo, &before, &after)?;
+        let landing = Landing::begin(self, &repo, steps(&repo, &before, &after)?, fence)?;
+        landing.write_beside(&after)?;
+        let note = format!("{from} {to}\n");
+        files::put(&landing.folder.join(NOTE), note.as_bytes()).during("note what is begun")?;
+        if let Err(error) = go() {
+            landing.end();
+            return Err(error);
+        }
+        landing.finish()
+    }
+
+    /// Ends what a [`Worktree::follow`] that was cut off had begun.
+    pub(super) fn finish_following(&self, fence: &Fence) -> Result<()> {
+        let folder = self.admin.join("landing");
+        let Ok(note) = fs::read_to_string(folder.join(NOTE)) else {
+            return Ok(());
+        };
+        let mut ids = note.split_whitespace().map(Oid::from_str);
+        let (Some(Ok(from)), Some(Ok(to))) = (ids.next(), ids.next()) else {
+            return files::remove_all(&folder).during("remove a damaged note");
+        };
+        let repo = self.open()?;
+        let (before, after) = (self.tree(&repo, from)?, self.tree(&repo, to)?);
+        // Where the branch did not move there is nothing to bring here.
+        let steps = match self.tip(&repo)? == to {
+            true => steps(&repo, &before, &after)?,
+            false => BTreeMap::new(),
+        };
+        tracing::warn!(branch = self.branch, "finishing what was cut off");
+        let landing = Landing::begin(self, &repo, steps, fence)?;
+        landing.write_beside(&after)?;
+        landing.finish()
+    }
+}
+
+struct Landing<'a> {
+    repo: &'a Repository,
+    steps: BTreeMap<PathBuf, Step>,
+    fence: &'a Fence,
+    worktree: &'a Path,
+    root: Root,
+    folder: PathBuf,
+    incoming: Root,
+    outgoing: Root,
+}
+
+impl<'a> Landing<'a> {
+    fn begin(
+        worktree: &'a Worktree,
+        repo: &'a Repository,
+        steps: BTreeMap<PathBuf, Step>,
+        fence: &'a Fence,
+    ) -> Result<Self> {
+        let open = |path: &Path| {
+            fs::create_dir_all(path)?;
+            Root::open(path)
+        };
+        let folder = worktree.admin.join("landing");
+        let make = || -> io::Result<_> {
+            files::remove_all(&folder.join("in"))?;
+            Ok((open(&folder.join("in"))?, open(&folder.join("out"))?))
+        };
+        let (incoming, outgoing) = make().during("make room beside the worktree")?;
+        Ok(Self {
+            repo,
+            steps,
+            fence,
+            worktree: worktree.path(),
+            root: Root::open(worktree.path()).during("open the worktree")?,
+            folder,
+            incoming,
+            outgoing,
+        })
+    }
+
+    fn write_beside(&self, after: &Tree<'_>) -> Result<()> {
+        let written = self.steps.iter().filter(|(_, step)| step.new.is_some());
+        let paths = written.map(|(path, _)| path);
+        checkout::fill_some(self.repo, after, paths, &self.folder.join("in"))
+            .during("write files beside the worktree")
+    }
+
+    fn finish(self) -> Result<()> {
+        self.land()?;
+        self.write_index();
+        self.end();
+        Ok(())
+    }
+
+    fn land(&self) -> Result<()> {
+        // What a cut-off try had taken out and not yet looked at.
+        for (path, step) in &self.steps {
+            if let Some(old) = step.old {
+                self.settle(path, old)?;
+            }
+        }
+        // Removals first: a file may have to make room for a folder, and the reverse. The last
+        // one first, so that folders are empty when their turn comes.
+        for (path, step) in self.steps.iter().rev() {
+            if let (Some(old), None) = (step.old, step.new) {
+                self.fence.check()?;
+                self.remove(path, old)?;
+            }
+        }
+        for (path, step) in &self.steps {
+            if let Some(new) = step.new {
+                self.fence.check()?;
+                self.write(path, step.old, new)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn state(&self, path: &Path) -> Result<State> {
+        state(self.repo, &self.root, path)
+    }
+
+    fn remove(&self, path: &Path, old: Blob) -> Result<()> {
+        if self.state(path)? == State::Blob(old) {
+            self.root
+                .rename_to(path, &self.outgoing)
+                .during("remove a file")?;
+            self.settle(path, old)?;
+        }
+        if self.state(path)? == State::Absent {
+            self.root.prune(path).during("remove an empty folder")?;
+        }
+        Ok(())
+    }
+
+    fn write(&self, path: &Path, old: Option<Blob>, new: Blob) -> Result<()> {
+        let mut present = self.state(path)?;
+        if present == State::Folder && old.is_none() && self.clear_folder(path)? {
+            present = State::Absent;
+        }
+        match (present, old) {
+            (State::Blob(present), _) if present == new => Ok(()),
+            (State::Absent, None) => match self.incoming.link_to(path, &self.root) {
+                // Somebody was quicker, or took the folder away: theirs stays.
+                Err(error) if is_somebody(&error) => Ok(()),
+                linked => linked.during("put a file in place"),
+            },
+            (State::Blob(present), Some(old)) if present == old => self.replace(path, present),
+            (State::Blob(present), Some(old)) => {
+                match self.merge(path, old, present, new)? {
+                    Some(merged) if merged != present => {
+                        self.write_one_beside(path, merged)?;
+                        self.replace(path, present)
+                    }
+                    // Theirs has it all, or cannot be brought together with ours.
+                    _ => Ok(()),
+                }
+            }
+            (State::Absent | State::Blob(_) | State::Folder | State::Other, _) => Ok(()),
+        }
+    }
+
+    /// Puts the incoming file in the place of the present one.
+    fn replace(&self, path: &Path, present: Blob) -> Result<()> {
+        match self.root.link_to(path, &self.outgoing) {
+            Err(error) if is_somebody(&error) => return Ok(()),
+            linked => linked.during("put a file in place")?,
+        }
+        self.incoming
+            .rename_to(path, &self.root)
+            .during("put a file in place")?;
+        self.settle(path, present)
+    }
+
+    /// Looks once more at a file that was taken out: if it is still `expected` it goes, else
+    /// somebody wrote to it meanwhile, and that comes back.
+    fn settle(&self, path: &Path, expected: Blob) -> Result<()> {
+        let State::Blob(taken) = state(self.repo, &self.outgoing, path)? else {
+            return Ok(());
+        };
+        let present = self.state(path)?;
+        if taken != expected && present != State::Blob(taken) {
+            tracing::warn!("a file was edited while it was replaced; the edit is kept");
+            let merged = match present {
+                State::Blob(present) => self.merge(path, expected, taken, present)?,
+                _ => None,
+            };
+            match merged {
+                Some(merged) => {
+                    self.write_one_beside(path, merged)?;
+                    self.incoming
+                        .rename_to(path, &self.root)
+                        .during("put a merged file in place")?;
+                }
+                None => {
+                    let back = self.outgoing.rename_to(path, &self.root);
+                    return back.during("put an edited file back");
+                }
+            }
+        }
+        self.outgoing.remove(path).during("remove an old file")
+    }
+
+    /// Two versions of a file that come from a third, in one; `None` if they do not fit.
+    fn merge(&self, path: &Path, from: Blob, ours: Blob, theirs: Blob) -> Result<Option<Blob>> {
+        if [from, ours, theirs]
+            .iter()
+            .any(|(_, mode)| *mode == LINK_MODE)
+        {
+            return Ok(None);
+        }
+        let entry = |(id, mode): Blob| IndexEntry {
+            mode,
+            ..blank_entry(path, id)
+        };
+        let merged =
+            self.repo
+                .merge_file_from_index(&entry(from), &entry(ours), &entry(theirs), None);
+        let merged = merged.during("merge a file")?;
+        if !merged.is_automergeable() {
+            return Ok(None);
+        }
+        let id = self.repo.blob(merged.content()).during("merge a file")?;
+        Ok(Some((id, canonical_mode(merged.mode()))))
+    }
+
+    /// As [`Landing::write_beside`], for a content that is in no commit.
+    fn write_one_beside(&self, path: &Path, (id, mode): Blob) -> Result<()> {
+        self.incoming.remove(path).during("write a merged file")?;
+        let mode = i32::try_from(mode).expect("git's modes have 16 bits");
+        let edit = [(path.as_os_str().as_bytes().to_vec(), Some((id, mode)))];
+        let write = || -> Result<_, git2::Error> {
+            let tree = tree::edit(self.repo, None, &edit.into())?;
+            let tree = self.repo.find_tree(tree)?;
+            let path = path.to_owned();
+            let paths = std::iter::once(&path);
+            checkout::fill_some(self.repo, &tree, paths, &self.folder.join("in"))
+        };
+        write().during("write a merged file")
+    }
+
+    /// Removes a folder in which there is no file; says whether it is gone.
+    fn clear_folder(&self, path: &Path) -> Result<bool> {
+        let mut folders = vec![path.to_owned()];
+        let mut at = 0;
+        while let Some(folder) = folders.get(at).cloned() {
+            let entries = fs::read_dir(self.worktree.join(&folder));
+            for entry in entries.into_iter().flatten().flatten() {
+                if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                    folders.push(folder.join(entry.file_name()));
+                }
+            }
+            at += 1;
+        }
+        for folder in folders.iter().rev() {
+            let removed = self.root.remove_empty(folder);
+            if !removed.during("remove an empty folder")? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Makes the index agree with the commit; entries of files that somebody edited meanwhile
+    /// claim nothing. An index that cannot be written is mended by the next commit.
+    fn write_index(&self) {
+        let write = || -> Result<(), git2::Error> {
+            let mut index = self.repo.index()?;
+            for (path, step) in &self.steps {
+                self.put_in_index(&mut index, path, *step)?;
+            }
+            index.write()
+        };
+        if let Err(error) = write() {
+            tracing::warn!(%error, "the index could not be written");
+        }
+    }
+
+    fn put_in_index(&self, index: &mut Index, path: &Path, step: Step) -> Result<(), git2::Error> {
+        for stage in 0..=3 {
+            index.remove(path, stage).ok();
+        }
+        let Some((id, mode)) = step.new else {
+            return Ok(());
+        };
+        let known = match self.root.look(path) {
+            Ok(Found::File(mut file, stat)) => {
+                let present = write_blob(self.repo, path, &mut file).ok();
+                (present == Some(id)).then(|| index_entry(path, id, &stat))
+            }
+            Ok(Found::Link(target, stat)) => {
+                let present = Oid::hash_object(ObjectType::Blob, &target).ok();
+                (present == Some(id)).then(|| index_entry(path, id, &stat))
+            }
+            _ => None,
+        };
+        let known = known.filter(|entry| entry.mode == mode);
+        index.add(&known.unwrap_or(IndexEntry {
+            mode,
+            ..blank_entry(path, id)
+        }))
+    }
+
+    /// Takes the room beside the worktree away. Best effort, but for what is in no other place.
+    fn end(self) {
+        let taken_out = self.folder.join("out");
+        if holds_files(&taken_out) {
+            let aside = format!("taken-out-{}", uuid::Uuid::now_v7().simple());
+            tracing::warn!("files that were edited while they were replaced are put aside");
+            fs::rename(&taken_out, self.folder.with_file_name(aside)).ok();
+        }
+        files::remove_all(&self.folder).ok();
+    }
+}
+
+/// Somebody else put something at the place, or took its folder away.
+fn is_somebody(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::AlreadyExists | io::ErrorKind::NotFound
+    )
+}
+
+fn holds_files(folder: &Path) -> bool {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.into_iter().any(|entry| {
+        let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
+        !is_folder || holds_files(&entry.path())
+    })
+}

@@ -1,0 +1,393 @@
+//! Operations on a thread, beside its agent's turns: what each one means, and how it becomes a
+//! turn of its own. They run in the thread's one queue.
+//!
+//! A further kind of operation is a variant of [`Operation`] and an arm of [`plan`]: it works a
+//! [`Draft`] out and refuses what does not fit; the rest (journal, commit, files, outcome,
+//! recovery) is the same for all.
+
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    DISK_DEADLINE, Inner, LiveTurn, SupervisorError, lock,
+    prepare::{IdempotencyMark, Prepared},
+    thread::preview_after,
+};
+use crate::{
+    domain::{Author, CommitSummary, Effect, FileChange, TurnKind, TurnMode, TurnResult},
+    identity::{ThreadKey, TurnId},
+    repository::{Draft, Repair, Snapshot},
+    task,
+    turn::{
+        Accepted, Folder, Journal, Past, PastTurn, StoredContext, TurnFile, TurnRecord, TurnSite,
+        redo_target, undo_target,
+    },
+};
+
+/// What is to be done to a thread.
+#[derive(Debug, Clone)]
+pub enum Operation {
+    /// Take one turn's changes back: those of the newest that is not undone, by default.
+    Undo { turn: Option<TurnId> },
+    /// Take an undo back: the newest that is in force, or the one of a named turn.
+    Redo { turn: Option<TurnId> },
+    /// Set the site to the state of an earlier commit, named by its id or the beginning of it.
+    Restore { commit: String },
+}
+
+/// An operation as somebody asks for it.
+#[derive(Debug, Clone)]
+pub struct OperationRequest {
+    pub key: ThreadKey,
+    pub operation: Operation,
+    /// Refuse if the branch's commit is another one: an id in hex, or the beginning of it.
+    pub expected_head: Option<String>,
+    /// Say what would change, and change nothing.
+    pub dry_run: bool,
+    pub author: Option<Author>,
+    pub idempotency_key: Option<String>,
+    /// For the log.
+    pub request_id: Option<String>,
+}
+
+/// What came of an operation.
+#[derive(Debug, Clone)]
+pub enum OperationAnswer {
+    Done(Box<TurnResult>),
+    DryRun(Box<DryRun>),
+}
+
+/// What an operation would do.
+#[derive(Debug, Clone)]
+pub struct DryRun {
+    pub kind: TurnKind,
+    pub effect: Effect,
+    /// Full id of the commit that it would be based on.
+    pub head: String,
+    pub files: Vec<FileChange>,
+}
+
+/// What is left when an operation is over.
+#[derive(Debug)]
+pub(super) struct OperationEnd {
+    pub(super) answer: Result<OperationAnswer, SupervisorError>,
+    /// `None`: unchanged.
+    pub(super) context: Option<StoredContext>,
+    /// It is in its journal and not at its end: the thread has to be prepared anew, which
+    /// finishes it.
+    pub(super) is_unfinished: bool,
+    pub(super) folder: Folder,
+}
+
+/// An operation that can be carried out.
+struct Plan {
+    kind: TurnKind,
+    effect: Effect,
+    /// The commit's subject, and the turn's instruction in the history.
+    title: String,
+    draft: Draft,
+}
+
+/// Runs an operation, from outside edits to its outcome.
+pub(super) async fn run(
+    inner: &Arc<Inner>,
+    prepared: &Prepared,
+    context: StoredContext,
+    request: &OperationRequest,
+) -> OperationEnd {
+    let mut end = OperationEnd {
+        answer: Err(SupervisorError::BusyElsewhere),
+        context: None,
+        is_unfinished: false,
+        folder: Folder::Same,
+    };
+    end.answer = run_into(inner, prepared, context, request, &mut end).await;
+    end
+}
+
+async fn run_into(
+    inner: &Arc<Inner>,
+    prepared: &Prepared,
+    mut context: StoredContext,
+    request: &OperationRequest,
+    end: &mut OperationEnd,
+) -> Result<OperationAnswer, SupervisorError> {
+    let site = &prepared.site;
+    let mark = request
+        .idempotency_key
+        .as_ref()
+        .map(|key| IdempotencyMark::new(&site.paths, key));
+    if let Some(mark) = &mark
+        && let Some(id) = mark.turn(&request.key).await?
+    {
+        let record = TurnRecord::at_rest(TurnFile::new(&site.paths, id));
+        return Ok(OperationAnswer::Done(Box::new(record.outcome().await?)));
+    }
+    if let Some(expected) = &request.expected_head {
+        let head = site.on_disk("reading the head", |tree| tree.head()).await?;
+        if !head.starts_with(&expected.to_ascii_lowercase()) {
+            return Err(SupervisorError::StaleHead { head });
+        }
+    }
+    if request.dry_run {
+        let base = site
+            .on_disk("looking at the worktree", |tree| tree.uncommitted())
+            .await?;
+        let plan = plan(site, &request.operation, base).await?;
+        return Ok(OperationAnswer::DryRun(Box::new(DryRun {
+            kind: plan.kind,
+            effect: plan.effect,
+            head: base.head(),
+            files: plan.draft.files().to_vec(),
+        })));
+    }
+    let mut repairs = Vec::new();
+    let planned = plan_on_committed(site, &request.operation, &mut repairs).await;
+    if repairs.contains(&Repair::Folder) {
+        end.folder = Folder::New;
+    }
+    let plan = planned?;
+
+    let mut accepted = Accepted {
+        turn_id: TurnId::new(&request.key),
+        kind: plan.kind,
+        effect: plan.effect,
+        applies: None,
+        mode: TurnMode::Execute,
+        instruction: plan.title,
+        model: None,
+        timeout_seconds: DISK_DEADLINE.as_secs_f64(),
+        author: request.author.clone(),
+        accepted_at: Timestamp::now(),
+    };
+    accepted.applies = site.write_draft(&accepted, plan.draft).await?;
+    if let Some(mark) = mark {
+        mark.set(&accepted.turn_id, &site.fence).await?;
+    }
+    let fence = &site.fence;
+    let journal = Journal::create(&site.paths, accepted.clone(), fence, &inner.tasks).await?;
+    let live = LiveTurn {
+        record: journal.record(),
+        // It takes moments: whoever cancels it gets its outcome.
+        cancel: CancellationToken::new(),
+    };
+    lock(&inner.live).insert(accepted.turn_id.clone(), live);
+    let preview = async |commit: Option<&CommitSummary>| {
+        preview_after(inner, prepared, commit, end.folder).await
+    };
+    let text = said(&accepted);
+    let done = site
+        .carry_out(&accepted, &journal, &mut context, text, &repairs, preview)
+        .await;
+    lock(&inner.live).remove(&accepted.turn_id);
+    match done {
+        Ok(result) => {
+            end.context = Some(context);
+            Ok(OperationAnswer::Done(Box::new(result)))
+        }
+        Err(error) => {
+            end.is_unfinished = true;
+            Err(error.into())
+        }
+    }
+}
+
+/// Commits outside edits, then plans. What is written at that very moment may be in the way: then
+/// it is committed too, and the plan is made again.
+async fn plan_on_committed(
+    site: &TurnSite,
+    operation: &Operation,
+    repairs: &mut Vec<Repair>,
+) -> Result<Plan, SupervisorError> {
+    const TRIES: usize = 3;
+    repairs.extend(site.commit_outside_edits().await?.repairs);
+    let mut tries = 1;
+    loop {
+        let base = site
+            .on_disk("reading the head", |tree| tree.committed())
+            .await?;
+        let planned = plan(site, operation, base).await;
+        let is_conflict = matches!(
+            planned,
+            Err(SupervisorError::UndoConflict { .. } | SupervisorError::MergeConflict { .. })
+        );
+        if !is_conflict || tries == TRIES || site.commit_outside_edits().await?.commit.is_none() {
+            return planned;
+        }
+        tries += 1;
+    }
+}
+
+/// Works out what an operation does to `base`, and refuses what cannot be done.
+async fn plan(
+    site: &TurnSite,
+    operation: &Operation,
+    base: Snapshot,
+) -> Result<Plan, SupervisorError> {
+    match operation {
+        Operation::Undo { turn } => undo(site, turn.clone(), base).await,
+        Operation::Redo { turn } => redo(site, turn.clone(), base).await,
+        Operation::Restore { commit } => restore(site, commit.clone(), base).await,
+    }
+}
+
+async fn undo(
+    site: &TurnSite,
+    named: Option<TurnId>,
+    base: Snapshot,
+) -> Result<Plan, SupervisorError> {
+    check_thread(site, named.as_ref())?;
+    let wanted = named.clone();
+    let target = past(site, move |past| undo_target(past, wanted.as_ref())).await?;
+    let Some((turn, undone_by)) = target else {
+        return Err(SupervisorError::NotFound(match named {
+            Some(_) => "there is no such turn in this thread",
+            None => "there is no turn left to undo",
+        }));
+    };
+    if undone_by.is_some() {
+        return Err(SupervisorError::Refused(
+            "that turn is undone already; redo brings its changes back",
+        ));
+    }
+    if turn.outcome.is_none() {
+        return Err(SupervisorError::Refused(
+            "that turn has not ended yet; undo it once it has",
+        ));
+    }
+    if turn.commit().is_none() && turn.accepted.kind == TurnKind::Turn {
+        return Err(SupervisorError::Refused(
+            "that turn changed no files, so there is nothing to undo",
+        ));
+    }
+    let draft = without(site, &turn, base).await?;
+    let redone = match turn.accepted.kind {
+        TurnKind::Undo => turn.outcome.as_ref().and_then(|end| end.undone.clone()),
+        _ => None,
+    };
+    Ok(Plan {
+        kind: TurnKind::Undo,
+        title: format!("Undo {}", quoted(&turn.accepted.instruction)),
+        effect: Effect {
+            undone: Some(turn.accepted.turn_id),
+            redone,
+            ..Effect::default()
+        },
+        draft,
+    })
+}
+
+async fn redo(
+    site: &TurnSite,
+    named: Option<TurnId>,
+    base: Snapshot,
+) -> Result<Plan, SupervisorError> {
+    check_thread(site, named.as_ref())?;
+    let wanted = named.clone();
+    let target = past(site, move |past| redo_target(past, wanted.as_ref())).await?;
+    let Some(undo) = target else {
+        return Err(match named {
+            Some(_) => SupervisorError::Refused("that turn is not undone, so it cannot be redone"),
+            None => SupervisorError::NotFound("there is no undo left to redo"),
+        });
+    };
+    let redone = undo.outcome.as_ref().and_then(|end| end.undone.clone());
+    let draft = without(site, &undo, base).await?;
+    let title = undo.accepted.instruction.strip_prefix("Undo ");
+    Ok(Plan {
+        kind: TurnKind::Redo,
+        title: format!("Redo {}", title.unwrap_or(&undo.accepted.instruction)),
+        effect: Effect {
+            undone: Some(undo.accepted.turn_id),
+            redone,
+            ..Effect::default()
+        },
+        draft,
+    })
+}
+
+async fn restore(site: &TurnSite, commit: String, base: Snapshot) -> Result<Plan, SupervisorError> {
+    let drafted = site
+        .on_disk("drafting a restore", move |tree| {
+            tree.draft_restored(&base, &commit)
+        })
+        .await;
+    let (draft, commit) = drafted.map_err(|error| undo_conflict(error.into()))?;
+    Ok(Plan {
+        kind: TurnKind::Restore,
+        title: format!("Restore the site as of {}", &commit[..7]),
+        effect: Effect {
+            restored: Some(commit),
+            ..Effect::default()
+        },
+        draft,
+    })
+}
+
+/// `base` without the changes of a turn.
+async fn without(
+    site: &TurnSite,
+    turn: &PastTurn,
+    base: Snapshot,
+) -> Result<Draft, SupervisorError> {
+    let commit = turn.commit().map(|commit| commit.id.clone());
+    let drafted = site
+        .on_disk("drafting an undo", move |tree| match commit {
+            Some(commit) => tree.draft_without(&base, &commit),
+            None => tree.draft_nothing(&base),
+        })
+        .await;
+    drafted.map_err(|error| undo_conflict(error.into()))
+}
+
+fn undo_conflict(error: SupervisorError) -> SupervisorError {
+    match error {
+        SupervisorError::MergeConflict { files, .. } => SupervisorError::UndoConflict { files },
+        error => error,
+    }
+}
+
+/// A turn of another thread is none of this one.
+fn check_thread(site: &TurnSite, turn: Option<&TurnId>) -> Result<(), SupervisorError> {
+    match turn {
+        Some(turn) if *turn.key() != site.key => Err(SupervisorError::NotFound(
+            "there is no such turn in this thread",
+        )),
+        _ => Ok(()),
+    }
+}
+
+async fn past<T: Send + 'static>(
+    site: &TurnSite,
+    look: impl FnOnce(Past) -> T + Send + 'static,
+) -> Result<T, SupervisorError> {
+    let (paths, key) = (site.paths.clone(), site.key.clone());
+    let read = move || look(Past::of(&paths, &key));
+    Ok(task::blocking("reading the history", DISK_DEADLINE, read).await?)
+}
+
+/// The first line of an instruction in quotes, short enough for a commit's subject.
+fn quoted(instruction: &str) -> String {
+    const LONGEST: usize = 50;
+    let line = instruction.lines().find(|line| !line.trim().is_empty());
+    let line = line.unwrap_or("a turn").trim();
+    if line.chars().count() <= LONGEST {
+        return format!("\u{201c}{line}\u{201d}");
+    }
+    let cut: String = line.chars().take(LONGEST - 1).collect();
+    format!("\u{201c}{}…\u{201d}", cut.trim_end())
+}
+
+/// What a person is told of an operation that was carried out.
+fn said(accepted: &Accepted) -> String {
+    match (&accepted.applies, accepted.kind) {
+        (Some(_), _) => format!("{}: done.", accepted.instruction),
+        (None, TurnKind::Restore) => "The site is in that state already.".into(),
+        (None, _) => format!(
+            "{}: the site has no more of it to change.",
+            accepted.instruction
+        ),
+    }
+}
