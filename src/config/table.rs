@@ -165,6 +165,8 @@ settings! {
         "Token for git over HTTPS and for pull requests";
     GIT_TOKEN_HOSTS, git_token_hosts: Vec<String>, List, value::hosts, Is(""),
         "Hosts that get GITHUB_TOKEN besides github.com";
+    GITHUB_API_URL, github_api_url: String, Text, value::base_url, Is("https://api.github.com"),
+        "GitHub's API, for pull requests; of a GitHub Enterprise server: https://{host}/api/v3";
     GIT_USER_NAME, git_user_name: String, Text, value::signature, Is("greenroom"),
         "Committer, and author where a request names none";
     GIT_USER_EMAIL, git_user_email: String, Text, value::signature, Is("greenroom@localhost"),

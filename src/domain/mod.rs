@@ -5,10 +5,12 @@
 
 mod account;
 mod idle;
+mod publish;
 mod turn;
 
 pub use account::Account;
 pub use idle::{IdleDecision, IdleFacts, decide_idle};
+pub use publish::{Between, ConflictKind, MergeStep};
 pub use turn::{
     Author, CommitSummary, Conflict, Continuity, Effect, ErrorCode, HistoryEntry, Plan, Signature,
     ThreadContext, TurnEvent, TurnFailure, TurnKind, TurnMode, TurnPreview, TurnResult, TurnStatus,

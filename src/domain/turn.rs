@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{FileChange, FileStatus, HeldBack, PreviewError, PreviewState, Usage};
+use super::{ConflictKind, FileChange, FileStatus, HeldBack, PreviewError, PreviewState, Usage};
 use crate::identity::{ThreadId, TurnId};
 
 /// May the turn write?
@@ -73,6 +73,10 @@ pub struct Conflict {
     pub path: String,
     /// One sentence for a person.
     pub reason: String,
+    pub kind: ConflictKind,
+    /// Of a silent loss: some of the lines that would vanish.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lines: Vec<String>,
 }
 
 /// Where a turn stands. The last four are final.

@@ -968,3 +968,4 @@ fn what_we_put_into_worktrees_is_not_seen() {
 
 /// The twelve kinds of damage, done by the git program or by hand.
 mod damage;
+mod publishing;

@@ -25,7 +25,7 @@ use super::{
 };
 use crate::{
     domain::{CommitSummary, FileChange, FileStatus, HeldBack, Signature},
-    identity::ThreadKey,
+    identity::{ThreadKey, UserKey},
     lease::Fence,
 };
 
@@ -38,6 +38,8 @@ pub struct Worktree {
     pub(super) admin: PathBuf,
     pub(super) path: PathBuf,
     pub(super) branch: String,
+    /// It is the repository's own, `project/`, which has no links to be put right.
+    pub(super) is_main: bool,
 }
 
 /// One path that differs from the branch's commit.
@@ -116,6 +118,18 @@ impl Worktree {
             admin,
             path: path.to_owned(),
             branch: key.branch(),
+            is_main: false,
+        }
+    }
+
+    /// `project/`, where the user's branch is checked out.
+    pub(super) fn of_user(git: GitDir, key: &UserKey, project: &Path) -> Self {
+        Self {
+            admin: git.path().to_owned(),
+            git,
+            path: project.to_owned(),
+            branch: key.user_branch(),
+            is_main: true,
         }
     }
 
@@ -162,7 +176,10 @@ impl Worktree {
     /// [`RepositoryError::HeadMoved`] if the branch moved meanwhile: nothing was committed.
     /// [`RepositoryError::Locked`] and [`RepositoryError::Tampered`] for what the guard refuses.
     pub fn commit(&self, request: &CommitRequest<'_>) -> Result<Committed> {
-        let (repo, repairs) = self.put_right(request.strangers, request.fence)?;
+        let (repo, repairs) = match self.is_main {
+            true => (self.open()?, Vec::new()),
+            false => self.put_right(request.strangers, request.fence)?,
+        };
         let head = self.tip(&repo)?;
         let mut committed = self.commit_onto(&repo, head, request)?;
         committed.repairs.splice(0..0, repairs);
@@ -423,6 +440,9 @@ impl Worktree {
             .is_none()
         {
             return Err(RepositoryError::Missing);
+        }
+        if self.is_main {
+            return self.git.open(&self.path);
         }
         self.put_right_entry()?;
         self.put_right_link()?;
