@@ -92,7 +92,11 @@ impl Owner {
         &THIS
     }
 
-    /// Can this process see that the other one is gone?
+    /// Can this process see that it is gone? Of another host it never can.
+    pub fn is_gone(&self) -> bool {
+        self.is_dead(Self::this())
+    }
+
     fn is_dead(&self, seen_by: &Self) -> bool {
         self.host == seen_by.host
             && self.boot_id == seen_by.boot_id

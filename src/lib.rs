@@ -23,4 +23,5 @@ pub mod task;
 pub mod telemetry;
 pub mod text;
 pub mod turn;
+pub mod usage;
 pub mod workspace;

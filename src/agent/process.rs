@@ -25,7 +25,7 @@ use super::{
     wire::{self, Tail, Wire},
 };
 use crate::{
-    domain::TurnMode,
+    domain::{Account, TurnMode},
     gateway::{ActiveRun, AgentToken, Gateway, Hold},
     process::{Exit, Launcher, ProcessError, ProcessHandle},
     task::{self, BlockingError, Tasks},
@@ -55,8 +55,8 @@ pub enum AgentError {
 /// One instruction for the CLI.
 #[derive(Debug, Clone)]
 pub struct RunRequest {
-    /// Names the run at the gateway.
-    pub label: String,
+    /// Who pays for the run at the gateway.
+    pub account: Account,
     pub instruction: String,
     pub mode: TurnMode,
     /// `None`: the default of the settings.
@@ -193,7 +193,9 @@ impl Agent {
         events: mpsc::Sender<RunEvent>,
         cancel: &CancellationToken,
     ) -> RunOutcome {
-        let active = self.token.begin_until(&request.label, request.deadline);
+        let active = self
+            .token
+            .begin_until(request.account.clone(), request.deadline);
         let message = uuid::Uuid::new_v4().to_string();
         let mut run = Run::new(request.mode, message, events);
         let prepared = tokio::select! {
@@ -220,8 +222,9 @@ impl Agent {
             }
         };
         let left_running = !self.clean_up(&ending).await;
+        let counted = active.spent();
         drop(active);
-        run.outcome(ending, left_running)
+        run.outcome(ending, left_running, counted)
     }
 
     /// Ends what the run left behind, and a process that is of no more use; whether all is gone.
@@ -358,6 +361,8 @@ impl Agent {
         // Set once the run was interrupted: how it then ends, and until when it may.
         let mut interrupted: Option<(Ending, Instant)> = None;
         let mut holds = active.holds();
+        let mut budget = active.budget_news();
+        let mut warned = 0;
         let process = self.process.clone();
         let last_words = async {
             process.wait().await;
@@ -396,6 +401,17 @@ impl Agent {
                         self.wait_for_upstream(hold, run).await;
                     }
                     Next::Go
+                }
+                Ok(()) = budget.changed() => {
+                    let news = budget.borrow_and_update().clone();
+                    for warning in &news.warnings[warned..] {
+                        run.tell(RunEvent::BudgetWarning(*warning)).await;
+                    }
+                    warned = news.warnings.len();
+                    match news.breach {
+                        Some(breach) => Next::Interrupt(Ending::OverBudget(breach)),
+                        None => Next::Go,
+                    }
                 }
                 line = wire.lines.recv() => match line {
                     Some(line) => self.handle(wire, line, run, active, interrupted.is_some()).await,
@@ -518,6 +534,10 @@ impl Agent {
             status = ?result.api_error_status, text = result.text, errors = ?result.errors,
             "the agent failed"
         );
+        // Its last words may come before the news.
+        if let Some(breach) = active.budget_news().borrow().breach.clone() {
+            return Next::End(Ending::OverBudget(breach));
+        }
         Next::End(run::failure(&result, active.upstream_note()))
     }
 }

@@ -13,6 +13,7 @@ use super::{Limits, protocol::CliResult};
 use crate::{
     domain::{TurnMode, Usage},
     gateway::UpstreamNote,
+    usage::{Breach, Spent, Warning},
 };
 
 /// Most text of one run that is gathered for its result.
@@ -41,16 +42,20 @@ pub enum RunEvent {
         until: Timestamp,
         reason: String,
     },
+    /// A budget is nearly used up.
+    BudgetWarning(Warning),
 }
 
 /// How a run ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Ending {
     Completed,
     /// With a sentence for a person.
     Failed(String),
     Cancelled,
     TimedOut,
+    /// No request of its goes up any more.
+    OverBudget(Breach),
     /// The CLI does not know the conversation that it was to resume; nothing was done.
     SessionLost,
 }
@@ -70,6 +75,8 @@ pub struct RunOutcome {
     pub touched: BTreeSet<String>,
     /// Something that it started could not be ended (stuck in the kernel) and may still run.
     pub left_running: bool,
+    /// What the gateway counted of it.
+    pub counted: Spent,
 }
 
 /// Whose turn the CLI is at.
@@ -193,8 +200,8 @@ impl Run {
         }
     }
 
-    pub(super) fn outcome(self, ending: Ending, left_running: bool) -> RunOutcome {
-        let counted = self.counted_usage();
+    pub(super) fn outcome(self, ending: Ending, left_running: bool, counted: Spent) -> RunOutcome {
+        let seen = self.counted_usage();
         let tokens = |usage: &Usage| {
             usage.input_tokens
                 + usage.output_tokens
@@ -205,7 +212,7 @@ impl Run {
         let usage = if tokens(&self.usage) == 0 {
             Usage {
                 cost_usd: self.usage.cost_usd,
-                ..counted
+                ..seen
             }
         } else {
             self.usage
@@ -219,6 +226,7 @@ impl Run {
             model: self.model,
             touched: self.touched,
             left_running,
+            counted,
         }
     }
 }
@@ -316,7 +324,7 @@ mod tests {
         run.count_answer(tokens(100, 40));
         run.start_answer(tokens(200, 1));
         run.count_answer(tokens(0, 7));
-        let outcome = run.outcome(Ending::Cancelled, false);
+        let outcome = run.outcome(Ending::Cancelled, false, Spent::default());
         assert_eq!(outcome.usage, tokens(300, 47));
         assert_eq!(outcome.num_turns, 2);
     }
@@ -337,7 +345,11 @@ mod tests {
             ..CliResult::default()
         };
         run.take_in(&result, 0.0);
-        assert_eq!(run.outcome(Ending::Completed, false).usage, since_last);
+        assert_eq!(
+            run.outcome(Ending::Completed, false, Spent::default())
+                .usage,
+            since_last
+        );
     }
 
     #[test]

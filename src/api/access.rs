@@ -75,7 +75,14 @@ fn is_open(path: &str) -> bool {
 fn is_activity(path: &str) -> bool {
     !matches!(
         path,
-        "/health" | "/ready" | "/metrics" | "/openapi.json" | "/api/idle" | "/api/idle/touch"
+        "/health"
+            | "/ready"
+            | "/metrics"
+            | "/openapi.json"
+            | "/api/idle"
+            | "/api/idle/touch"
+            // An open socket alone holds nothing.
+            | "/api/usage/live"
     )
 }
 

@@ -7,7 +7,7 @@ use axum::{
 use serde::de::DeserializeOwned;
 
 use super::ApiError;
-use crate::identity::ThreadKey;
+use crate::{identity::ThreadKey, usage::Tenants};
 
 /// A body of a known shape.
 pub(super) struct Json<T>(pub(super) T);
@@ -105,6 +105,21 @@ pub(super) fn thread_key(
     };
     check_pins(pins, &key.user_key())?;
     Ok(key)
+}
+
+/// The tenants that are asked about, completed by the container's pins and checked against them.
+pub(super) fn check_tenants(pins: &super::Pins, asked: Tenants) -> Result<Tenants, ApiError> {
+    let is_other_client = pins.client.is_some() && asked.client.is_some();
+    let is_other_user = pins.user.is_some() && asked.user.is_some();
+    if (is_other_client && asked.client != pins.client)
+        || (is_other_user && asked.user != pins.user)
+    {
+        return Err(ApiError::not_this_tenant());
+    }
+    Ok(Tenants {
+        client: asked.client.or_else(|| pins.client.clone()),
+        user: asked.user.or_else(|| pins.user.clone()),
+    })
 }
 
 /// Refuses tenants that the container is not pinned to.

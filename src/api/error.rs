@@ -10,10 +10,11 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::{
-    domain::{Conflict, ErrorCode, TurnResult},
+    domain::{Between, Conflict, ErrorCode, TurnResult},
     identity::{InvalidId, TurnId},
-    repository::{RepositoryError, SourceError},
+    repository::{RemoteError, RemoteErrorKind, RemoteUse, RepositoryError, SourceError},
     supervisor::SupervisorError,
+    usage::ReadError,
 };
 
 tokio::task_local! {
@@ -36,6 +37,14 @@ pub(super) struct ErrorBody {
     /// For programs.
     code: &'static str,
     request_id: String,
+    #[serde(flatten)]
+    details: Details,
+}
+
+/// What some errors say besides.
+#[derive(Debug, Default, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+struct Details {
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<String>)]
     turn_id: Option<TurnId>,
@@ -44,6 +53,13 @@ pub(super) struct ErrorBody {
     /// With `undo_conflict`, `merge_conflict` and `held_back`: the files that it is about.
     #[serde(skip_serializing_if = "Option::is_none")]
     files: Option<Vec<Conflict>>,
+    /// With `merge_conflict`: the branches that were to be merged.
+    #[serde(flatten)]
+    between: Option<Between>,
+    /// With `fetch_failed`, `push_failed` and `pull_request_failed`: `auth`, `rejected` or
+    /// `network`; the last may succeed later.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reason: Option<&'static str>,
     /// With `stale_head`: the commit that the thread is at now.
     #[serde(skip_serializing_if = "Option::is_none")]
     head: Option<String>,
@@ -56,9 +72,7 @@ pub struct ApiError {
     code: &'static str,
     message: String,
     retry_after: Option<u64>,
-    result: Option<Box<TurnResult>>,
-    files: Option<Vec<Conflict>>,
-    head: Option<String>,
+    details: Box<Details>,
 }
 
 impl ApiError {
@@ -68,9 +82,7 @@ impl ApiError {
             code,
             message: message.into(),
             retry_after: None,
-            result: None,
-            files: None,
-            head: None,
+            details: Box::default(),
         }
     }
 
@@ -106,9 +118,24 @@ impl ApiError {
             .error
             .clone()
             .unwrap_or_else(|| "the turn failed".into());
+        let retry_after = result.retry_at.map(|at| {
+            let wait = at.duration_since(jiff::Timestamp::now()).as_secs();
+            u64::try_from(wait).unwrap_or(0)
+        });
         Self {
-            result: Some(Box::new(result)),
-            ..Self::new(status, code.as_str(), message)
+            retry_after,
+            ..Self::new(status, code.as_str(), message).with(Details {
+                turn_id: Some(result.turn_id.clone()),
+                result: Some(Box::new(result)),
+                ..Details::default()
+            })
+        }
+    }
+
+    fn with(self, details: Details) -> Self {
+        Self {
+            details: Box::new(details),
+            ..self
         }
     }
 
@@ -166,24 +193,34 @@ impl From<SupervisorError> for ApiError {
                 "thread_busy_elsewhere",
                 error.to_string(),
             ),
-            E::StaleHead { ref head } => Self {
-                head: Some(head.clone()),
-                ..Self::new(StatusCode::CONFLICT, "stale_head", error.to_string())
-            },
-            E::UndoConflict { ref files } => Self {
-                files: Some(files.clone()),
-                ..Self::new(StatusCode::CONFLICT, "undo_conflict", error.to_string())
-            },
-            E::MergeConflict { ref files } => Self {
-                files: Some(files.clone()),
-                ..Self::new(StatusCode::CONFLICT, "merge_conflict", error.to_string())
-            },
+            E::StaleHead { ref head } => {
+                Self::new(StatusCode::CONFLICT, "stale_head", error.to_string()).with(Details {
+                    head: Some(head.clone()),
+                    ..Details::default()
+                })
+            }
+            E::UndoConflict { ref files } => {
+                Self::new(StatusCode::CONFLICT, "undo_conflict", error.to_string()).with(Details {
+                    files: Some(files.clone()),
+                    ..Details::default()
+                })
+            }
+            E::MergeConflict {
+                ref between,
+                ref files,
+            } => {
+                Self::new(StatusCode::CONFLICT, "merge_conflict", error.to_string()).with(Details {
+                    between: between.clone(),
+                    files: Some(files.clone()),
+                    ..Details::default()
+                })
+            }
             E::HeldBack { ref files } => {
                 let files = files.iter().cloned().map(Conflict::from).collect();
-                Self {
+                Self::new(StatusCode::CONFLICT, "held_back", error.to_string()).with(Details {
                     files: Some(files),
-                    ..Self::new(StatusCode::CONFLICT, "held_back", error.to_string())
-                }
+                    ..Details::default()
+                })
             }
             E::Refused(why) => Self::invalid(why),
             E::Lease(error) => Self::internal(&*error),
@@ -208,10 +245,22 @@ impl From<SupervisorError> for ApiError {
     }
 }
 
+impl From<ReadError> for ApiError {
+    fn from(error: ReadError) -> Self {
+        Self::internal(&error)
+    }
+}
+
 impl ApiError {
     fn repository(error: &RepositoryError) -> Self {
         use RepositoryError as E;
+        if let Some(cause) = std::error::Error::source(error) {
+            // The sentence is for the caller; what git or the disk said is for the operator.
+            tracing::warn!(%error, %cause, "an operation on a repository failed");
+        }
         match error {
+            E::Remote(error) if error.during != RemoteUse::Clone => Self::remote(error),
+            E::NoOrigin | E::Unfinished => Self::invalid(error.to_string()),
             E::Remote(_)
             | E::Local { .. }
             | E::Empty
@@ -239,6 +288,29 @@ impl ApiError {
         }
     }
 
+    /// What a hosting service did not do for us.
+    fn remote(error: &RemoteError) -> Self {
+        let code = match error.during {
+            RemoteUse::Clone => "clone_failed",
+            RemoteUse::Fetch => "fetch_failed",
+            RemoteUse::Push => "push_failed",
+            RemoteUse::PullRequest => "pull_request_failed",
+        };
+        let (status, reason, retry_after) = match error.kind {
+            RemoteErrorKind::Auth => (StatusCode::UNPROCESSABLE_ENTITY, "auth", None),
+            RemoteErrorKind::Rejected => (StatusCode::UNPROCESSABLE_ENTITY, "rejected", None),
+            RemoteErrorKind::Network => (StatusCode::BAD_GATEWAY, "network", Some(10)),
+        };
+        let details = Details {
+            reason: Some(reason),
+            ..Details::default()
+        };
+        Self {
+            retry_after,
+            ..Self::new(status, code, error.to_string()).with(details)
+        }
+    }
+
     fn no_space() -> Self {
         Self::new(
             StatusCode::INSUFFICIENT_STORAGE,
@@ -255,10 +327,7 @@ impl IntoResponse for ApiError {
             error: self.message,
             code: self.code,
             request_id: request_id().unwrap_or_default(),
-            turn_id: self.result.as_ref().map(|result| result.turn_id.clone()),
-            result: self.result,
-            files: self.files,
-            head: self.head,
+            details: *self.details,
         };
         let mut response = (self.status, Json(body)).into_response();
         if let Some(seconds) = self.retry_after {

@@ -212,7 +212,7 @@ pub(super) async fn metrics(State(state): State<Shared>, headers: HeaderMap) -> 
             state.activity.idle_for().as_secs_f64(),
         ),
     ];
-    let mut text = String::new();
+    let mut text = model_metrics(&state);
     for (name, help, value) in figures {
         text.push_str(&format!(
             "# HELP {name} {help}\n# TYPE {name} gauge\n{name} {value}\n"
@@ -226,6 +226,72 @@ pub(super) async fn metrics(State(state): State<Shared>, headers: HeaderMap) -> 
         text,
     )
         .into_response()
+}
+
+/// What this process counted of model requests. No tenant is named.
+fn model_metrics(state: &Shared) -> String {
+    let tally = state.ledger.tally();
+    let tokens = tally.tokens;
+    /// Name, help, the label's name, its values.
+    type Family<'a> = (&'a str, &'a str, &'a str, &'a [(&'a str, f64)]);
+    let families: [Family<'_>; 5] = [
+        (
+            "greenroom_model_requests_total",
+            "Model requests by how they ended.",
+            "status",
+            &[
+                ("settled", tally.settled as f64),
+                ("aborted", tally.aborted as f64),
+                ("refused", tally.refused as f64),
+                ("over_budget", tally.over_budget as f64),
+            ],
+        ),
+        (
+            "greenroom_model_tokens_total",
+            "Tokens by what they cost.",
+            "kind",
+            &[
+                ("input", tokens.input as f64),
+                ("output", tokens.output as f64),
+                ("cache_read", tokens.cache_read as f64),
+                ("cache_write_5m", tokens.cache_write_5m as f64),
+                ("cache_write_1h", tokens.cache_write_1h as f64),
+            ],
+        ),
+        (
+            "greenroom_model_cost_usd_total",
+            "US dollars spent at the model API, by the price list.",
+            "",
+            &[("", tally.cost_usd)],
+        ),
+        (
+            "greenroom_model_unpriced_total",
+            "Requests of models that the price list does not know, at the dearest price.",
+            "",
+            &[("", tally.unpriced as f64)],
+        ),
+        (
+            "greenroom_usage_differences_total",
+            "Turns whose cost or tokens differ between the ledger and another count.",
+            "from",
+            &[
+                ("cli", tally.differs_from_cli as f64),
+                ("transcript", tally.differs_from_transcript as f64),
+            ],
+        ),
+    ];
+    let mut text = String::new();
+    for (name, help, label, values) in families {
+        text.push_str(&format!("# HELP {name} {help}\n# TYPE {name} counter\n"));
+        for (of, value) in values {
+            if label.is_empty() {
+                text.push_str(&format!("{name} {value}\n"));
+            } else {
+                text.push_str(&format!("{name}{{{label}=\"{of}\"}} {value}\n"));
+            }
+        }
+    }
+    text
 }
 
 /// What keeps the container awake. Asking is no activity.

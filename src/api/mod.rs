@@ -14,6 +14,7 @@ mod serve;
 mod sse;
 mod threads;
 mod turns;
+mod usage;
 
 use std::{sync::Arc, time::Instant};
 
@@ -35,6 +36,7 @@ use crate::{
     identity::{ClientId, ThreadId, UserId},
     lifecycle::Activity,
     supervisor::Supervisor,
+    usage::{Books, Ledger},
 };
 
 /// Ids that requests may omit, and tenants that this container is pinned to.
@@ -49,6 +51,8 @@ pub struct Pins {
 #[derive(Debug)]
 pub struct ApiState {
     pub supervisor: Supervisor,
+    pub ledger: Ledger,
+    pub books: Books,
     pub activity: Activity,
     pub access: Access,
     pub pins: Pins,
@@ -86,6 +90,8 @@ pub type Shared = Arc<ApiState>;
         turns::cancel,
         health::idle,
         health::touch,
+        usage::report,
+        usage::live,
     ),
     components(schemas(
         error::ErrorBody,
@@ -130,6 +136,8 @@ pub fn router(state: Shared) -> Router {
         .route("/api/turns/{turn}", get(turns::one))
         .route("/api/turns/{turn}/events", get(turns::events))
         .route("/api/turns/{turn}/cancel", post(turns::cancel))
+        .route("/api/usage", get(usage::report))
+        .route("/api/usage/live", get(usage::live))
         .route("/api/idle", get(health::idle))
         .route("/api/idle/touch", post(health::touch))
         .route("/", get(page::index))
@@ -157,6 +165,7 @@ mod tests {
             "/api/init",
             "/api/execute",
             "/api/turns/{turn}/events",
+            "/api/usage",
         ] {
             assert!(document["paths"][path].is_object(), "{path} is described");
         }

@@ -19,7 +19,7 @@ use crate::{
     api::{self, Access, AccessSettings, ApiState, Facts, Pins, Readiness},
     config::{self, CredentialSource, Loaded, Mode, Settings},
     domain::Signature,
-    gateway::{Credential, Gateway, GatewayConfig, load_credentials_file},
+    gateway::{Credential, Gateway, GatewayConfig, OAuthSettings, load_credentials_file},
     lifecycle::{Activity, Guard, HolderKind, StopReason, wait_for_reason},
     preview::{self, ActivityGuard, ActivitySink, PreviewSettings, Previews, Proxy, ProxyKind},
     process::{self, Bash, ConfinementMode, Launcher},
@@ -28,6 +28,7 @@ use crate::{
     supervisor::{Supervisor, SupervisorSettings},
     task::{self, Tasks},
     telemetry,
+    usage::{Books, Budgets, Ledger, LedgerSettings, Level, Limit, Prices, Tenants, Term},
     workspace::{Dependencies, make_private_dir},
 };
 
@@ -47,11 +48,21 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
     prepare_folder(&settings.cache_path, "CACHE_PATH").await?;
     let runtime = runtime_folder(&loaded)?;
 
-    let listeners = Listeners::bind(settings).await?;
+    let mut listeners = Listeners::bind(settings).await?;
     let tasks = Tasks::new();
     let credential = loaded.credential()?;
     let is_rehearsal = credential == CredentialSource::Rehearsal;
-    let gateway = start_gateway(settings, credential, &tasks).await?;
+    let ledger = Ledger::new(ledger_settings(settings).await?, &tasks);
+    let gateway = start_gateway(settings, credential, ledger.clone(), &tasks).await?;
+    let network_port = match listeners.gateway.take() {
+        None => None,
+        Some((listener, tokens)) => {
+            let port = port(&listener);
+            let opened = gateway.open_to_network(listener, tokens, &tasks).await;
+            opened.context("GATEWAY_TOKENS_FILE")?;
+            Some(port)
+        }
+    };
     let launcher = Launcher::start(settings.lease / 2, ConfinementMode::Auto)
         .context("failed to start the launcher")?;
     let programs = Programs::find(&loaded);
@@ -85,6 +96,12 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
     );
     let state = Arc::new(ApiState {
         supervisor: supervisor.clone(),
+        ledger,
+        books: Books::new(
+            settings.workspace_path.clone(),
+            tenants(settings),
+            budgets(settings),
+        ),
         activity: activity.clone(),
         access: Access::new(access_settings(settings, listeners.api_port())),
         pins: Pins {
@@ -101,6 +118,12 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         started,
     });
     announce(&loaded, mode, &listeners, is_rehearsal, &launcher);
+    if let Some(port) = network_port {
+        tracing::info!(
+            bind = %settings.bind, gateway_port = port,
+            "the gateway serves other containers, for clients with a token"
+        );
+    }
     listeners
         .serve(state, previews, &activity, &tasks)
         .context("failed to serve")?;
@@ -210,11 +233,73 @@ fn runtime_folder(loaded: &Loaded) -> anyhow::Result<PathBuf> {
     Ok(own)
 }
 
+async fn ledger_settings(settings: &Settings) -> anyhow::Result<LedgerSettings> {
+    let prices = match settings.prices_file.clone() {
+        None => Prices::default(),
+        Some(file) => {
+            let load = move || Prices::load(&file);
+            task::blocking("reading the price list", Duration::from_secs(20), load)
+                .await?
+                .context("PRICES_FILE")?
+        }
+    };
+    Ok(LedgerSettings {
+        workspace: Some(settings.workspace_path.clone()),
+        prices,
+        budgets: budgets(settings),
+    })
+}
+
+/// Whose ledgers this container looks into.
+pub fn tenants(settings: &Settings) -> Tenants {
+    Tenants {
+        client: settings.client_id.clone(),
+        user: settings.user_id.clone(),
+    }
+}
+
+/// The limits that are set.
+pub fn budgets(settings: &Settings) -> Budgets {
+    let limits = [
+        (Level::Turn, Term::Whole, settings.budget_turn),
+        (Level::Thread, Term::Day, settings.budget_thread_day),
+        (Level::Thread, Term::Month, settings.budget_thread_month),
+        (Level::User, Term::Day, settings.budget_user_day),
+        (Level::User, Term::Month, settings.budget_user_month),
+        (Level::Client, Term::Day, settings.budget_client_day),
+        (Level::Client, Term::Month, settings.budget_client_month),
+    ];
+    let limits = limits.into_iter();
+    Budgets {
+        limits: limits
+            .filter_map(|(level, term, usd)| {
+                Some(Limit {
+                    level,
+                    term,
+                    usd: usd?,
+                })
+            })
+            .collect(),
+        zone: settings.usage_time_zone.clone(),
+    }
+}
+
 async fn start_gateway(
     settings: &Settings,
     source: CredentialSource,
+    ledger: Ledger,
     tasks: &Tasks,
 ) -> anyhow::Result<Gateway> {
+    let mut oauth = OAuthSettings {
+        endpoint: settings
+            .claude_oauth_token_url
+            .parse()
+            .context("CLAUDE_OAUTH_TOKEN_URL is no address")?,
+        file: None,
+        // Agents are let into their own folders alone.
+        store: Some(settings.workspace_path.join(".greenroom")),
+        hide: telemetry::hide,
+    };
     let (upstream, credential) = match source {
         CredentialSource::ApiKey(key) => {
             (settings.anthropic_base_url.clone(), Credential::ApiKey(key))
@@ -224,6 +309,7 @@ async fn start_gateway(
             for secret in credential.secrets() {
                 telemetry::hide(secret);
             }
+            oauth.file = Some(path);
             (settings.anthropic_base_url.clone(), credential)
         }
         CredentialSource::Rehearsal => {
@@ -238,6 +324,8 @@ async fn start_gateway(
         GatewayConfig {
             upstream,
             credential,
+            oauth,
+            ledger,
         },
         tasks,
     )
@@ -350,6 +438,8 @@ struct Listeners {
     api: TcpListener,
     preview: TcpListener,
     hmr: TcpListener,
+    /// The gateway's on the network, and who may come in.
+    gateway: Option<(TcpListener, PathBuf)>,
 }
 
 impl Listeners {
@@ -364,6 +454,10 @@ impl Listeners {
             api: listen(settings.api_port, "API_PORT").await?,
             preview: listen(settings.preview_port, "PREVIEW_PORT").await?,
             hmr: listen(settings.hmr_port, "HMR_PORT").await?,
+            gateway: match (settings.gateway_port, settings.gateway_tokens_file.clone()) {
+                (Some(port), Some(tokens)) => Some((listen(port, "GATEWAY_PORT").await?, tokens)),
+                _ => None,
+            },
         })
     }
 

@@ -5,7 +5,9 @@
 //! standard error.
 
 mod health;
+mod monitor;
 mod show;
+mod usage;
 
 use std::{
     ffi::OsString,
@@ -74,6 +76,7 @@ fn run(args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
         "dev" => serve(args, Mode::Dev),
         "health" => health::run(&load(args, Mode::Inspect)?, args.get_flag("json")),
         "config" => show::run(&load(args, Mode::Inspect)?, args.get_flag("json")),
+        "usage" => usage::run(args),
         "openapi" => print(&api::openapi_json()),
         other => unreachable!("clap knows no {other}"),
     }
@@ -145,6 +148,7 @@ fn command() -> Command {
             )
             .arg(json()),
         )
+        .subcommand(usage::command())
         .subcommand(
             Command::new("openapi")
                 .about("Print the OpenAPI document of the API")

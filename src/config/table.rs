@@ -6,6 +6,7 @@
 
 use std::{net::IpAddr, path::PathBuf, time::Duration};
 
+use jiff::tz::TimeZone;
 use tracing::Level;
 
 use super::{
@@ -143,6 +144,9 @@ settings! {
         "Key of the model API";
     CLAUDE_CREDENTIALS_FILE, claude_credentials_file: Option<PathBuf>, Text, value::path, Unset,
         "File with a key or OAuth credentials of the model API";
+    CLAUDE_OAUTH_TOKEN_URL, claude_oauth_token_url: String, Text, value::base_url,
+        Is("https://platform.claude.com/v1/oauth/token"),
+        "Where OAuth credentials are refreshed";
     ANTHROPIC_BASE_URL, anthropic_base_url: String, Text, value::base_url,
         Is("https://api.anthropic.com"),
         "Upstream of the gateway; a proxy can stand here";
@@ -161,6 +165,8 @@ settings! {
         "Token for git over HTTPS and for pull requests";
     GIT_TOKEN_HOSTS, git_token_hosts: Vec<String>, List, value::hosts, Is(""),
         "Hosts that get GITHUB_TOKEN besides github.com";
+    GITHUB_API_URL, github_api_url: String, Text, value::base_url, Is("https://api.github.com"),
+        "GitHub's API, for pull requests; of a GitHub Enterprise server: https://{host}/api/v3";
     GIT_USER_NAME, git_user_name: String, Text, value::signature, Is("greenroom"),
         "Committer, and author where a request names none";
     GIT_USER_EMAIL, git_user_email: String, Text, value::signature, Is("greenroom@localhost"),
@@ -243,6 +249,25 @@ settings! {
         "A lease without a beat for so long is stale";
     TURN_TIMEOUT_SECONDS, turn_timeout: Duration, Number, value::some_seconds, Is("600"),
         "Longest turn";
+
+    BUDGET_TURN_USD, budget_turn: Option<f64>, Number, value::dollars, Unset,
+        "Most that one turn may spend at the model API, in US dollars";
+    BUDGET_THREAD_DAY_USD, budget_thread_day: Option<f64>, Number, value::dollars, Unset,
+        "The same of each thread in a day";
+    BUDGET_THREAD_MONTH_USD, budget_thread_month: Option<f64>, Number, value::dollars, Unset,
+        "The same of each thread in a calendar month";
+    BUDGET_USER_DAY_USD, budget_user_day: Option<f64>, Number, value::dollars, Unset,
+        "The same of each user in a day";
+    BUDGET_USER_MONTH_USD, budget_user_month: Option<f64>, Number, value::dollars, Unset,
+        "The same of each user in a calendar month";
+    BUDGET_CLIENT_DAY_USD, budget_client_day: Option<f64>, Number, value::dollars, Unset,
+        "The same of each client in a day";
+    BUDGET_CLIENT_MONTH_USD, budget_client_month: Option<f64>, Number, value::dollars, Unset,
+        "The same of each client in a calendar month";
+    USAGE_TIME_ZONE, usage_time_zone: TimeZone, Text, value::time_zone, Is("UTC"),
+        "Where the days and months of budgets and reports begin, as Europe/Berlin";
+    PRICES_FILE, prices_file: Option<PathBuf>, Text, value::path, Unset,
+        "Prices of models that differ from the built-in list, or are not on it (YAML)";
 
     CONTROL_PLANE_URL, control_plane_url: Option<String>, Text, value::url, Unset,
         "Where lifecycle events are posted";

@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use jiff::tz::TimeZone;
 use serde_json::{Value as Json, json};
 use url::{Host, Url};
 
@@ -130,6 +131,32 @@ pub(super) fn some_seconds(text: &str, _: &Surroundings) -> Outcome<Duration> {
 pub(super) fn minutes_or_never(text: &str, _: &Surroundings) -> Outcome<Option<Duration>> {
     let Parsed { value, shown } = span(text, "minutes", 60.0, true)?;
     parsed((shown != json!(0)).then_some(value), shown)
+}
+
+/// An amount of money, more than nothing: a budget of 0 would be taken for none by some and for
+/// the end of all work by others.
+pub(super) fn dollars(text: &str, _: &Surroundings) -> Outcome<f64> {
+    let allowed =
+        "a number of US dollars from more than 0 to 1000000, or leave it out for no limit";
+    match text.parse::<f64>() {
+        Ok(usd) if usd > 0.0 && usd <= 1e6 => parsed(usd, usd),
+        Ok(_) => wrong(format!("{} is out of range", quoted(text)), allowed),
+        Err(_) => wrong(format!("{} is not a number", quoted(text)), allowed),
+    }
+}
+
+/// A time zone by its name.
+pub(super) fn time_zone(text: &str, _: &Surroundings) -> Outcome<TimeZone> {
+    match TimeZone::get(text) {
+        Ok(zone) => {
+            let name = zone.iana_name().unwrap_or(text).to_owned();
+            parsed(zone, name)
+        }
+        Err(_) => wrong(
+            format!("{} is not a time zone", quoted(text)),
+            "a name of the IANA database, as in UTC, Europe/Berlin or America/New_York",
+        ),
+    }
 }
 
 /// An id of a tenant or a thread.

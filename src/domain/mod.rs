@@ -3,10 +3,14 @@
 //! The shapes here are the contract's: they are serialised as they are, into answers, events,
 //! journals and contexts.
 
+mod account;
 mod idle;
+mod publish;
 mod turn;
 
+pub use account::Account;
 pub use idle::{IdleDecision, IdleFacts, decide_idle};
+pub use publish::{Between, ConflictKind, MergeStep};
 pub use turn::{
     Author, CommitSummary, Conflict, Continuity, Effect, ErrorCode, HistoryEntry, Plan, Signature,
     ThreadContext, TurnEvent, TurnFailure, TurnKind, TurnMode, TurnPreview, TurnResult, TurnStatus,

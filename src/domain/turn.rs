@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use super::{FileChange, FileStatus, HeldBack, PreviewError, PreviewState, Usage};
+use super::{ConflictKind, FileChange, FileStatus, HeldBack, PreviewError, PreviewState, Usage};
 use crate::identity::{ThreadId, TurnId};
 
 /// May the turn write?
@@ -73,6 +73,10 @@ pub struct Conflict {
     pub path: String,
     /// One sentence for a person.
     pub reason: String,
+    pub kind: ConflictKind,
+    /// Of a silent loss: some of the lines that would vanish.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub lines: Vec<String>,
 }
 
 impl From<HeldBack> for Conflict {
@@ -80,6 +84,8 @@ impl From<HeldBack> for Conflict {
         Self {
             path: file.path,
             reason: file.reason,
+            kind: ConflictKind::InTheWay,
+            lines: Vec::new(),
         }
     }
 }
@@ -275,6 +281,10 @@ pub struct TurnResult {
     pub error: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub code: Option<ErrorCode>,
+    /// From when on the same would work: the budget that was used up begins anew then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<String>)]
+    pub retry_at: Option<jiff::Timestamp>,
 }
 
 /// What happens during a turn, in the order in which it happened. The serialised form is
@@ -307,6 +317,13 @@ pub enum TurnEvent {
     },
     #[serde(rename = "file.changed")]
     FileChanged { path: String, status: FileStatus },
+    #[serde(rename = "budget.warning", rename_all = "camelCase")]
+    BudgetWarning {
+        spent_usd: f64,
+        limit_usd: f64,
+        /// Which limit, in words.
+        limit: String,
+    },
     #[serde(rename = "preview.updated")]
     PreviewUpdated {},
     #[serde(rename = "preview.error")]

@@ -5,10 +5,7 @@ use std::{
     error::Error,
     io,
     net::IpAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -17,16 +14,22 @@ use futures_util::{Stream, StreamExt, stream};
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, header};
 use http_body_util::{BodyExt, Full, StreamBody, combinators::UnsyncBoxBody};
 use hyper::body::{Body, Frame, Incoming};
+use jiff::Timestamp;
 use serde_json::json;
 use tokio::sync::OnceCell;
 use url::{Host, Url};
 
 use super::{
     GatewayConfig, GatewayError,
-    credential::Credential,
+    network::ClientTokens,
     run::{Admission, Exchange, Tokens, retry_after},
+    toll::{self, Stopped, Toll},
+    vault::Vault,
 };
-use crate::task;
+use crate::{
+    task::{self, Tasks},
+    usage::Denied,
+};
 
 pub(super) type Answer = Response<UnsyncBoxBody<Bytes, io::Error>>;
 
@@ -65,40 +68,66 @@ const NOT_UP: [&str; 6] = [
 /// What else of the upstream's headers stays here: its cookies belong to our connection.
 const NOT_DOWN: [&str; 1] = ["set-cookie"];
 
+/// Where requests come in, and who may.
+#[derive(Debug, Clone)]
+pub(super) enum Door {
+    /// The CLIs that we started.
+    Agents(Arc<Tokens>),
+    /// Other containers'.
+    Clients(Arc<ClientTokens>),
+}
+
+impl Door {
+    fn admit(&self, token: &str) -> Admission {
+        match self {
+            Self::Agents(tokens) => tokens.admit(token),
+            Self::Clients(tokens) => tokens.admit(token),
+        }
+    }
+
+    fn is_for_network(&self) -> bool {
+        matches!(self, Self::Clients(_))
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Relay {
     upstream: Url,
-    credential: Credential,
-    tokens: Arc<Tokens>,
+    vault: Vault,
     client: OnceCell<reqwest::Client>,
 }
 
 impl Relay {
-    pub(super) fn new(config: GatewayConfig, tokens: Arc<Tokens>) -> Result<Self, GatewayError> {
+    pub(super) fn new(config: GatewayConfig, tasks: &Tasks) -> Result<Self, GatewayError> {
         let GatewayConfig {
             upstream,
             credential,
+            oauth,
+            ledger: _,
         } = config;
         if !matches!(upstream.scheme(), "http" | "https") || upstream.host().is_none() {
             return Err(GatewayError::UnusableUpstream);
         }
         // Found out now, not at the first request.
-        credential.apply(&mut HeaderMap::new())?;
+        let vault = Vault::new(credential, oauth, tasks);
+        vault.check()?;
         Ok(Self {
             upstream,
-            credential,
-            tokens,
+            vault,
             client: OnceCell::new(),
         })
     }
 
-    pub(super) async fn serve(&self, request: Request<Incoming>) -> Answer {
+    pub(super) async fn serve(&self, door: &Door, request: Request<Incoming>) -> Answer {
+        if door.is_for_network() && request.uri().path() == "/health" {
+            return healthy();
+        }
         if request.uri().path() == "/" && matches!(*request.method(), Method::GET | Method::HEAD) {
             // The CLI opens a connection ahead with it. Nothing is told and nothing forwarded.
             return Response::new(empty());
         }
         let admission = match presented_token(request.headers()) {
-            Some(token) => self.tokens.admit(token),
+            Some(token) => door.admit(token),
             None => Admission::UnknownToken,
         };
         if matches!(admission, Admission::UnknownToken) {
@@ -116,21 +145,32 @@ impl Relay {
         let Admission::Run(run) = admission else {
             return refuse(StatusCode::FORBIDDEN, "no run is active for this token");
         };
+        let is_model_request =
+            *request.method() == Method::POST && request.uri().path() == "/v1/messages";
+        if is_model_request && let Err(denied) = run.meter.check_now() {
+            return deny(&denied);
+        }
         if request.uri().path() == COUNT_TOKENS && run.is_before_its_first_message() {
             return refuse(
                 StatusCode::FORBIDDEN,
                 "nothing is counted before the first message",
             );
         }
+        let toll = is_model_request.then(|| Toll::new(run.meter.clone()));
         let over = run.over.clone();
         tokio::select! {
             biased;
             () = over.cancelled() => refuse(StatusCode::FORBIDDEN, "the run is over"),
-            answer = self.forward(request, Exchange::start(run)) => answer,
+            answer = self.forward(request, toll.clone(), Exchange::start(run, toll)) => answer,
         }
     }
 
-    async fn forward(&self, request: Request<Incoming>, mut exchange: Exchange) -> Answer {
+    async fn forward(
+        &self,
+        request: Request<Incoming>,
+        toll: Option<Arc<Toll>>,
+        mut exchange: Exchange,
+    ) -> Answer {
         if request.body().size_hint().lower() > MAX_BODY {
             return too_large();
         }
@@ -142,7 +182,7 @@ impl Relay {
             Ok(client) => client,
             Err(why) => {
                 tracing::error!(why, "the gateway has no HTTPS client");
-                exchange.unreachable();
+                exchange.unreachable(false);
                 return refuse(StatusCode::BAD_GATEWAY, &why);
             }
         };
@@ -153,25 +193,49 @@ impl Relay {
             header::ACCEPT_ENCODING,
             HeaderValue::from_static("identity"),
         );
-        if let Err(error) = self.credential.apply(&mut headers) {
+        let credential = self.vault.current().await;
+        let mut presented = headers.clone();
+        if let Err(error) = credential.apply(&mut presented) {
             return refuse(StatusCode::BAD_GATEWAY, &error.to_string());
         }
-        let exceeded = Arc::new(AtomicBool::new(false));
-        let mut upstream = client.request(head.method, target(&self.upstream, &head.uri));
+        let (method, target) = (head.method, target(&self.upstream, &head.uri));
+        let stopped = Arc::new(Stopping::default());
+        // What went up, for the one case in which it has to go up again.
+        let copy = self
+            .vault
+            .is_renewable()
+            .then(|| Arc::new(Copied::default()));
+        let mut upstream = client.request(method.clone(), target.clone());
         if !body.is_end_stream() {
-            upstream = upstream.body(reqwest::Body::wrap_stream(upload(body, exceeded.clone())));
+            let body = upload(body, toll, stopped.clone(), copy.clone());
+            upstream = upstream.body(reqwest::Body::wrap_stream(body));
         }
-        match upstream.headers(headers).send().await {
+        let mut sent = upstream.headers(presented).send().await;
+        if let (Ok(answer), Some(copy)) = (&sent, copy)
+            && answer.status() == StatusCode::UNAUTHORIZED
+            && self.vault.renew(&credential).await
+        {
+            let Some(body) = copy.whole() else {
+                // The CLI has it still, and asks again.
+                return again_soon();
+            };
+            if let Err(error) = self.vault.current().await.apply(&mut headers) {
+                return refuse(StatusCode::BAD_GATEWAY, &error.to_string());
+            }
+            let again = client.request(method, target).headers(headers).body(body);
+            sent = again.send().await;
+        }
+        match sent {
             Ok(answer) if answer.status().is_redirection() => {
                 // Following it would carry the credential to an address that nobody configured.
-                exchange.head(answer.status(), answer.headers());
+                exchange.head(answer.status(), answer.headers()).await;
                 refuse(
                     StatusCode::BAD_GATEWAY,
                     "the model API answered with a redirect; configure its final address",
                 )
             }
             Ok(answer) => {
-                exchange.head(answer.status(), answer.headers());
+                exchange.head(answer.status(), answer.headers()).await;
                 let pause = retry_after(answer.headers());
                 let is_over = match pause {
                     Some(pause) => exchange.run().wait_out(answer.status(), pause).await,
@@ -185,9 +249,13 @@ impl Relay {
                 }
                 relayed
             }
-            Err(_) if exceeded.load(Ordering::Relaxed) => too_large(),
             Err(error) => {
-                exchange.unreachable();
+                match stopped.take() {
+                    Some(Stopped::TooLarge) => return too_large(),
+                    Some(Stopped::Denied(denied)) => return deny(&denied),
+                    None => {}
+                }
+                exchange.unreachable(!error.is_connect());
                 let why = reason(&error);
                 let host = self.upstream.host_str().unwrap_or_default();
                 tracing::warn!(host, error = chain(&error.without_url()), "{why}");
@@ -258,7 +326,7 @@ fn passing(headers: &HeaderMap, kept: &[&str]) -> HeaderMap {
         .collect()
 }
 
-async fn build_client(upstream: &Url) -> Result<reqwest::Client, String> {
+pub(super) async fn build_client(upstream: &Url) -> Result<reqwest::Client, String> {
     let is_local = is_loopback(upstream);
     let is_plain = upstream.scheme() == "http";
     let build = move || {
@@ -296,31 +364,94 @@ fn is_loopback(url: &Url) -> bool {
     }
 }
 
+/// Why an upload was stopped by us.
+#[derive(Debug, Default)]
+struct Stopping(Mutex<Option<Stopped>>);
+
+impl Stopping {
+    fn set(&self, why: Stopped) -> io::Error {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(why);
+        io::Error::other("the gateway stopped it")
+    }
+
+    fn take(&self) -> Option<Stopped> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
+
+/// The pieces of a body that went up; they are shared, not copied.
+#[derive(Debug, Default)]
+struct Copied(Mutex<(Vec<Bytes>, bool)>);
+
+/// Longer bodies are not kept: the CLI sends them again.
+const MAX_COPY: u64 = 8 << 20;
+
+impl Copied {
+    fn add(&self, piece: &Bytes, sent: u64) {
+        let mut copied = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if sent <= MAX_COPY {
+            copied.0.push(piece.clone());
+        } else {
+            *copied = (Vec::new(), false);
+        }
+    }
+
+    fn end(&self, sent: u64) {
+        let mut copied = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        copied.1 = sent <= MAX_COPY;
+    }
+
+    /// The body, if all of it is here.
+    fn whole(&self) -> Option<Vec<u8>> {
+        let copied = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        copied.1.then(|| copied.0.concat())
+    }
+}
+
 /// The CLI's body on its way up, piece by piece; ends with an error past [`MAX_BODY`] or after a
-/// standstill.
+/// standstill. Its last piece is held back until the request is paid for: without it the upstream
+/// has nothing to answer.
 fn upload(
     body: Incoming,
-    exceeded: Arc<AtomicBool>,
+    toll: Option<Arc<Toll>>,
+    stopping: Arc<Stopping>,
+    copy: Option<Arc<Copied>>,
 ) -> impl Stream<Item = io::Result<Bytes>> + Send {
-    stream::try_unfold((body, 0_u64), move |(mut body, mut sent)| {
-        let exceeded = exceeded.clone();
+    let scan = toll.map(|toll| (toll, toll::Request::default()));
+    let begin = (body, 0_u64, None::<Bytes>, scan);
+    stream::try_unfold(begin, move |(mut body, mut sent, mut held, mut scan)| {
+        let (stopping, copy) = (stopping.clone(), copy.clone());
         async move {
             loop {
                 let frame = tokio::time::timeout(UPLOAD_IDLE, body.frame())
                     .await
                     .map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?;
                 let Some(frame) = frame.transpose().map_err(io::Error::other)? else {
-                    return Ok(None);
+                    if let Some((toll, request)) = scan.take() {
+                        let paid = toll.pay(&request).await;
+                        paid.map_err(|denied| stopping.set(Stopped::Denied(denied)))?;
+                    }
+                    if let Some(copy) = &copy {
+                        copy.end(sent);
+                    }
+                    return Ok(held.take().map(|last| (last, (body, sent, None, None))));
                 };
                 let Ok(data) = frame.into_data() else {
                     continue;
                 };
                 sent += data.len() as u64;
                 if sent > MAX_BODY {
-                    exceeded.store(true, Ordering::Relaxed);
-                    return Err(io::Error::other("the request body is too large"));
+                    return Err(stopping.set(Stopped::TooLarge));
                 }
-                return Ok(Some((data, (body, sent))));
+                if let Some((_, request)) = &mut scan {
+                    request.feed(&data);
+                }
+                if let Some(copy) = &copy {
+                    copy.add(&data, sent);
+                }
+                if let Some(ready) = held.replace(data) {
+                    return Ok(Some((ready, (body, sent, held, scan))));
+                }
             }
         }
     })
@@ -343,13 +474,13 @@ fn relayed(answer: reqwest::Response, exchange: Exchange) -> Answer {
                 };
                 match chunk {
                     Some(Ok(chunk)) => {
-                        exchange.chunk(&chunk);
+                        exchange.chunk(&chunk).await;
                         Ok(Some((Frame::data(chunk), (chunks, exchange, over))))
                     }
                     // The client must see a cut stream as one: end with an error, not in peace.
                     Some(Err(error)) => Err(io::Error::other(error.without_url())),
                     None => {
-                        exchange.complete();
+                        exchange.complete().await;
                         Ok(None)
                     }
                 }
@@ -390,6 +521,57 @@ fn too_large() -> Answer {
     )
 }
 
+/// A request that may not be paid for. The CLI must not try again by itself: its run is told, and
+/// ends.
+fn deny(denied: &Denied) -> Answer {
+    match denied {
+        Denied::OverBudget(breach) => {
+            let mut answer = refuse(StatusCode::TOO_MANY_REQUESTS, &sentence(denied));
+            let headers = answer.headers_mut();
+            headers.insert("x-should-retry", HeaderValue::from_static("false"));
+            if let Some(at) = breach.resets {
+                let seconds = at.duration_since(Timestamp::now()).as_secs().max(1);
+                headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+            }
+            answer
+        }
+        Denied::Held(_) => {
+            let mut answer = refuse(StatusCode::TOO_MANY_REQUESTS, &sentence(denied));
+            let soon = HeaderValue::from_static("10");
+            answer.headers_mut().insert(header::RETRY_AFTER, soon);
+            answer
+        }
+        Denied::Ledger(_) | Denied::Blocking(_) => {
+            tracing::error!(
+                error = chain(denied),
+                "a model request could not be reserved"
+            );
+            refuse(StatusCode::SERVICE_UNAVAILABLE, &sentence(denied))
+        }
+    }
+}
+
+fn sentence(denied: &Denied) -> String {
+    format!("greenroom let no request through: {denied}")
+}
+
+/// The same request would be taken now. The CLI asks again by itself.
+fn again_soon() -> Answer {
+    let why = "the credential was renewed; please ask again";
+    let mut answer = refuse(StatusCode::SERVICE_UNAVAILABLE, why);
+    let headers = answer.headers_mut();
+    headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    answer
+}
+
+fn healthy() -> Answer {
+    let body = json!({"status": "healthy"}).to_string();
+    let mut answer = Response::new(Full::from(body).map_err(never).boxed_unsync());
+    let json = HeaderValue::from_static("application/json");
+    answer.headers_mut().insert(header::CONTENT_TYPE, json);
+    answer
+}
+
 fn empty() -> UnsyncBoxBody<Bytes, io::Error> {
     Full::default().map_err(never).boxed_unsync()
 }
@@ -405,6 +587,7 @@ fn refuse(status: StatusCode, message: &str) -> Answer {
         StatusCode::FORBIDDEN => "permission_error",
         StatusCode::NOT_FOUND => "not_found_error",
         StatusCode::PAYLOAD_TOO_LARGE => "request_too_large",
+        StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
         _ => "api_error",
     };
     let body = json!({"type": "error", "error": {"type": kind, "message": message}}).to_string();

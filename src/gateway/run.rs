@@ -17,6 +17,12 @@ use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::toll::Toll;
+use crate::{
+    domain::Account,
+    usage::{Ledger, Meter, News, Spent},
+};
+
 /// How the upstream last met a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum UpstreamNote {
@@ -41,7 +47,7 @@ pub struct Hold {
 /// One run as the gateway sees it. Shared by its [`ActiveRun`] and the requests under way.
 #[derive(Debug)]
 pub(super) struct Run {
-    label: String,
+    pub(super) meter: Meter,
     requests: AtomicU64,
     note: Mutex<Option<UpstreamNote>>,
     /// When it is over at the latest; `None`: nothing is held for it.
@@ -51,12 +57,26 @@ pub(super) struct Run {
     pub(super) over: CancellationToken,
 }
 
-type Digested = [u8; 32];
+pub(super) type Digested = [u8; 32];
+
+impl Run {
+    pub(super) fn new(meter: Meter, deadline: Option<tokio::time::Instant>) -> Self {
+        Self {
+            meter,
+            requests: AtomicU64::new(0),
+            note: Mutex::new(None),
+            deadline,
+            hold: watch::Sender::new(None),
+            over: CancellationToken::new(),
+        }
+    }
+}
 
 /// The tokens that were given out and not revoked, by digest: a look-up then takes no time that
 /// depends on how much of a guess was right.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Tokens {
+    ledger: Ledger,
     runs: Mutex<HashMap<Digested, Option<Arc<Run>>>>,
 }
 
@@ -69,6 +89,17 @@ pub(super) enum Admission {
 }
 
 impl Tokens {
+    pub(super) fn new(ledger: Ledger) -> Self {
+        Self {
+            ledger,
+            runs: Mutex::default(),
+        }
+    }
+
+    pub(super) fn ledger(&self) -> &Ledger {
+        &self.ledger
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<Digested, Option<Arc<Run>>>> {
         self.runs.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -85,6 +116,7 @@ impl Tokens {
         AgentToken {
             text,
             digest,
+            ledger: self.ledger.clone(),
             tokens: Arc::downgrade(self),
         }
     }
@@ -98,7 +130,7 @@ impl Tokens {
     }
 }
 
-fn digest(token: &str) -> Digested {
+pub(super) fn digest(token: &str) -> Digested {
     Sha256::digest(token.as_bytes()).into()
 }
 
@@ -107,6 +139,7 @@ fn digest(token: &str) -> Digested {
 pub struct AgentToken {
     text: String,
     digest: Digested,
+    ledger: Ledger,
     tokens: Weak<Tokens>,
 }
 
@@ -116,31 +149,20 @@ impl AgentToken {
         &self.text
     }
 
-    /// Opens the gateway to this token for one run, until the guard is dropped. `label` names the
-    /// run in the log (a turn's id). A run that was still active is over with that.
-    pub fn begin(&self, label: impl Into<String>) -> ActiveRun {
-        self.open(label.into(), None)
+    /// Opens the gateway to this token for one run, until the guard is dropped; the run's requests
+    /// are charged to `account`. A run that was still active is over with that.
+    pub fn begin(&self, account: Account) -> ActiveRun {
+        self.open(account, None)
     }
 
     /// The same for a run that ends by itself at `deadline`: pauses that the upstream asks for and
     /// that are over before are waited out ([`ActiveRun::holds`]).
-    pub fn begin_until(
-        &self,
-        label: impl Into<String>,
-        deadline: tokio::time::Instant,
-    ) -> ActiveRun {
-        self.open(label.into(), Some(deadline))
+    pub fn begin_until(&self, account: Account, deadline: tokio::time::Instant) -> ActiveRun {
+        self.open(account, Some(deadline))
     }
 
-    fn open(&self, label: String, deadline: Option<tokio::time::Instant>) -> ActiveRun {
-        let run = Arc::new(Run {
-            label,
-            requests: AtomicU64::new(0),
-            note: Mutex::new(None),
-            deadline,
-            hold: watch::Sender::new(None),
-            over: CancellationToken::new(),
-        });
+    fn open(&self, account: Account, deadline: Option<tokio::time::Instant>) -> ActiveRun {
+        let run = Arc::new(Run::new(self.ledger.meter(account), deadline));
         if let Some(tokens) = self.tokens.upgrade()
             && let Some(Some(previous)) = tokens.lock().insert(self.digest, Some(run.clone()))
         {
@@ -195,6 +217,16 @@ impl ActiveRun {
         self.run.hold.subscribe()
     }
 
+    /// What the run has spent so far.
+    pub fn spent(&self) -> Spent {
+        self.run.meter.spent()
+    }
+
+    /// What it should hear of its budgets, as it comes.
+    pub fn budget_news(&self) -> watch::Receiver<News> {
+        self.run.meter.news()
+    }
+
     /// The status of the upstream's last answer; `None` before the first one and while it cannot
     /// be reached.
     pub fn last_upstream_status(&self) -> Option<u16> {
@@ -231,7 +263,7 @@ impl Run {
             until,
         };
         tracing::warn!(
-            run = self.label,
+            run = %self.meter.account(),
             status = hold.status,
             pause_s = pause.as_secs(),
             "the model API asks for a pause; it is waited out"
@@ -265,12 +297,14 @@ pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
 }
 
 /// One request on its way through: the single place that sees its start, the head and every chunk
-/// of the answer, and how it ended. Counting tokens and budgets belong here.
+/// of the answer, and how it ended.
 ///
 /// Dropping it without [`Exchange::complete`] means that it was cut, by whichever side.
 #[derive(Debug)]
 pub(super) struct Exchange {
     run: Arc<Run>,
+    /// What is paid for it; `None`: it costs nothing.
+    toll: Option<Arc<Toll>>,
     started: Instant,
     status: Option<StatusCode>,
     bytes: u64,
@@ -286,10 +320,11 @@ impl Run {
 }
 
 impl Exchange {
-    pub(super) fn start(run: Arc<Run>) -> Self {
+    pub(super) fn start(run: Arc<Run>, toll: Option<Arc<Toll>>) -> Self {
         run.requests.fetch_add(1, Ordering::Relaxed);
         Self {
             run,
+            toll,
             started: Instant::now(),
             status: None,
             bytes: 0,
@@ -301,31 +336,51 @@ impl Exchange {
         &self.run
     }
 
-    pub(super) fn unreachable(&mut self) {
+    /// It could not be brought to the upstream, or broke off before the answer began.
+    pub(super) fn unreachable(&mut self, was_sent: bool) {
         *self.run.note() = Some(UpstreamNote::Unreachable);
+        if let Some(toll) = &self.toll
+            && !was_sent
+        {
+            toll.give_back();
+        }
     }
 
-    pub(super) fn head(&mut self, status: StatusCode, headers: &HeaderMap) {
+    /// The answer begins. What was reserved for it is on the disk when this returns.
+    pub(super) async fn head(&mut self, status: StatusCode, headers: &HeaderMap) {
         self.status = Some(status);
         *self.run.note() = Some(UpstreamNote::Answered {
             status: status.as_u16(),
             retry_after: retry_after(headers),
         });
+        if let Some(toll) = &self.toll {
+            toll.answered(status, headers).await;
+        }
     }
 
-    pub(super) fn chunk(&mut self, chunk: &[u8]) {
+    /// Takes in a chunk. The end of an answer is written down before it goes on.
+    pub(super) async fn chunk(&mut self, chunk: &[u8]) {
         self.bytes += chunk.len() as u64;
+        if let Some(toll) = &self.toll {
+            toll.chunk(chunk).await;
+        }
     }
 
-    pub(super) fn complete(&mut self) {
+    pub(super) async fn complete(&mut self) {
         self.completed = true;
+        if let Some(toll) = &self.toll {
+            toll.complete().await;
+        }
     }
 }
 
 impl Drop for Exchange {
     fn drop(&mut self) {
+        if let Some(toll) = &self.toll {
+            toll.cut();
+        }
         tracing::debug!(
-            run = self.run.label,
+            run = %self.run.meter.account(),
             status = self.status.map(|status| status.as_u16()),
             bytes = self.bytes,
             completed = self.completed,
@@ -338,6 +393,7 @@ impl Drop for Exchange {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{task::Tasks, usage::LedgerSettings};
 
     #[test]
     fn a_pause_is_read_and_weighed() {
@@ -366,26 +422,27 @@ mod tests {
         match tokens.admit(token) {
             Admission::UnknownToken => "unknown".into(),
             Admission::NoRun => "no run".into(),
-            Admission::Run(run) => run.label.clone(),
+            Admission::Run(run) => run.meter.account().kind.to_string(),
         }
     }
 
     #[test]
     fn a_token_serves_the_run_that_was_begun_last() {
-        let tokens = Arc::new(Tokens::default());
+        let ledger = Ledger::new(LedgerSettings::default(), &Tasks::new());
+        let tokens = Arc::new(Tokens::new(ledger));
         let token = tokens.issue();
         let text = token.as_str().to_owned();
         assert_eq!(text.len(), 43);
         assert_ne!(text, tokens.issue().as_str());
         assert_eq!(admitted(&tokens, &text), "no run");
-        let first = token.begin("first");
-        let second = token.begin("second");
+        let first = token.begin(Account::of_kind("first"));
+        let second = token.begin(Account::of_kind("second"));
         assert!(first.run.over.is_cancelled());
         drop(first);
         assert_eq!(admitted(&tokens, &text), "second");
         drop(second);
         assert_eq!(admitted(&tokens, &text), "no run");
-        let last = token.begin("last");
+        let last = token.begin(Account::of_kind("last"));
         drop(token);
         assert!(last.run.over.is_cancelled());
         assert_eq!(admitted(&tokens, &text), "unknown");

@@ -16,7 +16,7 @@ use super::{
     landing::{self, State, Step},
     worktree::{self, CommitText, Worktree},
 };
-use crate::domain::{Conflict, FileChange};
+use crate::domain::{Conflict, ConflictKind, FileChange};
 
 /// Most files that are named when something does not fit.
 const MAX_CONFLICTS: usize = 200;
@@ -29,6 +29,10 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
+    pub(super) fn head_id(&self) -> Oid {
+        self.head
+    }
+
     /// Full id of the branch's commit.
     pub fn head(&self) -> String {
         self.head.to_string()
@@ -169,7 +173,12 @@ impl Worktree {
 
     /// Refuses a change that would overwrite what is in no commit: ignored and held-back files,
     /// edits that came in a moment ago.
-    fn check_room(&self, repo: &Repository, before: &Tree<'_>, after: &Tree<'_>) -> Result<()> {
+    pub(super) fn check_room(
+        &self,
+        repo: &Repository,
+        before: &Tree<'_>,
+        after: &Tree<'_>,
+    ) -> Result<()> {
         let steps = landing::steps(repo, before, after)?;
         let root = Root::open(self.path()).during("open the worktree")?;
         let mut blocked = BTreeMap::new();
@@ -207,6 +216,7 @@ impl Worktree {
             return Ok(());
         }
         Err(RepositoryError::Conflict {
+            between: None,
             files: blocked.into_values().collect(),
         })
     }
@@ -244,6 +254,8 @@ fn block(blocked: &mut BTreeMap<PathBuf, Conflict>, path: &Path) {
         reason: "What is there now is in no commit (ignored, held back, or just being edited) and \
                  would be overwritten."
             .into(),
+        kind: ConflictKind::InTheWay,
+        lines: Vec::new(),
     };
     blocked.insert(path.to_owned(), conflict);
 }
@@ -278,6 +290,13 @@ pub(super) fn conflicts(index: &Index) -> Result<RepositoryError> {
     let list = index.conflicts().during("read a merge's conflicts")?;
     for conflict in list {
         let conflict = conflict.during("read a merge's conflicts")?;
+        let kind = match (&conflict.ancestor, &conflict.our, &conflict.their) {
+            (Some(_), Some(_), Some(_)) => ConflictKind::BothModified,
+            (None, Some(_), Some(_)) => ConflictKind::BothAdded,
+            (Some(_), Some(_), None) => ConflictKind::DeletedInFrom,
+            (Some(_), None, Some(_)) => ConflictKind::DeletedInTo,
+            _ => ConflictKind::Renamed,
+        };
         let reason = match (&conflict.our, &conflict.their) {
             (Some(_), Some(_)) => "The same places were changed by both.",
             (None, _) => "It was changed on one side, and removed or renamed here.",
@@ -292,8 +311,13 @@ pub(super) fn conflicts(index: &Index) -> Result<RepositoryError> {
             files.push(Conflict {
                 path,
                 reason: reason.into(),
+                kind,
+                lines: Vec::new(),
             });
         }
     }
-    Ok(RepositoryError::Conflict { files })
+    Ok(RepositoryError::Conflict {
+        between: None,
+        files,
+    })
 }

@@ -141,13 +141,17 @@ impl GitDir {
     /// Refuses a branch whose files in the git directory lead out through a symlink: libgit2
     /// would write to where they point.
     pub(super) fn check_branch(&self, branch: &str) -> Result<()> {
+        self.check_reference(&format!("refs/heads/{branch}"))?;
+        self.check_reference(&format!("refs/greenroom/heads/{branch}"))
+    }
+
+    /// The same for any reference, by its full name.
+    pub(super) fn check_reference(&self, reference: &str) -> Result<()> {
         let mut names = Vec::new();
-        for base in ["refs/heads", "logs/refs/heads", "refs/greenroom/heads"] {
-            let mut name = base.to_owned();
-            for part in branch.split('/') {
-                name = format!("{name}/{part}");
-                names.push(name.clone());
-            }
+        for base in ["", "logs/"] {
+            let ends = reference.match_indices('/').map(|(at, _)| at);
+            names.extend(ends.map(|at| format!("{base}{}", &reference[..at])));
+            names.push(format!("{base}{reference}"));
         }
         let names: Vec<_> = names.iter().map(String::as_str).collect();
         refuse_links(&self.0, &names)

@@ -287,8 +287,12 @@ impl Worktree {
         format!("refs/greenroom/heads/{}", self.branch)
     }
 
-    /// Notes where the branch is, or is about to be.
+    /// Notes where the branch is, or is about to be. Of a user's branch nothing is noted: people
+    /// may do with it what they like.
     pub(super) fn remember(&self, repo: &Repository, head: Oid) -> Result<()> {
+        if self.is_main {
+            return Ok(());
+        }
         make_ref(repo, &self.known(), head)
     }
 

@@ -165,11 +165,70 @@ impl Worktree {
         if tip == parent {
             self.move_branch(&repo, parent, commit.id(), fence)?;
         }
-        landing.write_missing(&after)?;
-        landing.land()?;
-        landing.write_index();
-        landing.end();
+        landing.finish(&after)?;
         summarise(&repo, commit.id())
+    }
+}
+
+/// Which commits a worktree is on its way between, while it is.
+const NOTE: &str = "note";
+
+impl Worktree {
+    /// Refuses what [`Worktree::follow`] would refuse.
+    pub(super) fn check_following(&self, from: Oid, to: Oid) -> Result<()> {
+        let repo = self.open()?;
+        let (before, after) = (self.tree(&repo, from)?, self.tree(&repo, to)?);
+        self.check_room(&repo, &before, &after)
+    }
+
+    /// Brings worktree and index from one commit of the branch to another; `go` moves the branch,
+    /// in the midst of it. The worktree must be as `from` has it.
+    ///
+    /// # Errors
+    /// [`RepositoryError::Conflict`] where something is in the way, and what `go` says: then
+    /// nothing was changed. After any other error [`Worktree::finish_following`] is needed.
+    pub(super) fn follow(
+        &self,
+        from: Oid,
+        to: Oid,
+        fence: &Fence,
+        go: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let repo = self.open()?;
+        let (before, after) = (self.tree(&repo, from)?, self.tree(&repo, to)?);
+        self.check_room(&repo, &before, &after)?;
+        let landing = Landing::begin(self, &repo, steps(&repo, &before, &after)?, fence)?;
+        landing.write_beside(&after)?;
+        let note = format!("{from} {to}\n");
+        files::put(&landing.folder.join(NOTE), note.as_bytes()).during("note what is begun")?;
+        if let Err(error) = go() {
+            landing.end();
+            return Err(error);
+        }
+        landing.finish(&after)
+    }
+
+    /// Ends what a [`Worktree::follow`] that was cut off had begun.
+    pub(super) fn finish_following(&self, fence: &Fence) -> Result<()> {
+        let folder = self.admin.join("landing");
+        let Ok(note) = fs::read_to_string(folder.join(NOTE)) else {
+            return Ok(());
+        };
+        let mut ids = note.split_whitespace().map(Oid::from_str);
+        let (Some(Ok(from)), Some(Ok(to))) = (ids.next(), ids.next()) else {
+            return files::remove_all(&folder).during("remove a damaged note");
+        };
+        let repo = self.open()?;
+        let (before, after) = (self.tree(&repo, from)?, self.tree(&repo, to)?);
+        // Where the branch did not move there is nothing to bring here.
+        let steps = match self.tip(&repo)? == to {
+            true => steps(&repo, &before, &after)?,
+            false => BTreeMap::new(),
+        };
+        tracing::warn!(branch = self.branch, "finishing what was cut off");
+        let landing = Landing::begin(self, &repo, steps, fence)?;
+        landing.write_beside(&after)?;
+        landing.finish(&after)
     }
 }
 
@@ -232,6 +291,14 @@ impl<'a> Landing<'a> {
         }
         checkout::fill_some(self.repo, after, missing.iter(), &self.folder.join("in"))
             .during("write files beside the worktree")
+    }
+
+    fn finish(self, after: &Tree<'_>) -> Result<()> {
+        self.write_missing(after)?;
+        self.land()?;
+        self.write_index();
+        self.end();
+        Ok(())
     }
 
     fn land(&self) -> Result<()> {

@@ -21,25 +21,35 @@ mod draft;
 mod files;
 mod gate;
 mod gitdir;
+mod github;
 mod guard;
 mod landing;
+mod loss;
+mod merge;
 mod message;
+mod publish;
 mod remote;
 mod source;
 #[cfg(test)]
 mod tests;
 mod tree;
+mod uplink;
 mod user;
 mod worktree;
 
 use std::{io, sync::Once};
 
-use crate::{domain::Conflict, lease::LeaseLost};
+use crate::{
+    domain::{Between, Conflict},
+    lease::LeaseLost,
+};
 
 pub use diff::{DiffText, SiteDiff};
 pub use draft::{Draft, Snapshot};
+pub use github::{GitHub, GitHubRepository, NoPullRequests, PullRequest, PullRequestText};
 pub use guard::{Repair, Strangers};
-pub use remote::{RemoteError, RemoteErrorKind, Remotes};
+pub use publish::{Destination, Mover, Origin, PublishRequest, Published, PushedBranch, Synced};
+pub use remote::{RemoteError, RemoteErrorKind, RemoteUse, Remotes};
 pub use source::{Source, SourceError, TemplateFile, parse_source};
 pub use user::{ThreadState, UserRepository};
 pub use worktree::{Change, CommitRequest, CommitText, Committed, LogEntry, Worktree};
@@ -80,12 +90,26 @@ pub enum RepositoryError {
     HeadMoved { branch: String },
     /// A change that does not fit what is there now; nothing of it was applied.
     #[error("the change does not fit what is there now")]
-    Conflict { files: Vec<Conflict> },
+    Conflict {
+        /// The branches that were to be merged, if it was that.
+        between: Option<Between>,
+        files: Vec<Conflict>,
+    },
     /// No commit of this id, or none of this thread.
     #[error("there is no commit {commit} in this thread")]
     NoSuchCommit { commit: String },
     #[error("more than one commit begins with {commit}; give more of its id")]
     AmbiguousCommit { commit: String },
+    /// There is nowhere to publish to.
+    #[error(
+        "this site came from no repository, so there is no origin; publish to \"user\" or \"client\""
+    )]
+    NoOrigin,
+    #[error(
+        "a merge or rebase that somebody began in project/ is not finished; finish or abort it, \
+         then try again"
+    )]
+    Unfinished,
     /// Another process may write by now; the branch was not touched.
     #[error(transparent)]
     Lost(#[from] LeaseLost),

@@ -1,9 +1,9 @@
 //! git over HTTPS, by a transport of our own: libgit2 is built without one.
 //!
-//! A [`Remotes::session`] is one fetch from one address. It stands in a thread-local while
-//! libgit2 works, because libgit2 makes transports by itself and on the calling thread. The
-//! transport talks to that address and nothing else, whatever a repository's configuration may
-//! rewrite it to, and sends the token only to hosts that may have it.
+//! A [`Remotes::session`] is one fetch from one address or one push to it. It stands in a
+//! thread-local while libgit2 works, because libgit2 makes transports by itself and on the calling
+//! thread. The transport talks to that address and nothing else, whatever a repository's
+//! configuration may rewrite it to, and sends the token only to hosts that may have it.
 //!
 //! Other network protocols are refused: libgit2's own `http`, `git` and `ssh` are replaced by a
 //! transport that always fails.
@@ -13,29 +13,39 @@ use std::{
     fmt,
     io::{self, Read, Write},
     net::{IpAddr, SocketAddr},
+    pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use base64::Engine as _;
 use bytes::{Buf as _, Bytes};
+use futures_util::stream;
 use git2::{
-    ErrorClass, ErrorCode, FetchOptions, RemoteCallbacks,
+    ErrorClass, ErrorCode, RemoteCallbacks,
     transport::{Service, SmartSubtransport, SmartSubtransportStream, Transport},
 };
 use http::{HeaderValue, StatusCode, header};
-use reqwest::{Client, Response, redirect};
+use reqwest::{Body, Client, ClientBuilder, Response, redirect};
+use tokio::sync::mpsc;
 use url::{Host, Url};
+
+use super::message::one_line;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// Longest silence of a server: it may have to pack a large repository before it says a word.
 const READ_TIMEOUT: Duration = Duration::from_secs(120);
 /// Longest session as a whole.
 const SESSION_TIMEOUT: Duration = Duration::from_secs(600);
-/// Most bytes of one session, received or (what we ask for) sent.
+/// Most bytes of one session, each way. Hosting services take no larger push.
 const MAX_RECEIVED: u64 = 4 << 30;
-const MAX_SENT: usize = 64 << 20;
+const MAX_SENT: u64 = 2 << 30;
+/// A request that is longer is sent while it is made, so that no push stands in memory.
+const CHUNK: usize = 1 << 20;
 const MAX_REDIRECTS: usize = 5;
+/// Most of what a server says about its refusal that is read, and shown.
+const MAX_WORDS: usize = 4096;
+const SHOWN_WORDS: usize = 300;
 
 /// Who gets our token.
 #[derive(Clone, Default)]
@@ -54,7 +64,17 @@ impl fmt::Debug for Remotes {
     }
 }
 
-/// What kept us from fetching, by what a person can do about it.
+/// What an operation with a remote is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RemoteUse {
+    /// The first fetch, for a new workspace.
+    Clone,
+    Fetch,
+    Push,
+    PullRequest,
+}
+
+/// What kept us from it, by what a person can do about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RemoteErrorKind {
     /// Private, or not there: servers answer alike.
@@ -65,12 +85,24 @@ pub enum RemoteErrorKind {
     Rejected,
 }
 
-/// A fetch that failed. The text is for the person who asked and holds no secret.
+/// A fetch, push or pull request that failed. The text is for the person who asked and holds no secret.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct RemoteError {
+    pub during: RemoteUse,
     pub kind: RemoteErrorKind,
     pub message: String,
+}
+
+/// Cleans what a server says for a person: one line without control characters and without
+/// `secret`, bounded.
+pub(super) fn words(said: &str, secret: Option<&str>) -> String {
+    let said = match secret {
+        Some(secret) => said.replace(secret, "***"),
+        None => said.to_owned(),
+    };
+    let lines: Vec<_> = said.lines().map(crate::text::plain).collect();
+    one_line(&lines.join(" "), SHOWN_WORDS)
 }
 
 impl Remotes {
@@ -113,22 +145,30 @@ impl Remotes {
         Some(value)
     }
 
-    /// Runs one operation against `url`: `work` gets the address and options for libgit2.
+    /// The token itself: to be kept out of what is shown.
+    pub(super) fn secret(&self) -> Option<&str> {
+        self.token.as_deref()
+    }
+
+    /// Is `url` on GitHub, or on a host that the operator named?
+    pub(super) fn knows(&self, url: &Url) -> bool {
+        url.host_str() == Some("github.com") || self.is_named(url)
+    }
+
+    /// Runs one operation against `url`: `work` gets the address and the callbacks for libgit2.
     pub(super) fn session<T>(
         &self,
         url: &Url,
-        work: impl FnOnce(&str, &mut FetchOptions<'_>) -> Result<T, git2::Error>,
+        during: RemoteUse,
+        work: impl FnOnce(&Link<'_>) -> Result<T, git2::Error>,
     ) -> Result<T, RemoteError> {
         super::init();
-        let session = Arc::new(Session::new(self, url)?);
+        let session = Arc::new(Session::new(self, url, during)?);
         let current = Current::enter(Arc::clone(&session));
-        let mut callbacks = RemoteCallbacks::new();
-        let watched = Arc::clone(&session);
-        callbacks.transfer_progress(move |_| Instant::now() < watched.deadline);
-        let mut options = FetchOptions::new();
-        options.remote_callbacks(callbacks);
-        let outcome = work(url.as_str(), &mut options);
-        drop(options);
+        let outcome = work(&Link {
+            url: url.as_str(),
+            session: Some(&session),
+        });
         drop(current);
         outcome.map_err(|error| {
             // What the transport found is nearer to the cause than what libgit2 made of it.
@@ -136,6 +176,32 @@ impl Remotes {
                 .take_failure()
                 .unwrap_or_else(|| session.unexpected(&error))
         })
+    }
+}
+
+/// An address while an operation with it runs.
+pub(super) struct Link<'a> {
+    pub(super) url: &'a str,
+    session: Option<&'a Arc<Session>>,
+}
+
+impl<'a> Link<'a> {
+    /// A folder of this machine: there is nothing to be watched.
+    pub(super) fn local(path: &'a str) -> Self {
+        Self {
+            url: path,
+            session: None,
+        }
+    }
+
+    /// Callbacks that end the operation at its deadline.
+    pub(super) fn callbacks(&self) -> RemoteCallbacks<'static> {
+        let mut callbacks = RemoteCallbacks::new();
+        if let Some(session) = self.session {
+            let watched = Arc::clone(session);
+            callbacks.transfer_progress(move |_| Instant::now() < watched.deadline);
+        }
+        callbacks
     }
 }
 
@@ -167,14 +233,17 @@ impl Drop for Current {
 /// One operation against one address.
 struct Session {
     url: Url,
+    during: RemoteUse,
     /// Where requests go: the address, or what the server redirected it to.
     base: Mutex<String>,
     authorization: Option<HeaderValue>,
+    secret: Option<String>,
     client: Client,
     /// Of this session alone, so that no task of it outlives it. `Some` until dropped.
     runtime: Option<tokio::runtime::Runtime>,
     deadline: Instant,
     received: Mutex<u64>,
+    sent: Mutex<u64>,
     failure: Mutex<Option<RemoteError>>,
 }
 
@@ -191,9 +260,24 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The builder that every request of this room starts from. No redirect is followed unless the
+/// caller says which.
+pub(super) fn client() -> ClientBuilder {
+    // One that is installed already is as good.
+    rustls::crypto::ring::default_provider()
+        .install_default()
+        .ok();
+    Client::builder()
+        .connect_timeout(CONNECT_TIMEOUT)
+        .read_timeout(READ_TIMEOUT)
+        .referer(false)
+        .redirect(redirect::Policy::none())
+}
+
 impl Session {
-    fn new(remotes: &Remotes, url: &Url) -> Result<Self, RemoteError> {
+    fn new(remotes: &Remotes, url: &Url, during: RemoteUse) -> Result<Self, RemoteError> {
         let broken = |error: &dyn fmt::Display| RemoteError {
+            during,
             kind: RemoteErrorKind::Network,
             message: format!("HTTPS could not be set up: {error}"),
         };
@@ -206,6 +290,7 @@ impl Session {
         };
         if !is_trusted && address.is_some_and(is_private) {
             return Err(RemoteError {
+                during,
                 kind: RemoteErrorKind::Rejected,
                 message: private_text(host),
             });
@@ -214,16 +299,13 @@ impl Session {
             .enable_all()
             .build()
             .map_err(|error| broken(&error))?;
-        let mut client = Client::builder()
+        let mut client = client()
             // Hosting services answer git only to clients that name themselves like it.
             .user_agent(concat!(
                 "git/2.0 (greenroom ",
                 env!("CARGO_PKG_VERSION"),
                 ")"
             ))
-            .connect_timeout(CONNECT_TIMEOUT)
-            .read_timeout(READ_TIMEOUT)
-            .referer(false)
             .redirect(redirect::Policy::custom(follow));
         if !is_test_address(url) {
             client = client.https_only(true);
@@ -238,19 +320,18 @@ impl Session {
         } else {
             client.dns_resolver(PublicOnly)
         };
-        // One that is installed already is as good.
-        rustls::crypto::ring::default_provider()
-            .install_default()
-            .ok();
         let client = client.build().map_err(|error| broken(&innermost(&error)))?;
         Ok(Self {
             url: url.clone(),
+            during,
             base: Mutex::new(url.as_str().trim_end_matches('/').to_owned()),
             authorization: remotes.authorization(url),
+            secret: remotes.token.clone(),
             client,
             runtime: Some(runtime),
             deadline: Instant::now() + SESSION_TIMEOUT,
             received: Mutex::new(0),
+            sent: Mutex::new(0),
             failure: Mutex::new(None),
         })
     }
@@ -262,7 +343,12 @@ impl Session {
     /// Remembers the first failure and gives libgit2 and `io` something to carry.
     fn fail(&self, kind: RemoteErrorKind, message: String) -> io::Error {
         let text = message.clone();
-        lock(&self.failure).get_or_insert(RemoteError { kind, message });
+        let during = self.during;
+        lock(&self.failure).get_or_insert(RemoteError {
+            during,
+            kind,
+            message,
+        });
         io::Error::other(text)
     }
 
@@ -271,16 +357,17 @@ impl Session {
     }
 
     fn unexpected(&self, error: &git2::Error) -> RemoteError {
-        tracing::warn!(%error, host = self.host(), "a fetch failed");
+        let (host, during) = (self.host(), self.during);
+        tracing::warn!(%error, host, ?during, "an operation with a remote failed");
         let message = if Instant::now() >= self.deadline {
-            format!(
-                "{} took too long to send the repository; try again",
-                self.host()
-            )
+            format!("{host} took too long; try again")
+        } else if during == RemoteUse::Push {
+            format!("{host} broke the push off; try again")
         } else {
-            format!("{} sent something that is no git repository", self.host())
+            format!("{host} sent something that is no git repository")
         };
         RemoteError {
+            during,
             kind: RemoteErrorKind::Network,
             message,
         }
@@ -318,19 +405,11 @@ impl Session {
     }
 
     /// Turns an answer that is not what git expects into its failure.
-    fn check(&self, response: &Response, expected: &str) -> io::Result<()> {
+    fn check(&self, response: &mut Response, expected: &str) -> io::Result<()> {
         let host = self.host();
-        let (kind, message) = match response.status() {
+        let (kind, mut message) = match response.status() {
             StatusCode::OK => {
-                let found = response.headers().get(header::CONTENT_TYPE);
-                let found = found
-                    .and_then(|value| value.to_str().ok())
-                    .unwrap_or_default();
-                if found
-                    .split(';')
-                    .next()
-                    .is_some_and(|t| t.trim() == expected)
-                {
+                if content_type(response) == Some(expected) {
                     return Ok(());
                 }
                 (
@@ -339,17 +418,12 @@ impl Session {
                 )
             }
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::NOT_FOUND => {
-                let advice = if self.authorization.is_some() {
-                    "check the address, and that the access token may read it"
-                } else {
-                    "check the address; a private repository needs an access token for this host"
-                };
-                let message = format!(
-                    "{host} does not let us read this repository: it is private or does not \
-                     exist; {advice}"
-                );
-                (RemoteErrorKind::Auth, message)
+                (RemoteErrorKind::Auth, self.refusal())
             }
+            StatusCode::PAYLOAD_TOO_LARGE => (
+                RemoteErrorKind::Rejected,
+                format!("{host} does not take so much at once"),
+            ),
             status if status.is_server_error() || status == StatusCode::TOO_MANY_REQUESTS => (
                 RemoteErrorKind::Network,
                 format!("{host} is not available ({status}); try again"),
@@ -359,12 +433,65 @@ impl Session {
                 format!("{host} refused the request ({status})"),
             ),
         };
+        if !response.status().is_success() && content_type(response) == Some("text/plain") {
+            let said = self.read_words(response);
+            if !said.is_empty() {
+                message = format!("{message}; it says: {said}");
+            }
+        }
         Err(self.fail(kind, message))
+    }
+
+    /// What it means that a server does not know us.
+    fn refusal(&self) -> String {
+        let host = self.host();
+        let has_token = self.authorization.is_some();
+        match (self.during, has_token) {
+            (RemoteUse::Clone | RemoteUse::Fetch, true) => format!(
+                "{host} does not let us read this repository: it is private or does not exist; \
+                 check the address, and that the access token may read it"
+            ),
+            (RemoteUse::Clone | RemoteUse::Fetch, false) => format!(
+                "{host} does not let us read this repository: it is private or does not exist; \
+                 check the address; a private repository needs an access token for this host"
+            ),
+            (RemoteUse::Push | RemoteUse::PullRequest, true) => format!(
+                "{host} does not let us write to this repository; check that the access token \
+                 may write to it"
+            ),
+            (RemoteUse::Push | RemoteUse::PullRequest, false) => format!(
+                "{host} does not let us write to this repository without an access token; the \
+                 operator must set GITHUB_TOKEN, and for other hosts than github.com \
+                 GIT_TOKEN_HOSTS"
+            ),
+        }
+    }
+
+    fn read_words(&self, response: &mut Response) -> String {
+        let mut said = Vec::new();
+        let read = async {
+            while said.len() < MAX_WORDS {
+                match response.chunk().await {
+                    Ok(Some(chunk)) => said.extend_from_slice(&chunk),
+                    Ok(None) | Err(_) => break,
+                }
+            }
+            Ok(())
+        };
+        // What has come so far is worth as much.
+        self.wait(read).ok();
+        said.truncate(MAX_WORDS);
+        words(&String::from_utf8_lossy(&said), self.secret.as_deref())
     }
 }
 
+fn content_type(response: &Response) -> Option<&str> {
+    let value = response.headers().get(header::CONTENT_TYPE)?;
+    value.to_str().ok()?.split(';').next().map(str::trim)
+}
+
 /// Redirects stay on the host, its port and its scheme: what is behind them gets the token.
-fn follow(attempt: redirect::Attempt<'_>) -> redirect::Action {
+pub(super) fn follow(attempt: redirect::Attempt<'_>) -> redirect::Action {
     let from = attempt.previous().first().map(Url::origin);
     if attempt.previous().len() > MAX_REDIRECTS || from != Some(attempt.url().origin()) {
         return attempt.error("redirected elsewhere");
@@ -373,12 +500,12 @@ fn follow(attempt: redirect::Attempt<'_>) -> redirect::Action {
 }
 
 /// The text of the deepest cause; the outer ones repeat the address.
-fn innermost(error: &reqwest::Error) -> String {
+pub(super) fn innermost(error: &reqwest::Error) -> String {
     let mut cause: &dyn std::error::Error = error;
     while let Some(deeper) = cause.source() {
         cause = deeper;
     }
-    super::message::one_line(&cause.to_string(), 200)
+    one_line(&cause.to_string(), 200)
 }
 
 const PRIVATE: &str = "an address inside a private network";
@@ -435,7 +562,7 @@ pub(super) fn register_transports() -> Result<(), git2::Error> {
         unsafe {
             git2::transport::register(prefix, |remote| {
                 let session = CURRENT.with_borrow(Option::clone).ok_or_else(|| {
-                    refusal("this repository's address is not allowed outside of a fetch")
+                    refusal("this repository's address is not allowed outside of a session")
                 })?;
                 Transport::smart(remote, true, HttpTransport(session))
             })?;
@@ -475,7 +602,9 @@ impl SmartSubtransport for HttpTransport {
             service,
             is_listing,
             request: Vec::new(),
+            upload: None,
             response: None,
+            is_checked: false,
             rest: Bytes::new(),
         }))
     }
@@ -485,22 +614,31 @@ impl SmartSubtransport for HttpTransport {
     }
 }
 
-/// One request and its answer: written first, sent by the first read, read as it comes.
+/// One request and its answer: written first, sent by the first read, read as it comes. A long
+/// request is on its way while it is written.
 struct Exchange {
     session: Arc<Session>,
     service: &'static str,
     /// The list of branches, which is asked for without a body.
     is_listing: bool,
     request: Vec<u8>,
+    upload: Option<Upload>,
     response: Option<Response>,
+    is_checked: bool,
     rest: Bytes,
+}
+
+/// A request that is being sent.
+struct Upload {
+    chunks: mpsc::Sender<Bytes>,
+    answer: Pin<Box<dyn Future<Output = Result<Response, reqwest::Error>> + Send>>,
 }
 
 /// The end of a listing's address; what stands before it is the repository's.
 const LISTING: &str = "/info/refs";
 
 impl Exchange {
-    fn send(&mut self) -> io::Result<Response> {
+    fn request(&self) -> reqwest::RequestBuilder {
         let (session, service) = (&self.session, self.service);
         let base = lock(&session.base).clone();
         let request = if self.is_listing {
@@ -516,25 +654,86 @@ impl Exchange {
                     format!("application/x-{service}-request"),
                 )
                 .header(header::ACCEPT, format!("application/x-{service}-result"))
-                .body(std::mem::take(&mut self.request))
         };
-        let request = match &session.authorization {
+        match &session.authorization {
             Some(value) => request.header(header::AUTHORIZATION, value.clone()),
             None => request,
+        }
+    }
+
+    /// Passes on what was written so far, as the next part of the request.
+    fn pass_on(&mut self) -> io::Result<()> {
+        if self.response.is_some() {
+            // The server did not wait for the end.
+            self.request.clear();
+            return Ok(());
+        }
+        let mut upload = match self.upload.take() {
+            Some(upload) => upload,
+            None => {
+                let (chunks, next) = mpsc::channel(1);
+                let body = stream::unfold(next, |mut next: mpsc::Receiver<Bytes>| async {
+                    let chunk = next.recv().await?;
+                    Some((Ok::<_, io::Error>(chunk), next))
+                });
+                let request = self.request().body(Body::wrap_stream(body));
+                Upload {
+                    chunks,
+                    answer: Box::pin(async { request.send().await }),
+                }
+            }
         };
-        let response = session.wait(async { request.send().await })?;
+        let chunk = Bytes::from(std::mem::take(&mut self.request));
+        let step = async {
+            tokio::select! {
+                biased;
+                answer = &mut upload.answer => answer.map(Some),
+                _ = upload.chunks.send(chunk) => Ok(None),
+            }
+        };
+        self.response = self.session.wait(step)?;
+        self.upload = Some(upload);
+        Ok(())
+    }
+
+    /// Sends what is left of the request and waits for the answer.
+    fn finish(&mut self) -> io::Result<Response> {
+        if self.upload.is_some() && !self.request.is_empty() {
+            self.pass_on()?;
+        }
+        if let Some(response) = self.response.take() {
+            return Ok(response);
+        }
+        match self.upload.take() {
+            Some(Upload { chunks, answer }) => {
+                drop(chunks);
+                self.session.wait(answer)
+            }
+            None => {
+                let mut request = self.request();
+                if !self.is_listing {
+                    request = request.body(std::mem::take(&mut self.request));
+                }
+                self.session.wait(async { request.send().await })
+            }
+        }
+    }
+
+    fn answer(&mut self) -> io::Result<Response> {
+        let mut response = self.finish()?;
         let kind = if self.is_listing {
             "advertisement"
         } else {
             "result"
         };
-        session.check(&response, &format!("application/x-{service}-{kind}"))?;
+        let expected = format!("application/x-{}-{kind}", self.service);
+        self.session.check(&mut response, &expected)?;
         if self.is_listing {
             // A renamed repository: the redirect was followed, what comes next goes there.
             let mut found = response.url().clone();
             found.set_query(None);
             if let Some(base) = found.as_str().strip_suffix(LISTING) {
-                *lock(&session.base) = base.to_owned();
+                *lock(&self.session.base) = base.to_owned();
             }
         }
         Ok(response)
@@ -543,11 +742,19 @@ impl Exchange {
 
 impl Write for Exchange {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.request.len() + bytes.len() > MAX_SENT {
-            let message = "the request is too large".to_owned();
+        let is_too_large = {
+            let mut sent = lock(&self.session.sent);
+            *sent += bytes.len() as u64;
+            *sent > MAX_SENT
+        };
+        if is_too_large {
+            let message = "there is too much to send at once".to_owned();
             return Err(self.session.fail(RemoteErrorKind::Rejected, message));
         }
         self.request.extend_from_slice(bytes);
+        if self.request.len() >= CHUNK {
+            self.pass_on()?;
+        }
         Ok(bytes.len())
     }
 
@@ -558,10 +765,11 @@ impl Write for Exchange {
 
 impl Read for Exchange {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        let mut response = match self.response.take() {
-            Some(response) => response,
-            None => self.send()?,
-        };
+        if !self.is_checked {
+            self.response = Some(self.answer()?);
+            self.is_checked = true;
+        }
+        let response = self.response.as_mut().expect("it was just answered");
         while self.rest.is_empty() {
             match self.session.wait(response.chunk())? {
                 Some(chunk) => self.rest = chunk,
@@ -574,7 +782,6 @@ impl Read for Exchange {
                 return Err(self.session.fail(RemoteErrorKind::Rejected, message));
             }
         }
-        self.response = Some(response);
         let count = self.rest.len().min(buffer.len());
         self.rest.copy_to_slice(&mut buffer[..count]);
         Ok(count)
@@ -582,324 +789,4 @@ impl Read for Exchange {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::{
-        io::{BufRead as _, BufReader},
-        net::{TcpListener, TcpStream},
-        path::{Path, PathBuf},
-        process::{Command, Stdio},
-        thread,
-    };
-
-    use super::*;
-    use crate::repository::tests::git;
-
-    const TOKEN: &str = "hunter2-canary";
-
-    /// Path and `Authorization` of each request.
-    type Seen = Vec<(String, Option<String>)>;
-
-    /// A git server on loopback: the real `git upload-pack` behind a few lines of HTTP.
-    struct Server {
-        root: tempfile::TempDir,
-        port: u16,
-        seen: Arc<Mutex<Seen>>,
-    }
-
-    impl Server {
-        fn start() -> Self {
-            let root = tempfile::tempdir().unwrap();
-            let site = root.path().join("site");
-            std::fs::create_dir(&site).unwrap();
-            git(&site, &["init", "-q", "-b", "trunk"]);
-            // More than one chunk, and incompressible.
-            let noise: String = (0..10_000)
-                .map(|_| uuid::Uuid::new_v4().to_string())
-                .collect();
-            std::fs::write(site.join("noise.txt"), noise).unwrap();
-            git(&site, &["add", "-A"]);
-            git(&site, &["commit", "-qm", "first"]);
-            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-            let port = listener.local_addr().unwrap().port();
-            let seen = Arc::new(Mutex::new(Vec::new()));
-            let (log, path) = (Arc::clone(&seen), root.path().to_owned());
-            thread::spawn(move || {
-                for stream in listener.incoming() {
-                    let (log, path) = (Arc::clone(&log), path.clone());
-                    thread::spawn(move || answer(&stream.unwrap(), &path, &log));
-                }
-            });
-            Self { root, port, seen }
-        }
-
-        fn url(&self, path: &str) -> Url {
-            Url::parse(&format!("http://127.0.0.1:{}{path}", self.port)).unwrap()
-        }
-
-        fn remotes(&self) -> Remotes {
-            Remotes::new(Some(TOKEN.into()), vec![format!("127.0.0.1:{}", self.port)])
-        }
-
-        fn fetch(&self, remotes: &Remotes, path: &str) -> Result<PathBuf, RemoteError> {
-            let into = self
-                .root
-                .path()
-                .join(format!("into-{}", uuid::Uuid::new_v4()));
-            fetch_into(&into, remotes, &self.url(path)).map(|()| into)
-        }
-    }
-
-    fn fetch_into(into: &Path, remotes: &Remotes, url: &Url) -> Result<(), RemoteError> {
-        crate::repository::init();
-        let repo = git2::Repository::init(into).unwrap();
-        remotes.session(url, |url, options| {
-            let mut remote = repo.remote_anonymous(url)?;
-            remote.fetch(
-                &["+refs/heads/*:refs/remotes/origin/*"],
-                Some(options),
-                None,
-            )
-        })
-    }
-
-    fn answer(stream: &TcpStream, root: &Path, seen: &Mutex<Seen>) {
-        let mut reader = BufReader::new(stream);
-        let mut line = String::new();
-        reader.read_line(&mut line).unwrap();
-        let target = line.split(' ').nth(1).unwrap_or_default().to_owned();
-        let (mut length, mut authorization) = (0, None);
-        loop {
-            let mut line = String::new();
-            reader.read_line(&mut line).unwrap();
-            let Some((name, value)) = line.trim().split_once(": ") else {
-                break;
-            };
-            match name.to_ascii_lowercase().as_str() {
-                "content-length" => length = value.parse().unwrap(),
-                "authorization" => authorization = Some(value.to_owned()),
-                _ => {}
-            }
-        }
-        let mut body = vec![0; length];
-        reader.read_exact(&mut body).unwrap();
-        lock(seen).push((target.clone(), authorization.clone()));
-
-        let reply = |status: &str, kind: &str, body: &[u8]| {
-            let mut stream = stream;
-            write!(
-                stream,
-                "HTTP/1.1 {status}\r\n{kind}\r\nConnection: close\r\n\r\n"
-            )
-            .ok();
-            stream.write_all(body).ok();
-        };
-        let (_, rest) = target.split_at(1);
-        let (name, rest) = rest.split_once('/').unwrap();
-        match name {
-            "private" if authorization.is_none() => return reply("401 Unauthorized", "X: y", b""),
-            "gone" => return reply("404 Not Found", "X: y", b""),
-            "down" => return reply("503 Service Unavailable", "X: y", b""),
-            "page" => return reply("200 OK", "Content-Type: text/html", b"<html>"),
-            "garbage" => {
-                let kind = "Content-Type: application/x-git-upload-pack-advertisement";
-                return reply("200 OK", kind, b"not a packet line");
-            }
-            "renamed" => {
-                return reply("301 Moved", &format!("Location: /site/{rest}"), b"");
-            }
-            "away" => {
-                let elsewhere = format!("Location: https://evil.example/site/{rest}");
-                return reply("302 Found", &elsewhere, b"");
-            }
-            _ => {}
-        }
-        #[expect(clippy::disallowed_methods, reason = "a test against the real program")]
-        let mut command = Command::new("git");
-        command.args(["upload-pack", "--stateless-rpc"]);
-        if rest.starts_with("info/refs") {
-            let output = command
-                .arg("--advertise-refs")
-                .arg(root.join("site"))
-                .output()
-                .unwrap();
-            let mut body = b"001e# service=git-upload-pack\n0000".to_vec();
-            body.extend(output.stdout);
-            reply(
-                "200 OK",
-                "Content-Type: application/x-git-upload-pack-advertisement",
-                &body,
-            );
-        } else {
-            let mut child = command
-                .arg(root.join("site"))
-                .stdin(Stdio::piped())
-                .stdout(Stdio::piped())
-                .spawn()
-                .unwrap();
-            child.stdin.take().unwrap().write_all(&body).unwrap();
-            let output = child.wait_with_output().unwrap();
-            let whole = &output.stdout;
-            let cut = if name == "cut" {
-                &whole[..whole.len() / 2]
-            } else {
-                whole
-            };
-            let kind = format!(
-                "Content-Type: application/x-git-upload-pack-result\r\nContent-Length: {}",
-                whole.len()
-            );
-            reply("200 OK", &kind, cut);
-        }
-    }
-
-    #[test]
-    fn a_repository_comes_over_http_with_the_token_for_its_host() {
-        let server = Server::start();
-        for path in ["/site", "/site/", "/renamed", "/private"] {
-            let into = server.fetch(&server.remotes(), path).unwrap();
-            let (here, there) = ("refs/remotes/origin/trunk", "refs/heads/trunk");
-            let origin = server.root.path().join("site");
-            assert_eq!(
-                git(&into, &["rev-parse", here]),
-                git(&origin, &["rev-parse", there])
-            );
-            git(&into, &["fsck", "--strict"]);
-        }
-        let seen = lock(&server.seen);
-        assert!(
-            seen.iter()
-                .all(|(_, auth)| auth.as_ref().is_some_and(|a| a.starts_with("Basic ")))
-        );
-        // Once redirected, the rest goes to the new place.
-        assert!(
-            !seen
-                .iter()
-                .any(|(path, _)| path == "/renamed/git-upload-pack")
-        );
-    }
-
-    #[test]
-    fn failures_are_told_apart_and_name_no_secret() {
-        use RemoteErrorKind::{Auth, Network, Rejected};
-        let server = Server::start();
-        let without = Remotes::new(None, server.remotes().hosts);
-        for (remotes, path, kind) in [
-            (&without, "/private", Auth),
-            (&server.remotes(), "/gone", Auth),
-            (&server.remotes(), "/down", Network),
-            (&server.remotes(), "/page", Rejected),
-            (&server.remotes(), "/garbage", Network),
-            (&server.remotes(), "/cut", Network),
-            (&server.remotes(), "/away", Rejected),
-        ] {
-            let error = server.fetch(remotes, path).unwrap_err();
-            assert_eq!(error.kind, kind, "{path}: {error}");
-            assert!(error.message.contains("127.0.0.1"), "{path}: {error}");
-            assert!(
-                !format!("{error:?} {remotes:?}").contains("hunter2"),
-                "{error:?}"
-            );
-        }
-        let nobody = Url::parse("http://127.0.0.1:1/x").unwrap();
-        let remotes = Remotes::new(None, vec!["127.0.0.1".into()]);
-        let error = fetch_into(&server.root.path().join("x"), &remotes, &nobody).unwrap_err();
-        assert!(error.message.contains("could not be reached"), "{error}");
-        assert_eq!(error.kind, Network, "{error}");
-    }
-
-    #[test]
-    fn addresses_inside_are_fetched_from_only_where_named() {
-        let server = Server::start();
-        for hosts in [
-            vec![],
-            vec!["github.com".into()],
-            vec!["127.0.0.1:1".into()],
-        ] {
-            let remotes = Remotes::new(Some(TOKEN.into()), hosts);
-            let error = server.fetch(&remotes, "/site").unwrap_err();
-            assert_eq!(error.kind, RemoteErrorKind::Rejected, "{error}");
-        }
-        assert_eq!(lock(&server.seen).len(), 0);
-        let by_name = Url::parse("https://localhost:1/site").unwrap();
-        let into = server.root.path().join("x");
-        let error = fetch_into(&into, &Remotes::default(), &by_name).unwrap_err();
-        assert_eq!(error.kind, RemoteErrorKind::Rejected, "{error}");
-        for inside in [
-            "10.1.2.3",
-            "169.254.170.2",
-            "100.64.0.1",
-            "::1",
-            "fd00::1",
-            "::ffff:10.0.0.1",
-        ] {
-            assert!(is_private(inside.parse().unwrap()), "{inside}");
-        }
-        for outside in ["140.82.121.4", "2606:50c0::1"] {
-            assert!(!is_private(outside.parse().unwrap()), "{outside}");
-        }
-    }
-
-    #[test]
-    fn the_token_goes_to_its_hosts_alone() {
-        let remotes = Remotes::new(
-            Some(TOKEN.into()),
-            vec!["git.acme.com".into(), "b.com:8443".into()],
-        );
-        let gets = |url: &str| remotes.authorization(&Url::parse(url).unwrap()).is_some();
-        for url in [
-            "https://github.com/a/b",
-            "https://git.acme.com/a",
-            "https://b.com:8443/a",
-        ] {
-            assert!(gets(url), "{url}");
-        }
-        for url in [
-            "https://github.com.evil.example/a",
-            "https://evil.example/github.com",
-            "https://github.com:8443/a",
-            "https://api.github.com/a",
-            "https://b.com/a",
-            "http://github.com/a",
-        ] {
-            assert!(!gets(url), "{url}");
-        }
-    }
-
-    #[test]
-    fn a_repositorys_settings_lead_nowhere_else() {
-        let server = Server::start();
-        crate::repository::init();
-        let into = server.root.path().join("hostile");
-        let repo = git2::Repository::init(&into).unwrap();
-        let mut config = repo.config().unwrap();
-        let elsewhere = server.url("/elsewhere/").to_string();
-        config
-            .set_str(
-                &format!("url.{elsewhere}.insteadOf"),
-                server.url("/").as_str(),
-            )
-            .unwrap();
-        let fetch = |url: &str, options: &mut FetchOptions<'_>| {
-            repo.remote_anonymous(url)?
-                .fetch(&["HEAD"], Some(options), None)
-        };
-        let error = server
-            .remotes()
-            .session(&server.url("/site"), fetch)
-            .unwrap_err();
-        assert_eq!(error.kind, RemoteErrorKind::Rejected, "{error}");
-        assert_eq!(lock(&server.seen).len(), 0);
-
-        // And without a session there is no network at all.
-        for url in [
-            "https://github.com/a/b",
-            "http://127.0.0.1/a",
-            "git://x/y",
-            "git@x:y",
-            "ssh://x/y",
-        ] {
-            let mut remote = repo.remote_anonymous(url).unwrap();
-            assert!(remote.connect(git2::Direction::Fetch).is_err(), "{url}");
-        }
-    }
-}
+pub(super) mod tests;

@@ -16,7 +16,9 @@ use super::{
     files,
     gitdir::{self, GitDir},
     guard::Strangers,
-    message, tree,
+    message,
+    remote::{Link, RemoteUse},
+    tree,
 };
 use crate::{
     domain::Signature,
@@ -30,8 +32,8 @@ const TEMPLATE_BRANCH: &str = "main";
 /// The one repository of a user: a plain path, checked at each use.
 #[derive(Debug, Clone)]
 pub struct UserRepository {
-    project: PathBuf,
-    git: GitDir,
+    pub(super) project: PathBuf,
+    pub(super) git: GitDir,
 }
 
 /// A thread's branch after [`UserRepository::ensure_thread`].
@@ -188,7 +190,7 @@ impl UserRepository {
     }
 
     /// The commit of the user's branch; the branch, and the client's, are made if missing.
-    fn ensure_user_branch(&self, repo: &Repository, key: &UserKey) -> Result<Oid> {
+    pub(super) fn ensure_user_branch(&self, repo: &Repository, key: &UserKey) -> Result<Oid> {
         let (client, user) = (key.client_branch(), key.user_branch());
         self.git.check_branch(&client)?;
         self.git.check_branch(&user)?;
@@ -236,12 +238,12 @@ fn build(
     let start = match source {
         Source::Template(site) => commit_template(&repo, site, committer)?,
         Source::Remote(url) => {
-            remotes.session(url, |url, options| fetch(&repo, url, options))?;
+            remotes.session(url, RemoteUse::Clone, |link| fetch(&repo, link))?;
             first_commit(&repo, key, base_branch)?
         }
         Source::Local(path) => {
             let path = path.to_string_lossy();
-            fetch(&repo, &path, &mut FetchOptions::new())
+            fetch(&repo, &Link::local(&path))
                 .map_err(|source| RepositoryError::Local { source })?;
             first_commit(&repo, key, base_branch)?
         }
@@ -255,13 +257,18 @@ fn build(
     checkout::fill(&repo, &tree, checkout::Target::Worktree(project)).during("check the site out")
 }
 
-/// Brings all branches of `url` here as `origin`'s, and notes which is the default one.
-fn fetch(repo: &Repository, url: &str, options: &mut FetchOptions<'_>) -> Result<(), git2::Error> {
-    let mut remote = repo.remote_anonymous(url)?;
-    options.download_tags(AutotagOption::None);
+/// Brings all branches of an address here as `origin`'s, and notes which is the default one. Into
+/// a repository that is being made, which nobody has touched; later operations with the origin go
+/// through an `Uplink`.
+fn fetch(repo: &Repository, link: &Link<'_>) -> Result<(), git2::Error> {
+    let mut remote = repo.remote_anonymous(link.url)?;
+    let mut options = FetchOptions::new();
+    options
+        .remote_callbacks(link.callbacks())
+        .download_tags(AutotagOption::None);
     remote.fetch(
         &["+refs/heads/*:refs/remotes/origin/*"],
-        Some(options),
+        Some(&mut options),
         None,
     )?;
     // No default branch (HEAD is detached or names a branch without commits) is no error: the

@@ -26,7 +26,9 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     agent::AgentSettings,
-    domain::{Conflict, HeldBack, PreviewStatus, Signature, TurnResult, TurnStatus},
+    domain::{
+        Between, Conflict, ConflictKind, HeldBack, PreviewStatus, Signature, TurnResult, TurnStatus,
+    },
     gateway::Gateway,
     identity::{ThreadId, ThreadKey, TurnId, UserKey},
     lease::{Lease, LeaseError, LeaseLost, Patience},
@@ -86,8 +88,12 @@ pub enum SupervisorError {
          way; nothing was changed"
     )]
     UndoConflict { files: Vec<Conflict> },
-    #[error("the changes of both sides do not go together; nothing was changed")]
-    MergeConflict { files: Vec<Conflict> },
+    #[error("{}; nothing was changed", conflict_text(between.as_ref(), files))]
+    MergeConflict {
+        /// The branches that were to be merged, if it was that.
+        between: Option<Between>,
+        files: Vec<Conflict>,
+    },
     #[error(
         "the worktree holds files that are in no commit; save them elsewhere, or add ?discard=true \
          to let them go"
@@ -125,6 +131,23 @@ macro_rules! shared_error {
 }
 shared_error!(InstallError, WorkspaceError, BlockingError);
 
+fn conflict_text(between: Option<&Between>, files: &[Conflict]) -> String {
+    let lost = files
+        .iter()
+        .any(|file| file.kind == ConflictKind::SilentLoss);
+    match between {
+        Some(Between { from, to }) if lost => format!(
+            "merging {from} into {to} would take away what others wrote and nobody here touched; \
+             look at the lines, and publish with acceptLoss if they are to go"
+        ),
+        Some(Between { from, to }) => format!(
+            "{from} and {to} changed the same places; sync the thread, or let its agent bring the \
+             files into agreement, then try again"
+        ),
+        None => "the changes of both sides do not go together".into(),
+    }
+}
+
 impl From<LeaseLost> for SupervisorError {
     fn from(_: LeaseLost) -> Self {
         Self::BusyElsewhere
@@ -156,7 +179,7 @@ impl From<RepositoryError> for SupervisorError {
     fn from(error: RepositoryError) -> Self {
         match error {
             RepositoryError::Lost(lost) => lost.into(),
-            RepositoryError::Conflict { files } => Self::MergeConflict { files },
+            RepositoryError::Conflict { between, files } => Self::MergeConflict { between, files },
             error => Self::Repository(Arc::new(error)),
         }
     }
@@ -190,7 +213,8 @@ impl Clone for SupervisorError {
             Self::UndoConflict { files } => Self::UndoConflict {
                 files: files.clone(),
             },
-            Self::MergeConflict { files } => Self::MergeConflict {
+            Self::MergeConflict { between, files } => Self::MergeConflict {
+                between: between.clone(),
                 files: files.clone(),
             },
             Self::HeldBack { files } => Self::HeldBack {

@@ -355,7 +355,7 @@ async fn without(
 
 fn undo_conflict(error: SupervisorError) -> SupervisorError {
     match error {
-        SupervisorError::MergeConflict { files } => SupervisorError::UndoConflict { files },
+        SupervisorError::MergeConflict { files, .. } => SupervisorError::UndoConflict { files },
         error => error,
     }
 }

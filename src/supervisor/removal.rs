@@ -28,7 +28,7 @@ pub struct Removal {
 pub(super) enum Removed {
     Done,
     /// Nothing was touched.
-    Refused(SupervisorError, Option<(Agent, Continuity)>),
+    Refused(SupervisorError, Box<Option<(Agent, Continuity)>>),
     /// It broke off: the thread has to be prepared anew.
     Failed(SupervisorError),
 }
@@ -43,12 +43,15 @@ pub(super) async fn run(
     let site = &prepared.site;
     let committed = match site.commit_outside_edits().await {
         Ok(committed) => committed,
-        Err(error) => return Removed::Refused(error.into(), agent),
+        Err(error) => return Removed::Refused(error.into(), Box::new(agent)),
     };
     let mut held_back = committed.held_back;
     held_back.retain(|file| !is_installed(file));
     if !held_back.is_empty() && !removal.discard {
-        return Removed::Refused(SupervisorError::HeldBack { files: held_back }, agent);
+        return Removed::Refused(
+            SupervisorError::HeldBack { files: held_back },
+            Box::new(agent),
+        );
     }
     if let Some((agent, _)) = agent {
         agent.stop().await;

@@ -359,7 +359,7 @@ impl Driver {
                             self.prepare();
                             return;
                         }
-                        self.agent = agent;
+                        self.agent = *agent;
                         if self.agent.is_some() {
                             self.keep_agent();
                         }
@@ -742,7 +742,7 @@ impl Driver {
                         Removed::Failed(error) => drop(reply.send(Err(error))),
                         Removed::Refused(error, agent) => {
                             reply.send(Err(error)).ok();
-                            if let Some((agent, _)) = agent {
+                            if let Some((agent, _)) = *agent {
                                 agent.stop().await;
                             }
                         }

@@ -103,6 +103,7 @@ impl EventLine {
             TurnEvent::ToolStarted { .. } => "tool.started",
             TurnEvent::ToolFinished { .. } => "tool.finished",
             TurnEvent::FileChanged { .. } => "file.changed",
+            TurnEvent::BudgetWarning { .. } => "budget.warning",
             TurnEvent::PreviewUpdated {} => "preview.updated",
             TurnEvent::PreviewError { .. } => "preview.error",
             TurnEvent::CommitCreated { .. } => "commit.created",

@@ -15,8 +15,8 @@ use crate::{
         Agent, AgentSettings, AgentSite, Ending, RunEvent, RunOutcome, RunRequest, SessionStart,
     },
     domain::{
-        CommitSummary, Continuity, ErrorCode, FileStatus, PreviewState, Signature, TurnEvent,
-        TurnFailure, TurnKind, TurnMode, TurnPreview, TurnResult, TurnStatus, Usage,
+        Account, CommitSummary, Continuity, ErrorCode, FileStatus, PreviewState, Signature,
+        TurnEvent, TurnFailure, TurnKind, TurnMode, TurnPreview, TurnResult, TurnStatus, Usage,
     },
     gateway::Gateway,
     identity::ThreadKey,
@@ -26,6 +26,7 @@ use crate::{
         CommitRequest, CommitText, Committed, Repair, RepositoryError, Strangers, Worktree,
     },
     task::{self, Tasks},
+    usage::{Denied, Spent},
     workspace::{ThreadPaths, WorkspaceError},
 };
 
@@ -367,6 +368,7 @@ impl RunOutcome {
             model: None,
             touched: BTreeSet::new(),
             left_running: false,
+            counted: Spent::default(),
         }
     }
 }
@@ -400,6 +402,7 @@ pub fn blank_result(accepted: &Accepted, context: &StoredContext) -> TurnResult 
         processes_left: false,
         error: None,
         code: None,
+        retry_at: None,
     }
 }
 
@@ -568,9 +571,21 @@ async fn drive(
     if cancel.is_cancelled() {
         return Ok(RunOutcome::nothing());
     }
+    let account = Account::turn(&accepted.turn_id);
+    match site.gateway.ledger().meter(account.clone()).check().await {
+        Ok(()) => {}
+        Err(Denied::OverBudget(breach)) => {
+            return Ok(RunOutcome {
+                ending: Ending::OverBudget(breach),
+                ..RunOutcome::nothing()
+            });
+        }
+        // The gateway asks again, and knows what to do.
+        Err(error) => tracing::warn!(error = chain(&error), "failed to look at the budgets"),
+    }
     let deadline = Instant::now() + Duration::from_secs_f64(accepted.timeout_seconds);
     let request = |instruction| RunRequest {
-        label: accepted.turn_id.to_string(),
+        account: account.clone(),
         instruction,
         mode: accepted.mode,
         model: accepted.model.clone(),
@@ -666,6 +681,11 @@ impl TurnSite {
                 },
             },
             RunEvent::Waiting { until, reason } => TurnEvent::Waiting { until, reason },
+            RunEvent::BudgetWarning(warning) => TurnEvent::BudgetWarning {
+                spent_usd: warning.spent_usd,
+                limit_usd: warning.limit.usd,
+                limit: warning.limit.to_string(),
+            },
         }
     }
 
@@ -724,6 +744,17 @@ fn apply(
             ErrorCode::AgentFailed,
             "The agent could not begin the conversation; please send the instruction again.".into(),
         ),
+        Ending::OverBudget(breach) => {
+            result.retry_at = breach.resets;
+            let what = breach.to_string();
+            let mut chars = what.chars();
+            let first = chars.next().into_iter().flat_map(char::to_uppercase);
+            let sentence: String = first.chain(chars).collect();
+            fail(
+                ErrorCode::BudgetExceeded,
+                format!("{sentence}. The edits so far are kept; the operator can raise it."),
+            )
+        }
         Ending::TimedOut => fail(
             ErrorCode::TurnTimeout,
             format!(
@@ -748,7 +779,9 @@ async fn commit(
     let status = match &outcome.ending {
         Ending::Completed => TurnStatus::Completed,
         Ending::Cancelled => TurnStatus::Cancelled,
-        Ending::Failed(_) | Ending::TimedOut | Ending::SessionLost => TurnStatus::Failed,
+        Ending::Failed(_) | Ending::TimedOut | Ending::OverBudget(_) | Ending::SessionLost => {
+            TurnStatus::Failed
+        }
     };
     let committed = site.commit_turn(accepted, status, outcome).await?;
     result.held_back = committed.held_back;

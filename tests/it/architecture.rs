@@ -31,10 +31,11 @@ const ARROWS: &[(&str, &[&str])] = &[
             "repository",
             "supervisor",
             "telemetry",
+            "usage",
             "workspace",
         ],
     ),
-    ("cli", &["api", "app", "config", "telemetry"]),
+    ("cli", &["api", "app", "config", "telemetry", "usage"]),
     (
         "api",
         &[
@@ -45,6 +46,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "repository", // its errors become codes
             "supervisor",
             "turn", // a turn's events become a stream
+            "usage",
         ],
     ),
     (
@@ -62,11 +64,31 @@ const ARROWS: &[(&str, &[&str])] = &[
     ),
     (
         "turn",
-        &["agent", "gateway", "process", "repository", "workspace"],
+        &[
+            "agent",
+            "gateway",
+            "process",
+            "repository",
+            "usage", // what a turn spent, and may
+            "workspace",
+        ],
     ),
-    ("agent", &["gateway", "process"]),
+    (
+        "agent",
+        &[
+            "gateway", "process", "usage", // its run's budget
+        ],
+    ),
     ("preview", &["process"]),
-    ("gateway", &["config"]), // `Secret`
+    (
+        "gateway",
+        &[
+            "config", // `Secret`
+            "usage",
+            "workspace", // small files
+        ],
+    ),
+    ("usage", &[]),
     ("lifecycle", &[]),
     (
         "workspace",
@@ -88,6 +110,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("clap", &["cli"]),
     ("git2", &["repository"]),
     ("landlock", &["process"]),
+    ("ratatui", &["cli"]),
     (
         "nix",
         &[

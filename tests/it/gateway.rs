@@ -14,9 +14,11 @@ use std::{
 };
 
 use greenroom::{
-    gateway::{AgentToken, Credential, Gateway, GatewayConfig},
+    domain::Account,
+    gateway::{AgentToken, Credential, Gateway, GatewayConfig, OAuthSettings},
     rehearsal::{Ended, Rehearsal, Script},
     task::Tasks,
+    usage::{Ledger, LedgerSettings},
 };
 use serde_json::{Value, json};
 use tokio::{
@@ -95,6 +97,8 @@ impl Room {
         let config = GatewayConfig {
             upstream,
             credential: Credential::Rehearsal,
+            oauth: OAuthSettings::default(),
+            ledger: Ledger::new(LedgerSettings::default(), &tasks),
         };
         let gateway = Gateway::start(config, &tasks).await.unwrap();
         let scratch = tempfile::tempdir().unwrap();
@@ -194,7 +198,7 @@ impl Cli {
 
     /// One turn; returns its result event. What needs permission is denied.
     async fn turn(&mut self, instruction: &str) -> Value {
-        let _run = self.token.begin("test turn");
+        let _run = self.token.begin(Account::of_kind("test"));
         self.say(instruction).await;
         self.result().await
     }
@@ -377,7 +381,7 @@ async fn an_interrupt_reaches_the_upstream_and_a_stray_request_is_refused() {
     let room = Room::start(program, Script::default()).await;
     let mut cli = room.cli(&[]);
     let slow = "Think slowly for 300 seconds";
-    let run = cli.token.begin("interrupted");
+    let run = cli.token.begin(Account::of_kind("interrupted"));
     cli.say(slow).await;
     wait_for(|| run.last_upstream_status() == Some(200)).await;
     cli.send(json!({"type": "control_request", "request_id": "stop",

@@ -9,10 +9,11 @@ use greenroom::{
         Agent, AgentSettings, AgentSite, Ceiling, Ending, Limits, RunEvent, RunOutcome, RunRequest,
         SessionStart,
     },
-    domain::TurnMode,
-    gateway::{Credential, Gateway, GatewayConfig},
+    domain::{Account, TurnMode},
+    gateway::{Credential, Gateway, GatewayConfig, OAuthSettings},
     process::{ConfinementMode, Launcher},
     task::Tasks,
+    usage::{Ledger, LedgerSettings},
 };
 use tokio::{sync::mpsc, time::Instant};
 use tokio_util::sync::CancellationToken;
@@ -43,6 +44,8 @@ impl Stage {
         let config = GatewayConfig {
             upstream: "http://127.0.0.1:9".parse().unwrap(),
             credential: Credential::Rehearsal,
+            oauth: OAuthSettings::default(),
+            ledger: Ledger::new(LedgerSettings::default(), &tasks),
         };
         let binary = Path::new(env!("CARGO_BIN_EXE_greenroom"));
         let mode = ConfinementMode::Off;
@@ -122,7 +125,7 @@ async fn play_until(
     limit: Duration,
 ) -> RunOutcome {
     let request = RunRequest {
-        label: "turn".into(),
+        account: Account::of_kind("test"),
         instruction: script.into(),
         mode: TurnMode::Execute,
         model: None,

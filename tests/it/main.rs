@@ -23,5 +23,6 @@ mod preview_dev_server;
 mod preview_proxy;
 mod process;
 mod tenants;
+mod usage;
 mod warm;
 mod watchdogs;

@@ -60,7 +60,7 @@ impl Site {
 
     fn conflicts(&self, draft: Result<Draft>) -> Vec<String> {
         match draft {
-            Err(RepositoryError::Conflict { files }) => {
+            Err(RepositoryError::Conflict { files, .. }) => {
                 files.into_iter().map(|file| file.path).collect()
             }
             other => panic!("no conflict: {other:?}"),
@@ -393,6 +393,10 @@ fn a_kill_at_any_moment_is_finished_by_the_next_owner() {
         let before = site.head();
         let commit = site.write(&site.restored(to).unwrap());
         let asked = format!("{}|{}|{commit}", project.display(), site.dir.display());
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "this program itself, to be killed"
+        )]
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "repository::tests::drafts::child_that_applies"])
             .args(["--ignored", "--nocapture"])
@@ -553,7 +557,7 @@ proptest! {
                     prop_assert_eq!(site.tree("HEAD"), site.tree(&before.0));
                     land(&site.without(&site.head()).unwrap());
                 }
-                Some(Err(RepositoryError::Conflict { files: named })) => {
+                Some(Err(RepositoryError::Conflict { files: named, .. })) => {
                     prop_assert!(!named.is_empty());
                     prop_assert_eq!((site.head(), files(&site.dir)), before.clone());
                 }
