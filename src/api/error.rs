@@ -248,6 +248,10 @@ impl From<ReadError> for ApiError {
 impl ApiError {
     fn repository(error: &RepositoryError) -> Self {
         use RepositoryError as E;
+        if let Some(cause) = std::error::Error::source(error) {
+            // The sentence is for the caller; what git or the disk said is for the operator.
+            tracing::warn!(%error, %cause, "an operation on a repository failed");
+        }
         match error {
             E::Remote(error) if error.during != RemoteUse::Clone => Self::remote(error),
             E::NoOrigin | E::Unfinished => Self::invalid(error.to_string()),

@@ -794,6 +794,40 @@ async fn a_killed_supervisor_loses_nothing() {
 }
 
 #[tokio::test]
+async fn those_in_line_keep_their_order_over_a_restart_and_a_failure() {
+    let script = json!({"rules": [
+        rule("cut off", &[runs("touch begun.txt; sleep 300")]),
+        {"match": "fails", "steps": [
+            {"tool": {"name": "Write", "input": {"file_path": "{cwd}/half.txt", "content": "half\n"}}},
+            {"act": {"status": {"status": 400}}},
+        ]},
+        rule("appends", &[runs("cat order.txt half.txt > all.txt; echo one >> order.txt")]),
+        rule("adds", &[runs("echo two >> order.txt")]),
+    ]});
+    let mut stage = Stage::new(script).await;
+    let mut turns = Vec::new();
+    for instruction in ["cut off", "fails", "appends", "adds"] {
+        turns.push(stage.greenroom.begin(&stage.alice, instruction).await);
+    }
+    wait_for("the command runs", || stage.file("begun.txt")).await;
+    stage.greenroom = stage.greenroom.restart().await;
+    stage.greenroom.init(&stage.alice, json!({})).await.ok();
+    let mut statuses = Vec::new();
+    for id in &turns {
+        statuses.push(stage.greenroom.ended(id).await["status"].clone());
+    }
+    assert_eq!(
+        statuses,
+        ["recovered", "failed", "completed", "completed"],
+        "each has its own outcome"
+    );
+    assert_eq!(stage.subjects(), ["adds", "appends", "fails", "cut off"]);
+    assert_eq!(stage.file("order.txt").unwrap(), "one\ntwo\n");
+    assert_eq!(stage.file("all.txt").unwrap(), "half\n");
+    stage.is_clean();
+}
+
+#[tokio::test]
 async fn a_killed_agent_fails_its_turn_alone() {
     let script = json!({"rules": [rule("doomed", &[
         writes("half.txt", "half\n"),
