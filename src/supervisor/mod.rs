@@ -6,6 +6,7 @@
 
 mod operation;
 mod prepare;
+mod publish;
 mod removal;
 mod thread;
 mod view;
@@ -31,17 +32,21 @@ use crate::{
     },
     gateway::Gateway,
     identity::{ThreadId, ThreadKey, TurnId, UserKey},
-    lease::{Lease, LeaseError, LeaseLost, Patience},
+    lease::{Fence, Lease, LeaseError, LeaseLost, Patience},
     lifecycle::{Activity, HolderKind, Memory},
     preview::Previews,
     process::Launcher,
-    repository::{Remotes, RepositoryError, SiteDiff, SourceError, UserRepository, Worktree},
+    repository::{
+        GitHub, NoPullRequests, RemoteError, Remotes, RepositoryError, SiteDiff, SourceError,
+        UserRepository, Worktree,
+    },
     task::{self, BlockingError, Tasks},
     turn::{JournalError, Past, RunError, StoredContext, TurnFile, TurnRecord, blank_result},
     workspace::{Cache, Dependencies, InstallError, ThreadPaths, UserPaths, WorkspaceError},
 };
 
 pub use operation::{DryRun, Operation, OperationAnswer, OperationRequest};
+pub use publish::{PublishAnswer, PublishWish, PullRequestWish};
 pub use removal::Removal;
 pub use view::{
     ExecuteRequest, History, HistoryPage, InitAnswer, InitRequest, OutsideEdit, PreviewView,
@@ -102,6 +107,8 @@ pub enum SupervisorError {
     /// What was asked for makes no sense here.
     #[error("{0}")]
     Refused(&'static str),
+    #[error(transparent)]
+    NoPullRequests(#[from] NoPullRequests),
     #[error(transparent)]
     Lease(Arc<LeaseError>),
     #[error(transparent)]
@@ -175,6 +182,12 @@ impl From<JournalError> for SupervisorError {
     }
 }
 
+impl From<RemoteError> for SupervisorError {
+    fn from(error: RemoteError) -> Self {
+        RepositoryError::from(error).into()
+    }
+}
+
 impl From<RepositoryError> for SupervisorError {
     fn from(error: RepositoryError) -> Self {
         match error {
@@ -221,6 +234,7 @@ impl Clone for SupervisorError {
                 files: files.clone(),
             },
             Self::Refused(why) => Self::Refused(why),
+            Self::NoPullRequests(why) => Self::NoPullRequests(*why),
             Self::Lease(error) => Self::Lease(error.clone()),
             Self::Source(error) => Self::Source(error.clone()),
             Self::Repository(error) => Self::Repository(error.clone()),
@@ -244,6 +258,7 @@ pub struct SupervisorSettings {
     pub repo_url: Option<String>,
     pub allowed_local_repos: Option<PathBuf>,
     pub remotes: Remotes,
+    pub github: GitHub,
     pub committer: Signature,
     /// Run dev servers at all.
     pub runs_previews: bool,
@@ -272,6 +287,11 @@ struct RepositoryLock {
 }
 
 impl RepositoryLock {
+    /// Closed for good once it is released.
+    fn fence(&self) -> &Fence {
+        self.lease.fence()
+    }
+
     async fn release(self) {
         self.lease.release().await;
     }
