@@ -489,3 +489,6 @@ fn tip(repo: &Repository, branch: String) -> Result<Tip> {
         None => Err(RepositoryError::NoSuchBranch { branch }),
     }
 }
+
+#[cfg(test)]
+mod tests;
