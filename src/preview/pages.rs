@@ -217,6 +217,7 @@ mod tests {
             }],
             upstream: None,
             generation: 4,
+            updates: 0,
             progress: "Trying {errors} again".to_owned(),
         };
         let response = holding(&status);

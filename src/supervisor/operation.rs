@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     DISK_DEADLINE, Inner, LiveTurn, SupervisorError, lock,
     prepare::{IdempotencyMark, Prepared},
-    thread::preview_after,
+    preview_word,
 };
 use crate::{
     domain::{Author, CommitSummary, Effect, FileChange, TurnKind, TurnMode, TurnResult},
@@ -174,8 +174,9 @@ async fn run_into(
         cancel: CancellationToken::new(),
     };
     lock(&inner.live).insert(accepted.turn_id.clone(), live);
+    let updates = inner.preview_status(&site.key).updates;
     let preview = async |commit: Option<&CommitSummary>| {
-        preview_after(inner, prepared, commit, end.folder).await
+        preview_word::word_on(inner, prepared, commit, end.folder, updates).await
     };
     let text = said(&accepted);
     let done = site
