@@ -98,6 +98,8 @@ pub struct PreviewStatus {
     pub generation: u64,
     /// How often the dev server told its browsers of a change.
     pub updates: u64,
+    /// What `updates` was when the newest error was told: after a change an error is in doubt.
+    pub told_at: u64,
     /// What a holding page may say: "Installing dependencies", "Starting the dev server".
     pub progress: String,
 }
@@ -111,6 +113,7 @@ impl PreviewStatus {
             upstream: None,
             generation: 0,
             updates: 0,
+            told_at: 0,
             progress: String::new(),
         }
     }

@@ -293,9 +293,11 @@ impl DevServer {
                 }
                 Word::Error(error) => {
                     // A browser that tries again makes the server say it again.
-                    if status.errors.contains(&error) {
+                    let is_known = status.errors.contains(&error);
+                    if is_known && status.told_at == status.updates {
                         return false;
                     }
+                    status.told_at = status.updates;
                     status.errors.retain(|known| known.file != error.file);
                     status.errors.push(error);
                     let surplus = status.errors.len().saturating_sub(MAX_ERRORS);
@@ -494,6 +496,7 @@ impl DevServer {
                 upstream,
                 generation,
                 updates: status.updates,
+                told_at: status.updates,
                 progress: progress.to_owned(),
             };
         });

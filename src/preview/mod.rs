@@ -314,11 +314,12 @@ impl PreviewHandle {
     }
 
     /// The last error of a server that goes on serving: Vite keeps none for a browser that comes
-    /// later, since greenroom listens.
+    /// later, since greenroom listens. None after a change: a page that is still broken says so.
     pub(crate) fn error_to_replay(&self) -> Option<String> {
         let status = self.0.status.borrow();
         status.upstream?;
-        status.errors.last().map(hmr::replay)
+        let newest = status.errors.last()?;
+        (status.told_at == status.updates).then(|| hmr::replay(newest))
     }
 
     /// Looks at the pages on which a change of `files` would show, so that the server meets their

@@ -120,11 +120,16 @@ async fn a_broken_page_says_so_and_comes_back_by_itself() {
 
     room.greenroom.execute(&main, "Repair it").await.ok();
     for page in [&page, &late] {
+        // The old text is behind the overlay.
+        page.wait_for("!document.querySelector('vite-error-overlay')")
+            .await;
         page.wait_for_text("h1", HEADING).await;
-        let overlay = page.eval("document.querySelector('vite-error-overlay')");
-        assert_eq!(overlay.await, Value::Null);
     }
     assert_eq!(preview("live").await["errors"], json!([]));
+    for page in [&page, &late] {
+        let overlay = page.eval("document.querySelector('vite-error-overlay')");
+        assert_eq!(overlay.await, Value::Null, "and it stays away");
+    }
 }
 
 #[tokio::test]
