@@ -19,12 +19,12 @@ use crate::{
     api::{self, Access, AccessSettings, ApiState, Facts, Pins, Readiness},
     config::{self, CredentialSource, Loaded, Mode, Settings},
     domain::Signature,
-    gateway::{Credential, Gateway, GatewayConfig, load_credentials_file},
+    gateway::{Credential, Gateway, GatewayConfig, OAuthSettings, load_credentials_file},
     lifecycle::{Activity, Guard, HolderKind, StopReason, wait_for_reason},
     preview::{self, ActivityGuard, ActivitySink, PreviewSettings, Previews, Proxy, ProxyKind},
     process::{self, Bash, ConfinementMode, Launcher},
     rehearsal::{Rehearsal, Script},
-    repository::{self, Remotes},
+    repository::{self, GitHub, Remotes},
     supervisor::{Supervisor, SupervisorSettings},
     task::{self, Tasks},
     telemetry,
@@ -48,12 +48,21 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
     prepare_folder(&settings.cache_path, "CACHE_PATH").await?;
     let runtime = runtime_folder(&loaded)?;
 
-    let listeners = Listeners::bind(settings).await?;
+    let mut listeners = Listeners::bind(settings).await?;
     let tasks = Tasks::new();
     let credential = loaded.credential()?;
     let is_rehearsal = credential == CredentialSource::Rehearsal;
     let ledger = Ledger::new(ledger_settings(settings).await?, &tasks);
     let gateway = start_gateway(settings, credential, ledger.clone(), &tasks).await?;
+    let network_port = match listeners.gateway.take() {
+        None => None,
+        Some((listener, tokens)) => {
+            let port = port(&listener);
+            let opened = gateway.open_to_network(listener, tokens, &tasks).await;
+            opened.context("GATEWAY_TOKENS_FILE")?;
+            Some(port)
+        }
+    };
     let launcher = Launcher::start(settings.lease / 2, ConfinementMode::Auto)
         .context("failed to start the launcher")?;
     let programs = Programs::find(&loaded);
@@ -109,6 +118,12 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         started,
     });
     announce(&loaded, mode, &listeners, is_rehearsal, &launcher);
+    if let Some(port) = network_port {
+        tracing::info!(
+            bind = %settings.bind, gateway_port = port,
+            "the gateway serves other containers, for clients with a token"
+        );
+    }
     listeners
         .serve(state, previews, &activity, &tasks)
         .context("failed to serve")?;
@@ -275,6 +290,16 @@ async fn start_gateway(
     ledger: Ledger,
     tasks: &Tasks,
 ) -> anyhow::Result<Gateway> {
+    let mut oauth = OAuthSettings {
+        endpoint: settings
+            .claude_oauth_token_url
+            .parse()
+            .context("CLAUDE_OAUTH_TOKEN_URL is no address")?,
+        file: None,
+        // Agents are let into their own folders alone.
+        store: Some(settings.workspace_path.join(".greenroom")),
+        hide: telemetry::hide,
+    };
     let (upstream, credential) = match source {
         CredentialSource::ApiKey(key) => {
             (settings.anthropic_base_url.clone(), Credential::ApiKey(key))
@@ -284,6 +309,7 @@ async fn start_gateway(
             for secret in credential.secrets() {
                 telemetry::hide(secret);
             }
+            oauth.file = Some(path);
             (settings.anthropic_base_url.clone(), credential)
         }
         CredentialSource::Rehearsal => {
@@ -298,6 +324,7 @@ async fn start_gateway(
         GatewayConfig {
             upstream,
             credential,
+            oauth,
             ledger,
         },
         tasks,
@@ -334,19 +361,27 @@ fn supervisor_settings(
         })
     });
     let preview_base_url = settings.preview_url("{slug}", listeners.preview_port());
+    let remotes = Remotes::new(
+        settings
+            .github_token
+            .as_ref()
+            .map(|token| token.expose().to_owned()),
+        settings.git_token_hosts.clone(),
+    );
     SupervisorSettings {
         workspace: settings.workspace_path.clone(),
         cache: settings.cache_path.clone(),
         runtime: runtime.to_owned(),
         repo_url: settings.repo_url.clone(),
         allowed_local_repos: settings.allowed_local_repos.clone(),
-        remotes: Remotes::new(
+        github: GitHub::new(
             settings
-                .github_token
-                .as_ref()
-                .map(|token| token.expose().to_owned()),
-            settings.git_token_hosts.clone(),
+                .github_api_url
+                .parse()
+                .expect("the settings hold well-formed addresses"),
+            remotes.clone(),
         ),
+        remotes,
         committer: Signature {
             name: settings.git_user_name.clone(),
             email: settings.git_user_email.clone(),
@@ -411,6 +446,8 @@ struct Listeners {
     api: TcpListener,
     preview: TcpListener,
     hmr: TcpListener,
+    /// The gateway's on the network, and who may come in.
+    gateway: Option<(TcpListener, PathBuf)>,
 }
 
 impl Listeners {
@@ -425,6 +462,10 @@ impl Listeners {
             api: listen(settings.api_port, "API_PORT").await?,
             preview: listen(settings.preview_port, "PREVIEW_PORT").await?,
             hmr: listen(settings.hmr_port, "HMR_PORT").await?,
+            gateway: match (settings.gateway_port, settings.gateway_tokens_file.clone()) {
+                (Some(port), Some(tokens)) => Some((listen(port, "GATEWAY_PORT").await?, tokens)),
+                _ => None,
+            },
         })
     }
 

@@ -144,6 +144,9 @@ settings! {
         "Key of the model API";
     CLAUDE_CREDENTIALS_FILE, claude_credentials_file: Option<PathBuf>, Text, value::path, Unset,
         "File with a key or OAuth credentials of the model API";
+    CLAUDE_OAUTH_TOKEN_URL, claude_oauth_token_url: String, Text, value::base_url,
+        Is("https://platform.claude.com/v1/oauth/token"),
+        "Where OAuth credentials are refreshed";
     ANTHROPIC_BASE_URL, anthropic_base_url: String, Text, value::base_url,
         Is("https://api.anthropic.com"),
         "Upstream of the gateway; a proxy can stand here";

@@ -142,6 +142,11 @@ impl Counter {
         }
     }
 
+    /// Is it of a kind that is no answer of the model's?
+    pub(super) fn is_opaque(&self) -> bool {
+        matches!(self.form, Form::Opaque)
+    }
+
     /// What the answer has told so far.
     pub(super) fn seen(&self) -> &Seen {
         &self.seen
@@ -178,26 +183,28 @@ impl Counter {
             Form::Message(picker) => {
                 self.seen.said += chunk.len() as u64;
                 picker.feed(chunk);
+                // Nobody may ask for what comes after the announced length: the end is known by
+                // the object's own.
+                if picker.is_whole() {
+                    self.seen.take_message(picker);
+                }
             }
             Form::Opaque => {}
-        }
-    }
-
-    /// The answer's body has come to its end.
-    pub(super) fn end(&mut self) {
-        if let Form::Message(picker) = &self.form {
-            let text = |key| serde_json::from_slice(picker.get(key)?).ok();
-            self.seen.message = text("id");
-            self.seen.model = text("model");
-            self.seen.usage = picker
-                .get("usage")
-                .and_then(|usage| serde_json::from_slice(usage).ok());
-            self.seen.is_complete = self.seen.usage.is_some();
         }
     }
 }
 
 impl Seen {
+    fn take_message(&mut self, picker: &Picker) {
+        let text = |key| serde_json::from_slice(picker.get(key)?).ok();
+        self.message = text("id");
+        self.model = text("model");
+        self.usage = picker
+            .get("usage")
+            .and_then(|usage| serde_json::from_slice(usage).ok());
+        self.is_complete = self.usage.is_some();
+    }
+
     fn take_line(&mut self, line: &[u8]) {
         let Some(data) = line.strip_prefix(b"data:") else {
             return;
@@ -297,7 +304,6 @@ mod tests {
             for chunk in STREAM.as_bytes().chunks(piece) {
                 counter.feed(chunk);
             }
-            counter.end();
             let seen = counter.seen();
             assert!(seen.is_complete, "{piece}");
             assert_eq!(seen.tokens(999), (COUNTED, false), "{piece}");
@@ -343,8 +349,7 @@ mod tests {
             for chunk in body.chunks(piece) {
                 counter.feed(chunk);
             }
-            assert!(!counter.seen().is_complete);
-            counter.end();
+            assert!(counter.seen().is_complete);
             let expected = Tokens {
                 input: 5,
                 output: 6,
@@ -366,7 +371,6 @@ mod tests {
         ] {
             let mut counter = counter(kind);
             counter.feed(body.as_bytes());
-            counter.end();
             assert!(!counter.seen().has_begun(), "{kind} {body}");
         }
     }

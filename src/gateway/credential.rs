@@ -5,6 +5,7 @@ use std::{fs, io, os::unix::fs::PermissionsExt, path::Path};
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 use jiff::Timestamp;
 use serde::Deserialize;
+use serde_json::json;
 
 use super::GatewayError;
 use crate::config::Secret;
@@ -132,6 +133,29 @@ pub fn load_credentials_file(path: &Path) -> Result<Credential, GatewayError> {
     parse(&text).ok_or_else(|| GatewayError::ParseCredentials {
         path: path.to_owned(),
     })
+}
+
+/// Reads a file in one of these forms without a word about it. Blocking.
+pub(super) fn read_quietly(path: &Path) -> Option<Credential> {
+    parse(&fs::read_to_string(path).ok()?)
+}
+
+/// OAuth credentials in the form in which they are read.
+pub(super) fn written(credential: &Credential) -> Option<String> {
+    let Credential::OAuth {
+        access,
+        refresh,
+        expires,
+    } = credential
+    else {
+        return None;
+    };
+    let oauth = json!({
+        "accessToken": access.expose(),
+        "refreshToken": refresh.as_ref().map(Secret::expose),
+        "expiresAt": expires.map(Timestamp::as_millisecond),
+    });
+    Some(json!({"type": "oauth", "oauth": oauth}).to_string())
 }
 
 fn parse(text: &str) -> Option<Credential> {

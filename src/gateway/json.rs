@@ -18,6 +18,8 @@ pub(super) struct Picker {
     string: Option<Text>,
     key: Vec<u8>,
     is_key_next: bool,
+    /// The outermost value has ended.
+    is_whole: bool,
     /// Which wanted value passes now.
     picking: Option<usize>,
     value: Vec<u8>,
@@ -39,6 +41,7 @@ impl Picker {
             string: None,
             key: Vec::new(),
             is_key_next: false,
+            is_whole: false,
             picking: None,
             value: Vec::new(),
         }
@@ -48,6 +51,11 @@ impl Picker {
     pub(super) fn get(&self, key: &str) -> Option<&[u8]> {
         let at = self.wanted.iter().position(|wanted| *wanted == key)?;
         self.found[at].as_deref()
+    }
+
+    /// Has the object passed as a whole?
+    pub(super) fn is_whole(&self) -> bool {
+        self.is_whole
     }
 
     pub(super) fn feed(&mut self, mut bytes: &[u8]) {
@@ -108,6 +116,7 @@ impl Picker {
             b'}' | b']' => {
                 if self.depth == 1 {
                     self.end_value();
+                    self.is_whole = true;
                 } else {
                     self.keep(byte);
                 }

@@ -10,6 +10,9 @@
 //! most it may cost before the last piece of it goes up (`toll`), and counted from the answer's
 //! own bytes as they pass (`count`).
 //!
+//! An OAuth credential is refreshed here (`vault`). On request other containers' CLIs come in over
+//! the network, with a token for each client (`network`).
+//!
 //! One task accepts connections and one serves each of them, all in the [`Tasks`] that it was
 //! started with. State: the tokens and their runs (`run`), and the upstream client, which is made
 //! at the first request because loading the platform's certificates is slow.
@@ -17,9 +20,11 @@
 mod count;
 mod credential;
 mod json;
+mod network;
 mod relay;
 mod run;
 mod toll;
+mod vault;
 
 use std::{
     io,
@@ -34,12 +39,17 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{net::TcpListener, sync::Semaphore};
 use url::Url;
 
-use crate::{task::Tasks, usage::Ledger};
+use crate::{
+    task::{self, BlockingError, Tasks},
+    usage::Ledger,
+};
 
 pub use credential::{Credential, load_credentials_file};
 pub use run::{ActiveRun, AgentToken, Hold, UpstreamNote};
+pub use vault::{OAuthSettings, TOKEN_URL};
 
-use relay::Relay;
+use network::ClientTokens;
+use relay::{Door, Relay};
 use run::Tokens;
 
 /// Why the gateway could not be set up.
@@ -66,6 +76,16 @@ pub enum GatewayError {
         path.display()
     )]
     ParseCredentials { path: PathBuf },
+    #[error("failed to read the gateway's tokens in {}", path.display())]
+    ReadTokens {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("the gateway's tokens in {} cannot be used: {what}", path.display())]
+    ParseTokens { path: PathBuf, what: &'static str },
+    #[error("failed to read the gateway's tokens")]
+    Blocking(#[from] BlockingError),
 }
 
 /// Where model requests go, and as whom.
@@ -74,6 +94,8 @@ pub struct GatewayConfig {
     /// Base address; `/v1/messages` is appended to its path.
     pub upstream: Url,
     pub credential: Credential,
+    /// How a credential that is OAuth's is kept fresh.
+    pub oauth: OAuthSettings,
     /// Where requests are counted.
     pub ledger: Ledger,
 }
@@ -83,6 +105,8 @@ pub struct GatewayConfig {
 const MAX_CONNECTIONS: usize = 256;
 /// Time for a request's head, and how long an idle connection is kept.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(60);
+/// For a small file on a slow disk.
+const DISK_DEADLINE: Duration = Duration::from_secs(20);
 /// After a failed `accept` (no descriptors left): long enough not to spin, short enough to go
 /// unnoticed.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -92,6 +116,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 pub struct Gateway {
     port: u16,
     tokens: Arc<Tokens>,
+    relay: Arc<Relay>,
 }
 
 impl Gateway {
@@ -101,7 +126,7 @@ impl Gateway {
     /// [`GatewayError`] if the port, the upstream's address or the credential is unusable.
     pub async fn start(config: GatewayConfig, tasks: &Tasks) -> Result<Self, GatewayError> {
         let tokens = Arc::new(Tokens::new(config.ledger.clone()));
-        let relay = Arc::new(Relay::new(config, tokens.clone())?);
+        let relay = Arc::new(Relay::new(config, tasks)?);
         let listen = |source| GatewayError::Listen { source };
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
             .await
@@ -109,11 +134,40 @@ impl Gateway {
         let SocketAddr::V4(address) = listener.local_addr().map_err(listen)? else {
             unreachable!("bound to an IPv4 address")
         };
-        tasks.spawn("gateway", accept(listener, relay, tasks.clone()));
+        let door = Door::Agents(tokens.clone());
+        tasks.spawn(
+            "gateway",
+            accept(listener, relay.clone(), door, tasks.clone()),
+        );
         Ok(Self {
             port: address.port(),
             tokens,
+            relay,
         })
+    }
+
+    /// Serves other containers' CLIs as well, on a listener that they can reach. `file` leads from
+    /// a bearer token to the client that pays; its changes are followed.
+    ///
+    /// # Errors
+    /// If the file cannot be used.
+    pub async fn open_to_network(
+        &self,
+        listener: TcpListener,
+        file: PathBuf,
+        tasks: &Tasks,
+    ) -> Result<(), GatewayError> {
+        let ledger = self.ledger().clone();
+        let load = move || ClientTokens::load(&file, ledger);
+        let clients = task::blocking("reading the gateway's tokens", DISK_DEADLINE, load).await??;
+        let clients = Arc::new(clients);
+        tasks.spawn("gateway tokens", clients.clone().follow(tasks.clone()));
+        let (relay, door) = (self.relay.clone(), Door::Clients(clients));
+        tasks.spawn(
+            "network gateway",
+            accept(listener, relay, door, tasks.clone()),
+        );
+        Ok(())
     }
 
     /// What the CLI gets as `ANTHROPIC_BASE_URL`.
@@ -137,7 +191,7 @@ impl Gateway {
     }
 }
 
-async fn accept(listener: TcpListener, relay: Arc<Relay>, tasks: Tasks) {
+async fn accept(listener: TcpListener, relay: Arc<Relay>, door: Door, tasks: Tasks) {
     let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
     let stop = tasks.token().clone();
     loop {
@@ -160,11 +214,11 @@ async fn accept(listener: TcpListener, relay: Arc<Relay>, tasks: Tasks) {
         };
         // Without it the kernel may hold back a small chunk until the last one is acknowledged.
         stream.set_nodelay(true).ok();
-        let (relay, stop) = (relay.clone(), stop.clone());
+        let (relay, door, stop) = (relay.clone(), door.clone(), stop.clone());
         tasks.spawn("gateway-connection", async move {
             let serve = service_fn(move |request| {
-                let relay = relay.clone();
-                async move { Ok::<_, std::convert::Infallible>(relay.serve(request).await) }
+                let (relay, door) = (relay.clone(), door.clone());
+                async move { Ok::<_, std::convert::Infallible>(relay.serve(&door, request).await) }
             });
             let connection = http1::Builder::new()
                 .timer(TokioTimer::new())

@@ -21,11 +21,15 @@ use url::{Host, Url};
 
 use super::{
     GatewayConfig, GatewayError,
-    credential::Credential,
+    network::ClientTokens,
     run::{Admission, Exchange, Tokens, retry_after},
     toll::{self, Stopped, Toll},
+    vault::Vault,
 };
-use crate::{task, usage::Denied};
+use crate::{
+    task::{self, Tasks},
+    usage::Denied,
+};
 
 pub(super) type Answer = Response<UnsyncBoxBody<Bytes, io::Error>>;
 
@@ -64,41 +68,66 @@ const NOT_UP: [&str; 6] = [
 /// What else of the upstream's headers stays here: its cookies belong to our connection.
 const NOT_DOWN: [&str; 1] = ["set-cookie"];
 
+/// Where requests come in, and who may.
+#[derive(Debug, Clone)]
+pub(super) enum Door {
+    /// The CLIs that we started.
+    Agents(Arc<Tokens>),
+    /// Other containers'.
+    Clients(Arc<ClientTokens>),
+}
+
+impl Door {
+    fn admit(&self, token: &str) -> Admission {
+        match self {
+            Self::Agents(tokens) => tokens.admit(token),
+            Self::Clients(tokens) => tokens.admit(token),
+        }
+    }
+
+    fn is_for_network(&self) -> bool {
+        matches!(self, Self::Clients(_))
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Relay {
     upstream: Url,
-    credential: Credential,
-    tokens: Arc<Tokens>,
+    vault: Vault,
     client: OnceCell<reqwest::Client>,
 }
 
 impl Relay {
-    pub(super) fn new(config: GatewayConfig, tokens: Arc<Tokens>) -> Result<Self, GatewayError> {
+    pub(super) fn new(config: GatewayConfig, tasks: &Tasks) -> Result<Self, GatewayError> {
         let GatewayConfig {
             upstream,
             credential,
+            oauth,
             ledger: _,
         } = config;
         if !matches!(upstream.scheme(), "http" | "https") || upstream.host().is_none() {
             return Err(GatewayError::UnusableUpstream);
         }
         // Found out now, not at the first request.
-        credential.apply(&mut HeaderMap::new())?;
+        let vault = Vault::new(credential, oauth, tasks);
+        vault.check()?;
         Ok(Self {
             upstream,
-            credential,
-            tokens,
+            vault,
             client: OnceCell::new(),
         })
     }
 
-    pub(super) async fn serve(&self, request: Request<Incoming>) -> Answer {
+    pub(super) async fn serve(&self, door: &Door, request: Request<Incoming>) -> Answer {
+        if door.is_for_network() && request.uri().path() == "/health" {
+            return healthy();
+        }
         if request.uri().path() == "/" && matches!(*request.method(), Method::GET | Method::HEAD) {
             // The CLI opens a connection ahead with it. Nothing is told and nothing forwarded.
             return Response::new(empty());
         }
         let admission = match presented_token(request.headers()) {
-            Some(token) => self.tokens.admit(token),
+            Some(token) => door.admit(token),
             None => Admission::UnknownToken,
         };
         if matches!(admission, Admission::UnknownToken) {
@@ -164,19 +193,39 @@ impl Relay {
             header::ACCEPT_ENCODING,
             HeaderValue::from_static("identity"),
         );
-        if let Err(error) = self.credential.apply(&mut headers) {
+        let credential = self.vault.current().await;
+        let mut presented = headers.clone();
+        if let Err(error) = credential.apply(&mut presented) {
             return refuse(StatusCode::BAD_GATEWAY, &error.to_string());
         }
+        let (method, target) = (head.method, target(&self.upstream, &head.uri));
         let stopped = Arc::new(Stopping::default());
-        let mut upstream = client.request(head.method, target(&self.upstream, &head.uri));
+        // What went up, for the one case in which it has to go up again.
+        let copy = self
+            .vault
+            .is_renewable()
+            .then(|| Arc::new(Copied::default()));
+        let mut upstream = client.request(method.clone(), target.clone());
         if !body.is_end_stream() {
-            upstream = upstream.body(reqwest::Body::wrap_stream(upload(
-                body,
-                toll,
-                stopped.clone(),
-            )));
+            let body = upload(body, toll, stopped.clone(), copy.clone());
+            upstream = upstream.body(reqwest::Body::wrap_stream(body));
         }
-        match upstream.headers(headers).send().await {
+        let mut sent = upstream.headers(presented).send().await;
+        if let (Ok(answer), Some(copy)) = (&sent, copy)
+            && answer.status() == StatusCode::UNAUTHORIZED
+            && self.vault.renew(&credential).await
+        {
+            let Some(body) = copy.whole() else {
+                // The CLI has it still, and asks again.
+                return again_soon();
+            };
+            if let Err(error) = self.vault.current().await.apply(&mut headers) {
+                return refuse(StatusCode::BAD_GATEWAY, &error.to_string());
+            }
+            let again = client.request(method, target).headers(headers).body(body);
+            sent = again.send().await;
+        }
+        match sent {
             Ok(answer) if answer.status().is_redirection() => {
                 // Following it would carry the credential to an address that nobody configured.
                 exchange.head(answer.status(), answer.headers()).await;
@@ -277,7 +326,7 @@ fn passing(headers: &HeaderMap, kept: &[&str]) -> HeaderMap {
         .collect()
 }
 
-async fn build_client(upstream: &Url) -> Result<reqwest::Client, String> {
+pub(super) async fn build_client(upstream: &Url) -> Result<reqwest::Client, String> {
     let is_local = is_loopback(upstream);
     let is_plain = upstream.scheme() == "http";
     let build = move || {
@@ -330,6 +379,35 @@ impl Stopping {
     }
 }
 
+/// The pieces of a body that went up; they are shared, not copied.
+#[derive(Debug, Default)]
+struct Copied(Mutex<(Vec<Bytes>, bool)>);
+
+/// Longer bodies are not kept: the CLI sends them again.
+const MAX_COPY: u64 = 8 << 20;
+
+impl Copied {
+    fn add(&self, piece: &Bytes, sent: u64) {
+        let mut copied = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if sent <= MAX_COPY {
+            copied.0.push(piece.clone());
+        } else {
+            *copied = (Vec::new(), false);
+        }
+    }
+
+    fn end(&self, sent: u64) {
+        let mut copied = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        copied.1 = sent <= MAX_COPY;
+    }
+
+    /// The body, if all of it is here.
+    fn whole(&self) -> Option<Vec<u8>> {
+        let copied = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        copied.1.then(|| copied.0.concat())
+    }
+}
+
 /// The CLI's body on its way up, piece by piece; ends with an error past [`MAX_BODY`] or after a
 /// standstill. Its last piece is held back until the request is paid for: without it the upstream
 /// has nothing to answer.
@@ -337,11 +415,12 @@ fn upload(
     body: Incoming,
     toll: Option<Arc<Toll>>,
     stopping: Arc<Stopping>,
+    copy: Option<Arc<Copied>>,
 ) -> impl Stream<Item = io::Result<Bytes>> + Send {
     let scan = toll.map(|toll| (toll, toll::Request::default()));
     let begin = (body, 0_u64, None::<Bytes>, scan);
     stream::try_unfold(begin, move |(mut body, mut sent, mut held, mut scan)| {
-        let stopping = stopping.clone();
+        let (stopping, copy) = (stopping.clone(), copy.clone());
         async move {
             loop {
                 let frame = tokio::time::timeout(UPLOAD_IDLE, body.frame())
@@ -351,6 +430,9 @@ fn upload(
                     if let Some((toll, request)) = scan.take() {
                         let paid = toll.pay(&request).await;
                         paid.map_err(|denied| stopping.set(Stopped::Denied(denied)))?;
+                    }
+                    if let Some(copy) = &copy {
+                        copy.end(sent);
                     }
                     return Ok(held.take().map(|last| (last, (body, sent, None, None))));
                 };
@@ -363,6 +445,9 @@ fn upload(
                 }
                 if let Some((_, request)) = &mut scan {
                     request.feed(&data);
+                }
+                if let Some(copy) = &copy {
+                    copy.add(&data, sent);
                 }
                 if let Some(ready) = held.replace(data) {
                     return Ok(Some((ready, (body, sent, held, scan))));
@@ -468,6 +553,23 @@ fn deny(denied: &Denied) -> Answer {
 
 fn sentence(denied: &Denied) -> String {
     format!("greenroom let no request through: {denied}")
+}
+
+/// The same request would be taken now. The CLI asks again by itself.
+fn again_soon() -> Answer {
+    let why = "the credential was renewed; please ask again";
+    let mut answer = refuse(StatusCode::SERVICE_UNAVAILABLE, why);
+    let headers = answer.headers_mut();
+    headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    answer
+}
+
+fn healthy() -> Answer {
+    let body = json!({"status": "healthy"}).to_string();
+    let mut answer = Response::new(Full::from(body).map_err(never).boxed_unsync());
+    let json = HeaderValue::from_static("application/json");
+    answer.headers_mut().insert(header::CONTENT_TYPE, json);
+    answer
 }
 
 fn empty() -> UnsyncBoxBody<Bytes, io::Error> {

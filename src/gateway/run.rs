@@ -57,7 +57,7 @@ pub(super) struct Run {
     pub(super) over: CancellationToken,
 }
 
-type Digested = [u8; 32];
+pub(super) type Digested = [u8; 32];
 
 impl Run {
     pub(super) fn new(meter: Meter, deadline: Option<tokio::time::Instant>) -> Self {
@@ -130,7 +130,7 @@ impl Tokens {
     }
 }
 
-fn digest(token: &str) -> Digested {
+pub(super) fn digest(token: &str) -> Digested {
     Sha256::digest(token.as_bytes()).into()
 }
 

@@ -57,6 +57,7 @@ impl Room {
         let config = GatewayConfig {
             upstream: upstream.parse().unwrap(),
             credential,
+            oauth: OAuthSettings::default(),
             ledger: Ledger::new(LedgerSettings::default(), &tasks),
         };
         let gateway = Gateway::start(config, &tasks).await.unwrap();
@@ -433,9 +434,260 @@ async fn unusable_settings_are_refused_at_the_start() {
         let config = GatewayConfig {
             upstream: upstream.parse().unwrap(),
             credential,
+            oauth: OAuthSettings::default(),
             ledger: Ledger::new(LedgerSettings::default(), &tasks),
         };
         let error = Gateway::start(config, &tasks).await.unwrap_err();
         assert!(!error.to_string().contains('\n'));
     }
+}
+
+/// A token endpoint: each refresh token is good once. Gives `new-1`, `new-2`, ….
+async fn token_endpoint(tasks: &Tasks) -> (String, Arc<Mutex<Vec<String>>>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/v1/oauth/token", listener.local_addr().unwrap());
+    let asked: Arc<Mutex<Vec<String>>> = Arc::default();
+    let seen = asked.clone();
+    let app = Router::new().fallback(move |request: Request| {
+        let seen = seen.clone();
+        async move {
+            let body = axum::body::to_bytes(request.into_body(), 1 << 16)
+                .await
+                .unwrap();
+            let body: Value = serde_json::from_slice(&body).unwrap();
+            assert_eq!(body["grant_type"], "refresh_token");
+            let token = body["refresh_token"].as_str().unwrap().to_owned();
+            let (is_used, number) = {
+                let mut seen = seen.lock().unwrap();
+                let is_used = seen.contains(&token);
+                seen.push(token);
+                (is_used, seen.len())
+            };
+            if is_used {
+                let error = serde_json::json!({"error": "invalid_grant"});
+                return (StatusCode::BAD_REQUEST, axum::Json(error)).into_response();
+            }
+            // Whoever else asks comes meanwhile.
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            axum::Json(serde_json::json!({
+                "access_token": format!("access-{number}-{CANARY}"),
+                "refresh_token": format!("refresh-{number}-{CANARY}"),
+                "expires_in": 28800,
+            }))
+            .into_response()
+        }
+    });
+    tasks.spawn("token endpoint", async move {
+        axum::serve(listener, app).await.unwrap();
+    });
+    (url, asked)
+}
+
+fn oauth(access: &str, refresh: &str, expires: jiff::Timestamp) -> Credential {
+    Credential::OAuth {
+        access: Secret::new(access),
+        refresh: Some(Secret::new(refresh)),
+        expires: Some(expires),
+    }
+}
+
+/// A gateway whose upstream tells which token it saw, and takes those that `is_good` says.
+async fn oauth_room(
+    credential: Credential,
+    endpoint: &str,
+    store: &std::path::Path,
+    is_good: fn(&str) -> bool,
+) -> (Room, Arc<Mutex<Vec<String>>>) {
+    let seen: Arc<Mutex<Vec<String>>> = Arc::default();
+    let record = seen.clone();
+    let tasks = Tasks::new();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let upstream = format!("http://{}", listener.local_addr().unwrap());
+    let app = Router::new().fallback(move |request: Request| {
+        let record = record.clone();
+        async move {
+            let token = request.headers()["authorization"]
+                .to_str()
+                .unwrap()
+                .to_owned();
+            let body = axum::body::to_bytes(request.into_body(), 1 << 20)
+                .await
+                .unwrap();
+            record.lock().unwrap().push(token.clone());
+            if is_good(&token) {
+                format!("{}", body.len()).into_response()
+            } else {
+                (StatusCode::UNAUTHORIZED, "who are you?").into_response()
+            }
+        }
+    });
+    tasks.spawn("upstream", async move {
+        axum::serve(listener, app).await.unwrap();
+    });
+    let config = GatewayConfig {
+        upstream: upstream.parse().unwrap(),
+        credential,
+        oauth: OAuthSettings {
+            endpoint: endpoint.parse().unwrap(),
+            file: None,
+            store: Some(store.to_owned()),
+            hide: |_| {},
+        },
+        ledger: Ledger::new(LedgerSettings::default(), &tasks),
+    };
+    let gateway = Gateway::start(config, &tasks).await.unwrap();
+    let client = reqwest::Client::builder()
+        .no_proxy()
+        .tls_certs_only([])
+        .build()
+        .unwrap();
+    (
+        Room {
+            tasks,
+            gateway,
+            client,
+        },
+        seen,
+    )
+}
+
+fn install_provider() {
+    rustls::crypto::ring::default_provider()
+        .install_default()
+        .ok();
+}
+
+#[tokio::test]
+async fn an_expired_token_is_refreshed_once_and_survives_a_restart() {
+    install_provider();
+    let dir = tempfile::tempdir().unwrap();
+    let tasks = Tasks::new();
+    let (endpoint, asked) = token_endpoint(&tasks).await;
+    let old = || oauth("old", "first", "2026-01-01T00:00:00Z".parse().unwrap());
+    let (room, seen) = oauth_room(old(), &endpoint, dir.path(), |_| true).await;
+    let token = room.gateway.issue();
+    let _run = token.begin(Account::of_kind("test"));
+    let requests = (0..5).map(|_| room.post(token.as_str()).body("{}").send());
+    for answer in soon(futures_util::future::join_all(requests)).await {
+        assert_eq!(answer.unwrap().status(), 200);
+    }
+    let expected = format!("Bearer access-1-{CANARY}");
+    assert_eq!(*seen.lock().unwrap(), vec![expected.clone(); 5]);
+    assert_eq!(*asked.lock().unwrap(), ["first"]);
+    // The credentials file still holds the old pair, which is worthless now.
+    let stored = dir.path().join("oauth.json");
+    let mode =
+        std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(&stored).unwrap().permissions());
+    assert_eq!(mode & 0o777, 0o600);
+    drop(room);
+    let (room, seen) = oauth_room(old(), &endpoint, dir.path(), |_| true).await;
+    let token = room.gateway.issue();
+    let _run = token.begin(Account::of_kind("test"));
+    soon(room.post(token.as_str()).body("{}").send())
+        .await
+        .unwrap();
+    assert_eq!(*seen.lock().unwrap(), [expected]);
+    assert_eq!(asked.lock().unwrap().len(), 1);
+    tasks.cancel();
+}
+
+#[tokio::test]
+async fn a_refused_token_is_refreshed_and_the_request_goes_up_again() {
+    install_provider();
+    let dir = tempfile::tempdir().unwrap();
+    let tasks = Tasks::new();
+    let (endpoint, asked) = token_endpoint(&tasks).await;
+    let later = jiff::Timestamp::now() + jiff::SignedDuration::from_hours(4);
+    let revoked = oauth("revoked", "first", later);
+    let (room, seen) = oauth_room(revoked, &endpoint, dir.path(), |token| {
+        token.starts_with("Bearer access-")
+    })
+    .await;
+    let token = room.gateway.issue();
+    let run = token.begin(Account::of_kind("test"));
+    let answer = soon(room.post(token.as_str()).body(r#"{"model":"m"}"#).send())
+        .await
+        .unwrap();
+    assert_eq!(
+        (
+            answer.status().as_u16(),
+            answer.text().await.unwrap().as_str()
+        ),
+        (200, "13")
+    );
+    assert_eq!(run.last_upstream_status(), Some(200));
+    assert_eq!(seen.lock().unwrap().len(), 2);
+    assert_eq!(asked.lock().unwrap().len(), 1);
+    tasks.cancel();
+}
+
+#[tokio::test]
+async fn where_no_refresh_helps_the_refusal_is_passed_on() {
+    install_provider();
+    let dir = tempfile::tempdir().unwrap();
+    let tasks = Tasks::new();
+    let (endpoint, asked) = token_endpoint(&tasks).await;
+    asked.lock().unwrap().push("used".into());
+    let old = oauth("old", "used", "2026-01-01T00:00:00Z".parse().unwrap());
+    let (room, _) = oauth_room(old, &endpoint, dir.path(), |_| false).await;
+    let token = room.gateway.issue();
+    let _run = token.begin(Account::of_kind("test"));
+    for _ in 0..2 {
+        let answer = soon(room.post(token.as_str()).body("{}").send())
+            .await
+            .unwrap();
+        assert_eq!(answer.status(), 401);
+    }
+    assert!(!dir.path().join("oauth.json").exists());
+    tasks.cancel();
+}
+
+#[tokio::test]
+async fn other_containers_come_in_by_their_client_s_token() {
+    let room = Room::with(key(), |request: Request| async move {
+        assert_eq!(request.headers()["x-api-key"], CANARY);
+        assert!(!request.headers().contains_key("authorization"));
+        let usage = r#"{"id":"msg_1","model":"claude-opus-5","usage":{"input_tokens":3,"output_tokens":4}}"#;
+        ([("content-type", "application/json")], usage).into_response()
+    })
+    .await;
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("tokens.json");
+    std::fs::write(&file, r#"{"a-token-of-acme-012345": "acme"}"#).unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let base = format!("http://{}", listener.local_addr().unwrap());
+    let opened = room.gateway.open_to_network(listener, file, &room.tasks);
+    soon(opened).await.unwrap();
+    let status = async |request: reqwest::RequestBuilder| {
+        let answer = soon(request.send()).await.unwrap();
+        let status = answer.status().as_u16();
+        soon(answer.bytes()).await.unwrap();
+        status
+    };
+    let post = |path: &str| room.client.post(format!("{base}{path}")).body("{}");
+    let get = |path: &str| room.client.get(format!("{base}{path}"));
+    assert_eq!(status(get("/health")).await, 200);
+    assert_eq!(status(post("/v1/messages")).await, 401);
+    assert_eq!(status(post("/v1/messages").bearer_auth("wrong")).await, 401);
+    let own = room.gateway.issue();
+    let _run = own.begin(Account::of_kind("test"));
+    assert_eq!(
+        status(post("/v1/messages").bearer_auth(own.as_str())).await,
+        401
+    );
+    let token = "a-token-of-acme-012345";
+    for request in [
+        post("/v1/messages").bearer_auth(token),
+        post("/v1/messages").header("x-api-key", token),
+        post("/v1/messages/count_tokens").bearer_auth(token),
+        get("/v1/models").bearer_auth(token),
+    ] {
+        assert_eq!(status(request).await, 200);
+    }
+    assert_eq!(status(post("/v1/files").bearer_auth(token)).await, 404);
+    let tally = room.gateway.ledger().tally();
+    assert_eq!(
+        (tally.settled, tally.tokens.input, tally.tokens.output),
+        (2, 6, 8)
+    );
 }

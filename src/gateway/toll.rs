@@ -160,13 +160,7 @@ impl Toll {
     }
 
     pub(super) async fn complete(&self) {
-        let written = {
-            let mut state = self.lock();
-            if let Some(counter) = &mut state.counter {
-                counter.end();
-            }
-            state.settle(true)
-        };
+        let written = self.lock().settle(true);
         wait(written).await;
     }
 
@@ -205,12 +199,15 @@ impl State {
             };
             return Some(reservation.settle(outcome));
         };
+        if counter.is_opaque() {
+            // A page from somebody in between.
+            return Some(reservation.settle(Outcome::refused()));
+        }
         let seen = counter.seen();
         let (tokens, is_estimated) = seen.tokens(self.sent);
         let verdict = match (seen.is_complete, seen.has_begun() || !has_ended) {
             (true, _) => Verdict::Settled,
             (false, true) => Verdict::Aborted,
-            // A page from somebody in between.
             (false, false) => return Some(reservation.settle(Outcome::refused())),
         };
         Some(reservation.settle(Outcome {

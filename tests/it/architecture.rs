@@ -85,6 +85,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         &[
             "config", // `Secret`
             "usage",
+            "workspace", // small files
         ],
     ),
     ("usage", &[]),

@@ -15,7 +15,7 @@ use std::{
 
 use greenroom::{
     domain::Account,
-    gateway::{AgentToken, Credential, Gateway, GatewayConfig},
+    gateway::{AgentToken, Credential, Gateway, GatewayConfig, OAuthSettings},
     rehearsal::{Ended, Rehearsal, Script},
     task::Tasks,
     usage::{Ledger, LedgerSettings},
@@ -97,6 +97,7 @@ impl Room {
         let config = GatewayConfig {
             upstream,
             credential: Credential::Rehearsal,
+            oauth: OAuthSettings::default(),
             ledger: Ledger::new(LedgerSettings::default(), &tasks),
         };
         let gateway = Gateway::start(config, &tasks).await.unwrap();

@@ -10,7 +10,7 @@ use greenroom::{
         SessionStart,
     },
     domain::{Account, TurnMode},
-    gateway::{Credential, Gateway, GatewayConfig},
+    gateway::{Credential, Gateway, GatewayConfig, OAuthSettings},
     process::{ConfinementMode, Launcher},
     task::Tasks,
     usage::{Ledger, LedgerSettings},
@@ -44,6 +44,7 @@ impl Stage {
         let config = GatewayConfig {
             upstream: "http://127.0.0.1:9".parse().unwrap(),
             credential: Credential::Rehearsal,
+            oauth: OAuthSettings::default(),
             ledger: Ledger::new(LedgerSettings::default(), &tasks),
         };
         let binary = Path::new(env!("CARGO_BIN_EXE_greenroom"));

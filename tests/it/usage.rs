@@ -399,3 +399,62 @@ async fn the_live_view_tells_the_last_request() {
     let idle = greenroom.get("/api/idle").await.body;
     assert_eq!(idle["holders"], json!([]), "{idle}");
 }
+
+#[tokio::test]
+async fn another_container_s_client_is_served_counted_and_limited() {
+    let stage = Stage::new(json!({})).await;
+    let tokens = stage.folders.join("tokens.yaml");
+    let token = "token-of-acme-0123456789";
+    fs::write(&tokens, format!("{token}: acme\n")).unwrap();
+    let greenroom = TestGreenroom::start(
+        stage
+            .options()
+            .env("GATEWAY_PORT", "0")
+            .env("GATEWAY_TOKENS_FILE", &tokens)
+            .env("BUDGET_CLIENT_DAY_USD", LITTLE),
+    )
+    .await;
+    let port = wait_for("the gateway's line in the log", || {
+        let lines = greenroom.log();
+        let lines = lines
+            .iter()
+            .filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        lines
+            .into_iter()
+            .find_map(|line| line["gateway_port"].as_u64())
+    })
+    .await;
+    let port = u16::try_from(port).unwrap();
+    let ask = async |stream: bool| {
+        let body = json!({"model": "claude-opus-5", "max_tokens": 1000, "stream": stream,
+            "messages": [{"role": "user", "content": "Say something that is long enough to cost"}]});
+        let sent = crate::support::Sent::new("POST", "/v1/messages", &body)
+            .header("authorization", &format!("Bearer {token}"));
+        crate::support::request(port, sent).await.unwrap()
+    };
+    let first = ask(false).await;
+    assert_eq!(first.status, 200, "{}", first.text);
+    assert_eq!(first.body["type"], "message");
+    let result = greenroom.get("/api/usage?by=user").await.ok()["result"].take();
+    assert_eq!(result["rows"][0]["key"], "acme/-");
+    let counted = &result["totals"];
+    for (ours, theirs) in [
+        ("inputTokens", "input_tokens"),
+        ("outputTokens", "output_tokens"),
+    ] {
+        assert_eq!(counted[ours], first.body["usage"][theirs]);
+    }
+    assert!(counted["costUsd"].as_f64().unwrap() > 0.0001);
+    let refused = ask(true).await;
+    assert_eq!(refused.status, 429, "{}", refused.text);
+    assert_eq!(refused.body["error"]["type"], "rate_limit_error");
+    assert!(
+        refused.body["error"]["message"]
+            .as_str()
+            .unwrap()
+            .contains("budget")
+    );
+    assert_eq!(refused.headers["x-should-retry"], "false");
+    assert!(refused.headers.contains_key("retry-after"));
+    assert_eq!(stage.api.requests().len(), 1);
+}
