@@ -196,13 +196,20 @@ async fn every_request_is_counted_once_and_reports_agree() {
     );
     // Of nothing is left anything open.
     assert_eq!(stage.rows("reserved"), stage.rows("settled"));
-    let metrics = greenroom.get("/metrics").await.text;
-    assert!(
-        metrics.contains(&format!(
-            "greenroom_model_requests_total{{status=\"settled\"}} {model_requests}"
-        )),
-        "{metrics}"
-    );
+    let mut metrics = String::new();
+    while !metrics.contains("greenroom_usage_compared_total 3\n") {
+        metrics = greenroom.get("/metrics").await.text;
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    let settled =
+        format!("greenroom_model_requests_total{{status=\"settled\"}} {model_requests}\n");
+    for line in [
+        settled.as_str(),
+        "greenroom_usage_differences_total{from=\"cli\"} 0\n",
+        "greenroom_usage_differences_total{from=\"transcript\"} 0\n",
+    ] {
+        assert!(metrics.contains(line), "{line}{metrics}");
+    }
 }
 
 #[tokio::test]
