@@ -4,6 +4,8 @@
 //! site's business, and leaving its edits out would make preview and repository differ for ever.
 //! Size and content are judged for new content of old files too. A deletion is never held back.
 
+mod secrets;
+
 use std::{
     fs::{self, File},
     io::{self, Seek},
@@ -37,25 +39,72 @@ pub(super) fn judge_name(path: &Path) -> Option<&'static str> {
             .any(|end| name.ends_with(end));
         return (!is_sample).then_some("it holds settings that are often secret");
     }
-    let is_key = [".pem", ".key", ".p12", ".pfx"]
+    let is_key = [".pem", ".key", ".p12", ".pfx", ".ppk", ".jks", ".keystore"]
         .iter()
         .any(|end| name.ends_with(end))
         || ["id_rsa", "id_dsa", "id_ecdsa", "id_ed25519"]
             .iter()
             .any(|key| name.starts_with(key) && !name.ends_with(".pub"));
-    is_key.then_some("its name says that it is a private key")
+    if is_key {
+        return Some("its name says that it is a private key");
+    }
+    let keeps_logins = matches!(
+        name.as_str(),
+        ".netrc"
+            | "_netrc"
+            | ".pgpass"
+            | ".my.cnf"
+            | ".git-credentials"
+            | ".htpasswd"
+            | ".dockercfg"
+            | "kubeconfig"
+    ) || [".kdbx", ".tfstate"].iter().any(|end| name.ends_with(end))
+        || [".aws/credentials", ".docker/config.json", ".kube/config"]
+            .iter()
+            .any(|end| path.ends_with(end));
+    keeps_logins.then_some("its name says that it keeps passwords")
 }
 
-/// Why this content is held back.
-pub(super) fn judge_content(bytes: &[u8]) -> Option<&'static str> {
-    let text = String::from_utf8_lossy(bytes);
-    let is_key = text.match_indices("PRIVATE KEY-----").any(|(at, _)| {
-        text[..at]
-            .rsplit('\n')
-            .next()
-            .is_some_and(|line| line.contains("-----BEGIN "))
-    });
-    is_key.then_some("it holds a private key")
+/// Why this content is held back. What stands in `earlier`, the content that the history has of
+/// this file, is no reason.
+pub(super) fn judge_content(path: &Path, content: &[u8], earlier: Option<&[u8]>) -> Option<String> {
+    let decoded = decode_utf16(content);
+    let content = decoded.as_deref().unwrap_or(content);
+    let found = secrets::find(path, content, earlier);
+    let first = found.first()?;
+    let more = match found.len() {
+        1 => String::new(),
+        count => format!(", and {} more", count - 1),
+    };
+    Some(format!(
+        "it holds {} (line {}{more})",
+        first.kind(),
+        first.line
+    ))
+}
+
+/// The text of a file that Windows wrote with two bytes a character.
+fn decode_utf16(content: &[u8]) -> Option<Vec<u8>> {
+    let read: fn([u8; 2]) -> u16 = match content.get(..2)? {
+        [0xff, 0xfe] => u16::from_le_bytes,
+        [0xfe, 0xff] => u16::from_be_bytes,
+        _ => return None,
+    };
+    let units = content[2..]
+        .as_chunks::<2>()
+        .0
+        .iter()
+        .map(|pair| read(*pair));
+    let text: String = char::decode_utf16(units)
+        .map(|c| c.unwrap_or(char::REPLACEMENT_CHARACTER))
+        .collect();
+    Some(text.into_bytes())
+}
+
+/// Secrets of every form: what each is, and a file's content that holds it.
+#[cfg(test)]
+pub(super) fn secret_samples() -> Vec<(&'static str, String)> {
+    secrets::samples::all()
 }
 
 /// The reason for a file over [`MAX_FILE_BYTES`].
@@ -188,9 +237,26 @@ mod tests {
     fn contents() {
         // Put together here, so that this file holds no key itself.
         let key = format!("x\n-----BEGIN RSA {}\nMIIE", "PRIVATE KEY-----");
-        assert!(judge_content(key.as_bytes()).is_some());
-        assert!(judge_content(b"-----BEGIN CERTIFICATE-----").is_none());
-        assert!(judge_content(b"the text PRIVATE KEY----- alone").is_none());
+        let judge = |content: &[u8]| judge_content(Path::new("a.txt"), content, None);
+        assert_eq!(
+            judge(key.as_bytes()).as_deref(),
+            Some("it holds a private key (line 2)")
+        );
+        assert_eq!(judge(b"-----BEGIN CERTIFICATE-----"), None);
+        assert_eq!(judge(b"the text PRIVATE KEY----- alone"), None);
+        for (mark, bytes) in [
+            ([0xff, 0xfe], u16::to_le_bytes as fn(u16) -> [u8; 2]),
+            ([0xfe, 0xff], u16::to_be_bytes),
+        ] {
+            let mut wide = mark.to_vec();
+            wide.extend(key.encode_utf16().flat_map(bytes));
+            assert!(judge(&wide).is_some(), "as Windows writes it");
+        }
+        let earlier = Some(key.as_bytes());
+        assert_eq!(
+            judge_content(Path::new("a.txt"), key.as_bytes(), earlier),
+            None
+        );
     }
 
     #[test]

@@ -695,6 +695,9 @@ fn secrets_and_giants_stay_out_and_are_kept() {
     );
     let again = site.commit("Nothing new");
     assert_eq!((again.commit, again.held_back.len()), (None, 4));
+    for (_, held) in ["big.bin", "notes.txt"].iter().zip(&again.held_back[2..]) {
+        assert!(held.reason.starts_with("Not committed: "), "{held:?}");
+    }
 
     // What history holds already is not held back for its name; new secrets in it are.
     git(dir, &["add", "-f", ".env"]);
@@ -720,6 +723,80 @@ fn secrets_and_giants_stay_out_and_are_kept() {
         FileStatus::Deleted
     );
     git(dir, &["fsck", "--strict"]);
+}
+
+#[test]
+fn no_secret_of_any_form_is_committed() {
+    let place = Place::new();
+    let (_, site) = place.thread("alice", "main");
+    let samples = gate::secret_samples();
+    assert!(samples.len() >= 50, "{}", samples.len());
+    let endings = ["yaml", "txt", "env.example", "conf"];
+    for (number, (_, content)) in samples.iter().enumerate() {
+        let name = format!("secrets/{number:03}.{}", endings[number % endings.len()]);
+        write(site.dir.join(name), content);
+    }
+    // And in the middle of what was there before.
+    let page = site.dir.join("src/pages/index.astro");
+    let before = fs::read_to_string(&page).unwrap();
+    write(&page, format!("{before}<!-- {} -->\n", samples[0].1.trim()));
+    write(site.dir.join("fine.txt"), "fine");
+    let committed = site.commit("Secrets");
+    let files = committed.commit.unwrap().files;
+    let names: Vec<_> = files.iter().map(|file| file.path.as_str()).collect();
+    assert_eq!(names, ["fine.txt"]);
+    assert_eq!(committed.held_back.len(), samples.len() + 1);
+    for (held, (kind, content)) in committed.held_back.iter().zip(&samples) {
+        assert!(held.reason.contains(" (line "), "{}: {kind}", held.reason);
+        let longest = content
+            .split(|c: char| !c.is_ascii_alphanumeric())
+            .max_by_key(|part| part.len())
+            .unwrap();
+        assert!(!held.reason.contains(longest), "{}", held.reason);
+    }
+    let objects = git(
+        &site.dir,
+        &["cat-file", "--batch-all-objects", "--batch-check"],
+    );
+    let blobs = objects
+        .lines()
+        .filter(|line| line.contains(" blob "))
+        .count();
+    assert_eq!(blobs, 5, "not even an object of them was written");
+    // They stay where they are, are copied aside, and nobody's later commit takes them.
+    let kept = place.home("alice").join(".greenroom/held/1");
+    assert!(kept.join("secrets/000.yaml").exists() && kept.join("src/pages/index.astro").exists());
+    assert_eq!(site.status(), " M src/pages/index.astro\n?? secrets/\n");
+    write(site.dir.join("more.txt"), "more");
+    let again = site.commit("More");
+    assert_eq!(again.commit.unwrap().files.len(), 1);
+    assert_eq!(again.held_back.len(), samples.len() + 1);
+
+    // Taken out, renamed or deleted it passes.
+    write(&page, format!("{before}<!-- nothing -->\n"));
+    fs::remove_dir_all(site.dir.join("secrets")).unwrap();
+    let clean = site.commit("Clean");
+    assert_eq!(clean.commit.unwrap().files.len(), 1);
+    assert_eq!((clean.held_back, site.status()), (vec![], String::new()));
+}
+
+#[test]
+fn a_file_whose_history_holds_a_secret_may_be_edited_renamed_and_deleted() {
+    let place = Place::new();
+    let (_, site) = place.thread("alice", "main");
+    let (_, secret) = &gate::secret_samples()[0];
+    write(site.dir.join("old.txt"), format!("one\n{secret}two\n"));
+    git(&site.dir, &["add", "old.txt"]);
+    git(&site.dir, &["commit", "-qm", "a person insists"]);
+    write(site.dir.join("old.txt"), format!("ONE\n{secret}two\n"));
+    site.commit_cleanly();
+    fs::rename(site.dir.join("old.txt"), site.dir.join("new.txt")).unwrap();
+    assert_eq!(
+        site.commit_cleanly(),
+        [("new.txt".into(), FileStatus::Renamed)]
+    );
+    fs::remove_file(site.dir.join("new.txt")).unwrap();
+    site.commit_cleanly();
 }
 
 #[test]

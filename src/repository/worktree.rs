@@ -1,6 +1,7 @@
 //! One thread's worktree: what changed in it, and the commits made of that.
 
 use std::{
+    cell::OnceCell,
     collections::{BTreeMap, BTreeSet},
     ffi::OsStr,
     fs::{self, File},
@@ -103,6 +104,8 @@ const MAX_PATHS: usize = 500_000;
 const MAX_COUNTED_BYTES: i64 = 2_000_000;
 /// Commits of more files than this have no line counts.
 const MAX_COUNTED_FILES: usize = 2_000;
+/// A file that holds secrets is compared with so many deleted ones, to find out if it was renamed.
+const MAX_GONE: usize = 100;
 /// `git update-index --assume-unchanged` (the entry's flag, `GIT_INDEX_ENTRY_VALID`).
 const ASSUME_UNCHANGED: u16 = 0x8000;
 /// `git update-index --skip-worktree` (the entry's extended flag).
@@ -261,6 +264,8 @@ impl Worktree {
             repo,
             head,
             root: Root::open(&self.path).during("open the worktree")?,
+            paths: &paths,
+            gone: OnceCell::new(),
             index: repo.index().during("read the index")?,
             keeper,
             edits: BTreeMap::new(),
@@ -586,6 +591,9 @@ struct Stage<'a> {
     repo: &'a Repository,
     head: &'a Tree<'a>,
     root: Root,
+    /// Every path that differs.
+    paths: &'a BTreeSet<PathBuf>,
+    gone: OnceCell<Vec<Oid>>,
     index: Index,
     keeper: Keeper<'a>,
     edits: tree::Edits,
@@ -613,11 +621,11 @@ impl Stage<'_> {
         match self.root.look(path) {
             Ok(Found::File(mut file, stat)) => {
                 let fault = match name_fault {
-                    Some(fault) => Some(fault),
-                    None => self.judge(&mut file, &stat, committed)?,
+                    Some(fault) => Some(fault.to_owned()),
+                    None => self.judge(path, &mut file, &stat, committed)?,
                 };
                 if let Some(reason) = fault {
-                    self.hold_back(path, committed, &mut file, reason);
+                    self.hold_back(path, committed, &mut file, &reason);
                     return Ok(());
                 }
                 match write_blob(self.repo, path, &mut file) {
@@ -655,22 +663,48 @@ impl Stage<'_> {
     /// Why this content must not be committed, unless the history already holds the like.
     fn judge(
         &self,
+        path: &Path,
         file: &mut File,
         stat: &FileStat,
         committed: Option<(Oid, u32)>,
-    ) -> Result<Option<&'static str>> {
+    ) -> Result<Option<String>> {
         let earlier = committed.and_then(|(id, _)| self.repo.find_blob(id).ok());
         if u64::try_from(stat.st_size).unwrap_or(0) > gate::MAX_FILE_BYTES {
             let was_large = earlier.is_some_and(|blob| blob.size() as u64 > gate::MAX_FILE_BYTES);
-            return Ok((!was_large).then_some(gate::TOO_LARGE));
+            return Ok((!was_large).then(|| gate::TOO_LARGE.to_owned()));
         }
         let mut content = Vec::new();
         let read = file.take(gate::MAX_FILE_BYTES).read_to_end(&mut content);
         read.and_then(|_| file.rewind())
             .during("read a changed file")?;
-        let fault = gate::judge_content(&content);
-        let is_known = || earlier.is_some_and(|blob| gate::judge_content(blob.content()).is_some());
-        Ok(fault.filter(|_| !is_known()))
+        let fault = gate::judge_content(path, &content, earlier.as_ref().map(git2::Blob::content));
+        if fault.is_none() || earlier.is_some() {
+            return Ok(fault);
+        }
+        // Renamed, it brings nothing new.
+        let is_moved = self.gone()?.iter().any(|id| {
+            self.repo.find_blob(*id).is_ok_and(|gone| {
+                gate::judge_content(path, &content, Some(gone.content())).is_none()
+            })
+        });
+        Ok(fault.filter(|_| !is_moved))
+    }
+
+    /// What the commit has of the files that are there no longer.
+    fn gone(&self) -> Result<&[Oid]> {
+        if let Some(gone) = self.gone.get() {
+            return Ok(gone);
+        }
+        let mut gone = Vec::new();
+        for path in self.paths {
+            if let Ok(Found::Nothing) = self.root.look(path)
+                && let Some((id, _)) = in_tree(self.head, path)?
+                && gone.len() < MAX_GONE
+            {
+                gone.push(id);
+            }
+        }
+        Ok(self.gone.get_or_init(|| gone))
     }
 
     fn stage(&mut self, path: &Path, committed: Option<(Oid, u32)>, id: Oid, stat: &FileStat) {
