@@ -23,6 +23,7 @@ mod preview_dev_server;
 mod preview_proxy;
 mod process;
 mod tenants;
+mod upstream;
 mod usage;
 mod warm;
 mod watchdogs;

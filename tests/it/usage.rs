@@ -197,8 +197,11 @@ async fn every_request_is_counted_once_and_reports_agree() {
     // Of nothing is left anything open.
     assert_eq!(stage.rows("reserved"), stage.rows("settled"));
     let mut metrics = String::new();
-    while !metrics.contains("greenroom_usage_compared_total 3\n") {
+    for _ in 0..600 {
         metrics = greenroom.get("/metrics").await.text;
+        if metrics.contains("greenroom_usage_compared_total 3\n") {
+            break;
+        }
         tokio::time::sleep(std::time::Duration::from_millis(50)).await;
     }
     let settled =
