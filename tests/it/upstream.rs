@@ -116,7 +116,7 @@ async fn the_operator_s_proxy_and_authority_are_used() {
     let fields = json!({"instruction": "Change the heading to One", "timeoutSeconds": 5});
     let answer = greenroom.execute_with(&alice, fields).await.answer;
     assert!(answer.status >= 500, "{}", answer.text);
-    assert!(asked.lock().unwrap().len() > 0 && api.requests().is_empty());
+    assert!(!asked.lock().unwrap().is_empty() && api.requests().is_empty());
     drop(greenroom);
     let greenroom = TestGreenroom::start(options.env("SSL_CERT_FILE", authority)).await;
     greenroom
