@@ -6,6 +6,7 @@
 
 mod operation;
 mod prepare;
+mod preview_word;
 mod publish;
 mod thread;
 mod view;

@@ -13,8 +13,8 @@ use tokio_util::sync::CancellationToken;
 use super::{
     DISK_DEADLINE, Inner, LiveTurn, SupervisorError, lock,
     prepare::{IdempotencyMark, Prepared},
+    preview_word,
     publish::{self, PublishAnswer, PublishWish},
-    thread::preview_after,
 };
 use crate::{
     domain::{
@@ -147,7 +147,7 @@ async fn run_into(
     if let Operation::Publish(wish) = &request.operation {
         let published = publish::publish(inner, prepared, wish, &mut end.folder).await;
         if end.folder == Folder::New {
-            preview_after(inner, prepared, None, end.folder).await;
+            preview_word::word_on(inner, prepared, None, end.folder, 0).await;
         }
         return Ok(OperationAnswer::Published(Box::new(published?)));
     }
@@ -200,8 +200,9 @@ async fn run_into(
         cancel: CancellationToken::new(),
     };
     lock(&inner.live).insert(accepted.turn_id.clone(), live);
+    let updates = inner.preview_status(&site.key).updates;
     let preview = async |commit: Option<&CommitSummary>| {
-        preview_after(inner, prepared, commit, end.folder).await
+        preview_word::word_on(inner, prepared, commit, end.folder, updates).await
     };
     let text = said(&accepted);
     let done = site
