@@ -732,7 +732,7 @@ async fn the_first_byte_comes_hardly_later_than_without_us() {
         r#"{{"model":"claude-opus-5","messages":["{}"],"max_tokens":128000}}"#,
         "x".repeat(60_000)
     );
-    let mut median = async |base: &str| {
+    let median = async |base: &str| {
         let mut times = Vec::new();
         for _ in 0..60 {
             let request = client
