@@ -229,7 +229,7 @@ pub(super) fn check_author(author: Author) -> Result<Author, ApiError> {
               (status = 202, description = "`{turnId}`, with `async`"),
               (status = 400, description = "`invalid_id`, `invalid_request`"),
               (status = 404, description = "`not_found`: the thread was never initialised"),
-              (status = 429, description = "`queue_full`"),
+              (status = 429, description = "`queue_full`, `budget_exceeded`"),
               (status = 502, description = "`agent_failed`"),
               (status = 504, description = "`turn_timeout`")))]
 pub(super) async fn execute(
