@@ -648,6 +648,19 @@ fn shorten(input: Value) -> Value {
 /// what it finds whatever its flags say: an `env` in `.claude.json` moved the API elsewhere
 /// (measured with 2.1.329). Nothing else in it is needed to resume.
 fn clear_settings(config_dir: &Path) -> std::io::Result<()> {
+    // The process before this one may still be ending, and take its own files away meanwhile: then
+    // another look, until one has met nothing of the kind.
+    let mut looks = 0;
+    loop {
+        looks += 1;
+        match clear_once(config_dir) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && looks < 100 => {}
+            cleared => return cleared,
+        }
+    }
+}
+
+fn clear_once(config_dir: &Path) -> std::io::Result<()> {
     let entries = match std::fs::read_dir(config_dir) {
         Ok(entries) => entries,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),

@@ -11,13 +11,12 @@ use std::{
 };
 
 use git2::{
-    Delta, DiffFindOptions, DiffOptions, ErrorCode, Index, IndexEntry, IndexTime, ObjectType, Oid,
-    Patch, Repository, StatusOptions, Tree,
+    ErrorCode, Index, IndexEntry, IndexTime, ObjectType, Oid, Repository, StatusOptions, Tree,
 };
 use nix::sys::stat::FileStat;
 
 use super::{
-    Operation as _, RepositoryError, Result, checkout,
+    Operation as _, RepositoryError, Result, checkout, diff,
     files::{self, Found, Root},
     gate::{self, Keeper},
     gitdir::GitDir,
@@ -25,7 +24,7 @@ use super::{
     message, tree, user,
 };
 use crate::{
-    domain::{CommitSummary, FileChange, FileStatus, HeldBack, Signature},
+    domain::{CommitSummary, FileStatus, HeldBack, Signature},
     identity::{ThreadKey, UserKey},
     lease::Fence,
 };
@@ -100,10 +99,6 @@ pub struct LogEntry {
 /// Most paths that a scan takes up. A turn that leaves more untracked files than this is
 /// installing something, not editing a site.
 const MAX_PATHS: usize = 500_000;
-/// Files larger than this have no line counts, in bytes.
-const MAX_COUNTED_BYTES: i64 = 2_000_000;
-/// Commits of more files than this have no line counts.
-const MAX_COUNTED_FILES: usize = 2_000;
 /// A file that holds secrets is compared with so many deleted ones, to find out if it was renamed.
 const MAX_GONE: usize = 100;
 /// `git update-index --assume-unchanged` (the entry's flag, `GIT_INDEX_ENTRY_VALID`).
@@ -385,12 +380,8 @@ impl Worktree {
     /// First checkout, under another name until it is whole: a half made worktree would look
     /// like one in which somebody deleted files.
     pub(super) fn check_out(&self) -> Result<()> {
-        let name = self
-            .path
-            .file_name()
-            .expect("a worktree's path ends in its thread's id");
         let mut hidden = OsStr::new(".").to_owned();
-        hidden.push(name);
+        hidden.push(self.name());
         hidden.push(".partial");
         let partial = self.path.with_file_name(hidden);
         files::remove_all(&partial).during("remove the leftovers of an earlier attempt")?;
@@ -406,6 +397,63 @@ impl Worktree {
         checkout::fill(&repo, &tree, checkout::Target::Worktree(&partial))
             .during("check the site out")?;
         fs::rename(&partial, &self.path).during("put the worktree in place")
+    }
+
+    /// Removes the folder and its entry in the git directory.
+    pub(super) fn remove(&self) -> Result<()> {
+        let mut hidden = OsStr::new(".").to_owned();
+        hidden.push(self.name());
+        hidden.push(".removed");
+        let hidden = self.path.with_file_name(hidden);
+        files::remove_all(&hidden).ok();
+        match fs::rename(&self.path, &hidden) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            renamed => renamed.during("move the worktree out of the way")?,
+        }
+        // Half a worktree would look like one in which somebody deleted files; half of this
+        // does not.
+        if let Err(error) = files::remove_all(&hidden) {
+            tracing::warn!(%error, "a removed worktree could not be emptied");
+        }
+        for name in [
+            "gitdir",
+            "commondir",
+            "HEAD",
+            "locked",
+            "index",
+            "logs",
+            "refs",
+            "landing",
+            "ORIG_HEAD",
+            "FETCH_HEAD",
+            "COMMIT_EDITMSG",
+        ] {
+            files::remove_all(&self.admin.join(name)).during("remove the worktree's entry")?;
+        }
+        // What was put aside there in its lifetime is kept.
+        match fs::remove_dir(&self.admin) {
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
+                let aside = self.git.path().join("removed-worktrees");
+                fs::create_dir_all(&aside).during("keep what was put aside")?;
+                let name = format!(
+                    "{}-{}",
+                    self.name().display(),
+                    uuid::Uuid::now_v7().simple()
+                );
+                fs::rename(&self.admin, aside.join(name)).during("keep what was put aside")
+            }
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(error).during("remove the worktree's entry")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The thread's id.
+    fn name(&self) -> &OsStr {
+        self.path
+            .file_name()
+            .expect("a worktree's path ends in its thread's id")
     }
 
     /// Makes the index agree with the branch's commit: it is behind after a crash, and missing
@@ -434,7 +482,7 @@ impl Worktree {
     }
 
     /// Opens the user's repository for what needs no worktree. Puts nothing right.
-    fn read(&self) -> Result<Repository> {
+    pub(super) fn read(&self) -> Result<Repository> {
         self.git.open(self.git.project())
     }
 
@@ -918,55 +966,13 @@ pub(super) fn summarise(repo: &Repository, id: Oid) -> Result<CommitSummary> {
             Err(error) if error.code() == ErrorCode::NotFound => None,
             Err(error) => return Err(error),
         };
+        let (files, files_omitted) = diff::changed_files(repo, before.as_ref(), &commit.tree()?)?;
         Ok(CommitSummary {
             id: id.to_string(),
             message: subject_of(&commit),
-            files: changed_files(repo, before.as_ref(), &commit.tree()?)?,
+            files,
+            files_omitted,
         })
     };
     read().during("read what a commit changed")
-}
-
-/// What differs between two trees, with line counts.
-pub(super) fn changed_files(
-    repo: &Repository,
-    before: Option<&Tree<'_>>,
-    after: &Tree<'_>,
-) -> Result<Vec<FileChange>, git2::Error> {
-    let mut options = DiffOptions::new();
-    options.context_lines(0).max_size(MAX_COUNTED_BYTES);
-    let mut diff = repo.diff_tree_to_tree(before, Some(after), Some(&mut options))?;
-    diff.find_similar(Some(DiffFindOptions::new().renames(true).rename_limit(200)))?;
-    let is_counted = diff.deltas().len() <= MAX_COUNTED_FILES;
-    let mut files = Vec::new();
-    for (at, delta) in diff.deltas().enumerate() {
-        let status = match delta.status() {
-            Delta::Added | Delta::Copied => FileStatus::Added,
-            Delta::Deleted => FileStatus::Deleted,
-            Delta::Renamed => FileStatus::Renamed,
-            _ => FileStatus::Modified,
-        };
-        let patch = if is_counted {
-            Patch::from_diff(&diff, at)?
-        } else {
-            None
-        };
-        let (_, additions, deletions) = patch
-            .map(|patch| patch.line_stats())
-            .transpose()?
-            .unwrap_or_default();
-        let file = if status == FileStatus::Deleted {
-            delta.old_file()
-        } else {
-            delta.new_file()
-        };
-        let path = String::from_utf8_lossy(file.path_bytes().unwrap_or_default()).into_owned();
-        files.push(FileChange {
-            path,
-            status,
-            additions: additions as u64,
-            deletions: deletions as u64,
-        });
-    }
-    Ok(files)
 }
