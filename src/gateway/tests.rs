@@ -656,8 +656,14 @@ async fn other_containers_come_in_by_their_client_s_token() {
     std::fs::write(&file, r#"{"a-token-of-acme-012345": "acme"}"#).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let base = format!("http://{}", listener.local_addr().unwrap());
-    let opened = room.gateway.open_to_network(listener, file, &room.tasks);
+    let held = Arc::new(());
+    let guard = held.clone();
+    let awake = move || Box::new(guard.clone()) as ActivityGuard;
+    let opened = room
+        .gateway
+        .open_to_network(listener, file, awake, &room.tasks);
     soon(opened).await.unwrap();
+    let idle = Arc::strong_count(&held);
     let status = async |request: reqwest::RequestBuilder| {
         let answer = soon(request.send()).await.unwrap();
         let status = answer.status().as_u16();
@@ -685,6 +691,13 @@ async fn other_containers_come_in_by_their_client_s_token() {
         assert_eq!(status(request).await, 200);
     }
     assert_eq!(status(post("/v1/files").bearer_auth(token)).await, 404);
+    // Nobody is held beyond his answer.
+    soon(async {
+        while Arc::strong_count(&held) > idle {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
     let tally = room.gateway.ledger().tally();
     assert_eq!(
         (tally.settled, tally.tokens.input, tally.tokens.output),
