@@ -18,6 +18,7 @@ pub mod preview;
 pub mod process;
 pub mod rehearsal;
 pub mod repository;
+pub mod service;
 pub mod supervisor;
 pub mod task;
 pub mod telemetry;

@@ -74,6 +74,7 @@ fn run(args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
     match name {
         "serve" => serve(args, Mode::Serve),
         "dev" => serve(args, Mode::Dev),
+        "service" => serve(args, Mode::Service),
         "health" => health::run(&load(args, Mode::Inspect)?, args.get_flag("json")),
         "config" => show::run(&load(args, Mode::Inspect)?, args.get_flag("json")),
         "usage" => usage::run(args),
@@ -97,7 +98,12 @@ fn serve(args: &ArgMatches, mode: Mode) -> anyhow::Result<()> {
         .build()
         .context("failed to start the runtime")?;
     // The log's first line says where it listens, so the warnings are the app's to log after it.
-    let outcome = runtime.block_on(app::serve(loaded, mode));
+    let outcome = runtime.block_on(async {
+        match mode {
+            Mode::Service => app::serve_one_shots(loaded).await,
+            _ => app::serve(loaded, mode).await,
+        }
+    });
     // A call stuck on the disk must not keep the process alive.
     runtime.shutdown_timeout(Duration::from_millis(500));
     outcome
@@ -137,6 +143,13 @@ fn command() -> Command {
         .subcommand(
             with_settings(Command::new("dev").about("The same on a laptop: try it on a template"))
                 .arg(rehearsal()),
+        )
+        .subcommand(
+            with_settings(
+                Command::new("service")
+                    .about("Serve the one-shot service alone: no workspace, no previews"),
+            )
+            .arg(rehearsal()),
         )
         .subcommand(
             with_settings(Command::new("health").about("Ask the running supervisor (HEALTHCHECK)"))
@@ -194,8 +207,8 @@ fn with_settings(command: Command) -> Command {
         .after_help(
             "Each flag is also a variable of the environment, of .env, and a key of greenroom.yaml; \
              flags win. Secrets are no flags, since others see a command line: ANTHROPIC_API_KEY, \
-             GITHUB_TOKEN, GREENROOM_API_TOKEN, CLAUDE_SERVICE_SECRET, PREVIEW_TOKEN_SECRET, \
-             REPLICATE_API_TOKEN, HF_TOKEN.",
+             GITHUB_TOKEN, GREENROOM_API_TOKEN and CLAUDE_SERVICE_SECRET (both also with _PREVIOUS), \
+             PREVIEW_TOKEN_SECRET, REPLICATE_API_TOKEN, HF_TOKEN.",
         )
 }
 

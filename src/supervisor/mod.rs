@@ -4,6 +4,7 @@
 //! (`thread.rs`) that owns the thread's queue, agent and preparation. News comes back as return
 //! values, journals and `watch`es. It knows nothing of HTTP.
 
+mod one_shot;
 mod operation;
 mod prepare;
 mod preview_word;
@@ -46,6 +47,7 @@ use crate::{
     workspace::{Cache, Dependencies, InstallError, ThreadPaths, UserPaths, WorkspaceError},
 };
 
+pub use one_shot::{Cwd, OneShot, OneShotAnswer};
 pub use operation::{DryRun, Operation, OperationAnswer, OperationRequest};
 pub use publish::{PublishAnswer, PublishWish, PullRequestWish};
 pub use removal::Removal;
@@ -449,6 +451,11 @@ impl Supervisor {
         answer.await.map_err(|_| SupervisorError::Draining)?
     }
 
+    /// Cancelled when a shutdown begins.
+    pub fn draining(&self) -> CancellationToken {
+        self.0.draining.clone()
+    }
+
     /// Is a shutdown under way?
     pub fn is_draining(&self) -> bool {
         self.0.draining.is_cancelled()
@@ -514,6 +521,21 @@ impl Supervisor {
         let key = request.key.clone();
         self.revive(&key).await?;
         self.ask(&key, |reply| Request::Operate(Box::new(request), reply))
+            .await
+    }
+
+    /// Runs another service's one-shot call in a thread's worktree, in its turn's place and as a
+    /// turn of its own. A caller that goes away ends it.
+    ///
+    /// # Errors
+    /// See [`SupervisorError`]; how the run itself went is in the answer.
+    pub async fn run_one_shot(
+        &self,
+        key: &ThreadKey,
+        shot: OneShot,
+    ) -> Result<OneShotAnswer, SupervisorError> {
+        self.revive(key).await?;
+        self.ask(key, |reply| Request::Run(Box::new(shot), reply))
             .await
     }
 

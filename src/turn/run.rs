@@ -256,6 +256,9 @@ impl TurnSite {
             ("Turn-Id", accepted.turn_id.to_string()),
             ("Thread", self.key.to_string()),
         ];
+        if accepted.kind != TurnKind::Turn {
+            trailers.push(("Kind", accepted.kind.as_str().to_owned()));
+        }
         trailers.extend(outcome.session_id.clone().map(|id| ("Session-Id", id)));
         trailers.extend(outcome.model.clone().map(|model| ("Model", model)));
         trailers.push(("Cost-USD", format!("{:.6}", outcome.usage.cost_usd)));
@@ -292,7 +295,7 @@ impl TurnSite {
         journal: &Journal,
         mut context: StoredContext,
     ) -> Result<StoredContext, RunError> {
-        if accepted.kind != TurnKind::Turn {
+        if !accepted.kind.is_run() {
             let text = format!("{} (finished after an interruption)", accepted.instruction);
             let off = async |_: Option<&CommitSummary>| TurnPreview {
                 state: PreviewState::Off,
@@ -368,7 +371,8 @@ impl RunOutcome {
         self.session_id.is_none() && matches!(self.ending, Ending::Failed(_))
     }
 
-    fn nothing() -> Self {
+    /// Of a run in which nothing happened.
+    pub fn nothing() -> Self {
         Self {
             ending: Ending::Cancelled,
             text: String::new(),
@@ -719,7 +723,7 @@ const LEFT_RUNNING: &str = "Something that the turn had started could not be end
                             run; the operator has to look after it.";
 
 /// Takes what the agent's run says into the result.
-fn apply(
+pub(super) fn apply(
     outcome: &RunOutcome,
     accepted: &Accepted,
     result: &mut TurnResult,
@@ -776,7 +780,7 @@ fn apply(
     }
 }
 
-async fn commit(
+pub(super) async fn commit(
     site: &TurnSite,
     accepted: &Accepted,
     journal: &Journal,

@@ -29,6 +29,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "process",
             "rehearsal",
             "repository",
+            "service",
             "supervisor",
             "telemetry",
             "usage",
@@ -44,6 +45,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "process",    // `/ready` shows the confinement
             "rehearsal",  // `/health` names the examples
             "repository", // its errors become codes
+            "service",
             "supervisor",
             "turn", // a turn's events become a stream
             "usage",
@@ -58,8 +60,19 @@ const ARROWS: &[(&str, &[&str])] = &[
             "preview",
             "process",
             "repository",
+            "service", // one-shot runs in a thread's worktree
             "turn",
             "workspace",
+        ],
+    ),
+    (
+        "service",
+        &[
+            "agent", // how a CLI is started
+            "gateway",
+            "process",
+            "usage",     // its run's budget
+            "workspace", // folders
         ],
     ),
     (
@@ -109,6 +122,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("axum", &["api", "gateway", "rehearsal"]),
     ("clap", &["cli"]),
     ("git2", &["repository"]),
+    ("governor", &["api"]),
     ("landlock", &["process"]),
     ("ratatui", &["cli"]),
     (

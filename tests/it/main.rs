@@ -18,6 +18,7 @@ mod hostile;
 mod init;
 mod lifecycle;
 mod limits;
+mod one_shot;
 mod owners;
 mod preview_dev_server;
 mod preview_proxy;
