@@ -9,21 +9,27 @@
 
 mod access;
 mod alarm;
+mod body;
 mod command;
 mod dev_server;
 mod filter;
 mod header_deadline;
 mod headers;
 mod hmr;
+mod launch;
 mod notes;
 mod output;
 mod pages;
 mod port;
 mod probe;
 mod proxy;
+mod refusals;
 mod restart;
 mod routing;
+mod slots;
 mod touched;
+mod tunnel;
+mod upstream;
 
 use std::{
     any::Any,
@@ -41,6 +47,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 pub use self::{
     access::Access,
     command::{DevCommand, PlanError, plan},
+    notes::InTurn,
     port::pick_port,
     proxy::{Proxy, ProxyKind},
 };
@@ -50,6 +57,7 @@ use crate::{
         dev_server::{DevServer, Intent},
         filter::{Folders, Refusal},
         notes::Notes,
+        slots::Slots,
     },
     process::Launcher,
     task::Tasks,
@@ -75,6 +83,8 @@ pub struct PreviewSettings {
     pub access: Access,
     /// Below it each preview gets a private HOME and TMPDIR. Not readable by other threads.
     pub private_root: PathBuf,
+    /// Dev servers at once; the least recently used one sleeps where another is needed.
+    pub most_awake: usize,
 }
 
 /// One thread's site. Fixed for the life of its handle.
@@ -104,6 +114,7 @@ struct Shared {
     launcher: Launcher,
     settings: Arc<PreviewSettings>,
     tasks: Tasks,
+    slots: Slots,
     registry: Mutex<Registry>,
 }
 
@@ -124,11 +135,13 @@ impl fmt::Debug for Previews {
 impl Previews {
     /// No previews yet. The drivers run in `tasks`; when those are stopped each ends its child.
     pub fn new(launcher: Launcher, settings: PreviewSettings, tasks: Tasks) -> Self {
+        let slots = Slots::new(settings.most_awake);
         let settings = Arc::new(settings);
         let shared = Shared {
             launcher,
             settings,
             tasks,
+            slots,
             registry: Mutex::default(),
         };
         Self {
@@ -165,10 +178,11 @@ impl Previews {
             launcher,
             settings,
             tasks,
+            slots,
             ..
         } = &*self.shared;
         let slug = site.slug.clone();
-        let handle = PreviewHandle::spawn(site, settings.clone(), launcher.clone(), tasks);
+        let handle = PreviewHandle::spawn(site, settings.clone(), launcher.clone(), tasks, slots);
         registry.by_slug.insert(slug, handle.clone());
         handle
     }
@@ -188,6 +202,7 @@ impl Previews {
             retry: Arc::new(Notify::new()),
             status,
             notes,
+            slots: self.shared.slots.clone(),
         }));
         self.registry()
             .by_slug
@@ -253,6 +268,7 @@ struct Handle {
     retry: Arc<Notify>,
     status: watch::Receiver<PreviewStatus>,
     notes: Notes,
+    slots: Slots,
 }
 
 /// The supervisor's thread driver asks a few things per init and turn; the preview's driver is
@@ -265,6 +281,7 @@ impl PreviewHandle {
         settings: Arc<PreviewSettings>,
         launcher: Launcher,
         tasks: &Tasks,
+        slots: &Slots,
     ) -> Self {
         let site = Arc::new(site);
         let (intents, inbox) = mpsc::channel(INTENTS);
@@ -282,6 +299,7 @@ impl PreviewHandle {
             },
             publish,
             notes.clone(),
+            slots.clone(),
         );
         tasks.spawn("preview", driver.drive());
         Self(Arc::new(Handle {
@@ -290,6 +308,7 @@ impl PreviewHandle {
             retry,
             status,
             notes,
+            slots: slots.clone(),
         }))
     }
 
@@ -320,6 +339,25 @@ impl PreviewHandle {
     pub(crate) fn may_ask(&self, path: &str, query: Option<&str>) -> Result<(), Refusal> {
         static NONE: Folders = Folders::none();
         filter::judge(path, query, self.0.notes.folders().unwrap_or(&NONE))
+    }
+
+    /// Somebody asks for something of the site.
+    pub(crate) fn note_used(&self) {
+        self.0.notes.note_used();
+    }
+
+    /// A person has a page of it before them.
+    pub(crate) fn note_person(&self) {
+        self.0.notes.note_person();
+    }
+
+    /// A turn works on the site until the guard is dropped. Its dev server is woken where that
+    /// takes the room from nobody who needs it.
+    pub fn begin_turn(&self) -> InTurn {
+        if self.0.slots.has_room() {
+            self.wake();
+        }
+        self.0.notes.begin_turn()
     }
 
     /// Somebody is shown this path.
@@ -384,6 +422,13 @@ impl PreviewHandle {
             .is_ok()
         {
             started.await.ok();
+        }
+    }
+
+    /// Starts a dev server that sleeps.
+    pub fn wake(&self) {
+        if self.0.status.borrow().state == PreviewState::Asleep {
+            self.0.retry.notify_one();
         }
     }
 
