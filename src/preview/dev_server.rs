@@ -13,19 +13,19 @@ use tokio::{
 };
 
 use super::{
-    PreviewSettings, PreviewSite,
+    Ground, PreviewSite,
     hmr::{self, Word},
     launch::{StartError, chain, prepare, prove},
     notes::Notes,
     output::{Output, Stream, error_from},
     probe,
     restart::{Failure, Next, Restarts},
-    slots::{Slot, Slots},
+    slots::Slot,
 };
 use crate::{
     domain::{PreviewError, PreviewState, PreviewStatus},
-    process::{Exit, Launcher, ProcessHandle},
-    task::{Tasks, blocking},
+    process::{Exit, ProcessHandle},
+    task::blocking,
 };
 
 /// From SIGTERM to SIGKILL where the caller names no grace. Astro ends in 30 to 70 ms.
@@ -64,14 +64,11 @@ pub(crate) struct Inbox {
 /// The driver.
 pub(crate) struct DevServer {
     site: Arc<PreviewSite>,
-    settings: Arc<PreviewSettings>,
-    launcher: Launcher,
-    tasks: Tasks,
+    ground: Ground,
     inbox: Inbox,
     publish: watch::Sender<PreviewStatus>,
     restarts: Restarts,
     notes: Notes,
-    slots: Slots,
 }
 
 enum Phase {
@@ -116,25 +113,19 @@ enum Event {
 impl DevServer {
     pub(crate) fn new(
         site: Arc<PreviewSite>,
-        settings: Arc<PreviewSettings>,
-        launcher: Launcher,
-        tasks: Tasks,
+        ground: Ground,
         inbox: Inbox,
         publish: watch::Sender<PreviewStatus>,
         notes: Notes,
-        slots: Slots,
     ) -> Self {
         let restarts = Restarts::default();
         Self {
             site,
-            settings,
-            launcher,
-            tasks,
+            ground,
             inbox,
             publish,
             restarts,
             notes,
-            slots,
         }
     }
 
@@ -187,7 +178,7 @@ impl DevServer {
         };
         tokio::select! {
             biased;
-            () = self.tasks.token().cancelled() => Event::Closing,
+            () = self.ground.tasks.token().cancelled() => Event::Closing,
             intent = intents.recv() => intent.map_or(Event::Closing, Event::Intent),
             event = child => event,
             // Taken in every phase, so that none is left over for a later one.
@@ -261,13 +252,13 @@ impl DevServer {
                 );
                 run.proof = None;
                 self.set(PreviewState::Live, Vec::new(), Some(port), "");
-                let token = self.tasks.token().clone();
-                self.tasks.spawn("preview warm-up", async move {
+                let token = self.ground.tasks.token().clone();
+                self.ground.tasks.spawn("preview warm-up", async move {
                     token.run_until_cancelled(probe::warm_up(port)).await;
                 });
                 let (worktree, tell) = (self.site.worktree.clone(), run.tell.clone());
-                let token = self.tasks.token().clone();
-                self.tasks.spawn("preview listener", async move {
+                let token = self.ground.tasks.token().clone();
+                self.ground.tasks.spawn("preview listener", async move {
                     token
                         .run_until_cancelled(hmr::listen(port, worktree, tell))
                         .await;
@@ -361,8 +352,8 @@ impl DevServer {
                 tell.send(Word::Fine { generation }).await.ok();
             }
         };
-        let token = self.tasks.token().clone();
-        self.tasks.spawn("preview check", async move {
+        let token = self.ground.tasks.token().clone();
+        self.ground.tasks.spawn("preview check", async move {
             token.run_until_cancelled(check).await;
         });
     }
@@ -413,10 +404,10 @@ impl DevServer {
     }
 
     async fn launch(&self) -> Result<Run, StartError> {
-        let slot = self.slots.take(&self.notes).await.ok_or_else(|| {
+        let slot = self.ground.slots.take(&self.notes).await.ok_or_else(|| {
             StartError::Machine("there was no room for one more dev server".to_owned())
         })?;
-        let (site, settings) = (self.site.clone(), self.settings.clone());
+        let (site, settings) = (self.site.clone(), self.ground.settings.clone());
         let notes = self.notes.clone();
         let prepared = blocking("preparing the dev server", DISK_DEADLINE, move || {
             notes.resolve_folders(&site);
@@ -427,6 +418,7 @@ impl DevServer {
             .map_err(|e| StartError::Machine(e.to_string()))??;
         let since = Instant::now();
         let mut child = self
+            .ground
             .launcher
             .spawn(spec)
             .await
@@ -436,11 +428,11 @@ impl DevServer {
         let (tell, words) = mpsc::channel(WORDS);
         let output = Output::new().telling(&self.site.worktree, tell.clone());
         let readers = vec![
-            self.tasks.spawn(
+            self.ground.tasks.spawn(
                 "dev server stdout",
                 output.clone().read(Stream::Stdout, child.stdout),
             ),
-            self.tasks.spawn(
+            self.ground.tasks.spawn(
                 "dev server stderr",
                 output.clone().read(Stream::Stderr, child.stderr),
             ),

@@ -111,11 +111,17 @@ pub struct Previews {
 }
 
 struct Shared {
+    ground: Ground,
+    registry: Mutex<Registry>,
+}
+
+/// What every preview stands on.
+#[derive(Clone)]
+pub(crate) struct Ground {
     launcher: Launcher,
     settings: Arc<PreviewSettings>,
     tasks: Tasks,
     slots: Slots,
-    registry: Mutex<Registry>,
 }
 
 #[derive(Default)]
@@ -127,7 +133,7 @@ struct Registry {
 impl fmt::Debug for Previews {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Previews")
-            .field("settings", &self.shared.settings)
+            .field("settings", &self.shared.ground.settings)
             .finish_non_exhaustive()
     }
 }
@@ -135,13 +141,14 @@ impl fmt::Debug for Previews {
 impl Previews {
     /// No previews yet. The drivers run in `tasks`; when those are stopped each ends its child.
     pub fn new(launcher: Launcher, settings: PreviewSettings, tasks: Tasks) -> Self {
-        let slots = Slots::new(settings.most_awake);
-        let settings = Arc::new(settings);
-        let shared = Shared {
+        let ground = Ground {
             launcher,
-            settings,
+            slots: Slots::new(settings.most_awake),
+            settings: Arc::new(settings),
             tasks,
-            slots,
+        };
+        let shared = Shared {
+            ground,
             registry: Mutex::default(),
         };
         Self {
@@ -165,7 +172,7 @@ impl Previews {
     }
 
     pub(crate) fn access(&self) -> &Access {
-        &self.shared.settings.access
+        &self.shared.ground.settings.access
     }
 
     /// The preview of a site: the one that is there, else a new one in the state `Off`.
@@ -174,15 +181,8 @@ impl Previews {
         if let Some(handle) = registry.by_slug.get(&site.slug) {
             return handle.clone();
         }
-        let Shared {
-            launcher,
-            settings,
-            tasks,
-            slots,
-            ..
-        } = &*self.shared;
         let slug = site.slug.clone();
-        let handle = PreviewHandle::spawn(site, settings.clone(), launcher.clone(), tasks, slots);
+        let handle = PreviewHandle::spawn(site, &self.shared.ground);
         registry.by_slug.insert(slug, handle.clone());
         handle
     }
@@ -202,7 +202,7 @@ impl Previews {
             retry: Arc::new(Notify::new()),
             status,
             notes,
-            slots: self.shared.slots.clone(),
+            slots: self.shared.ground.slots.clone(),
         }));
         self.registry()
             .by_slug
@@ -276,13 +276,7 @@ struct Handle {
 const INTENTS: usize = 64;
 
 impl PreviewHandle {
-    fn spawn(
-        site: PreviewSite,
-        settings: Arc<PreviewSettings>,
-        launcher: Launcher,
-        tasks: &Tasks,
-        slots: &Slots,
-    ) -> Self {
+    fn spawn(site: PreviewSite, ground: &Ground) -> Self {
         let site = Arc::new(site);
         let (intents, inbox) = mpsc::channel(INTENTS);
         let (publish, status) = watch::channel(PreviewStatus::off());
@@ -290,25 +284,22 @@ impl PreviewHandle {
         let notes = Notes::default();
         let driver = DevServer::new(
             site.clone(),
-            settings,
-            launcher,
-            tasks.clone(),
+            ground.clone(),
             dev_server::Inbox {
                 intents: inbox,
                 retry: retry.clone(),
             },
             publish,
             notes.clone(),
-            slots.clone(),
         );
-        tasks.spawn("preview", driver.drive());
+        ground.tasks.spawn("preview", driver.drive());
         Self(Arc::new(Handle {
             site,
             intents,
             retry,
             status,
             notes,
-            slots: slots.clone(),
+            slots: ground.slots.clone(),
         }))
     }
 

@@ -166,7 +166,8 @@ mod tests {
             has_turn: needs.contains('t'),
             has_person: needs.contains('p'),
         };
-        let cases: &[(&[(u64, &str)], Option<usize>)] = &[
+        type Who = (u64, &'static str);
+        let cases: &[(&[Who], Option<usize>)] = &[
             (&[], None),
             (&[(5, "")], Some(0)),
             (&[(5, ""), (3, ""), (4, "")], Some(1)),
