@@ -20,6 +20,7 @@ mod lifecycle;
 mod limits;
 mod one_shot;
 mod owners;
+mod preview_astro;
 mod preview_dev_server;
 mod preview_proxy;
 mod process;
