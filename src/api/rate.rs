@@ -21,12 +21,13 @@ const MAX_CALLERS: usize = 10_000;
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Peer(pub(super) IpAddr);
 
+type Buckets<C> =
+    RateLimiter<IpAddr, HashMapStateStore<IpAddr>, C, NoOpMiddleware<<C as Clock>::Instant>>;
+
 /// One bucket for each caller. Loopback has none.
 #[derive(Debug)]
 pub struct RateLimit<C: Clock = MonotonicClock> {
-    limiter: Option<
-        RateLimiter<IpAddr, HashMapStateStore<IpAddr>, C, NoOpMiddleware<<C as Clock>::Instant>>,
-    >,
+    limiter: Option<Buckets<C>>,
     clock: C,
 }
 

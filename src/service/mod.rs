@@ -477,10 +477,9 @@ impl Service {
         let agent = inner.settings.agent.as_ref();
         let agent = agent.ok_or(ServiceError::NotInstalled)?;
         let meter = inner.gateway.ledger().meter(shot.account.clone());
-        match meter.check().await {
-            Err(Denied::OverBudget(breach)) => return Err(ServiceError::OverBudget { breach }),
-            // The gateway asks again, and knows what to do.
-            Ok(()) | Err(_) => {}
+        // Where it cannot be known now the gateway asks again, and knows what to do.
+        if let Err(Denied::OverBudget(breach)) = meter.check().await {
+            return Err(ServiceError::OverBudget { breach });
         }
         let scratch = Scratch::make(&inner.settings.scratch).await;
         let scratch = scratch.map_err(ServiceError::Folder)?;
