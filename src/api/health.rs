@@ -14,9 +14,9 @@ use utoipa::ToSchema;
 
 use super::{ApiError, Base};
 use crate::{
+    domain::BreakerState,
     lifecycle::{HolderKind, IdleAnswer},
     process::Confinement,
-    service::BreakerState,
     task,
 };
 

@@ -323,24 +323,6 @@ fn conflicts(settings: &Settings, mode: Mode, entries: &[Entry]) -> Vec<ConfigEr
             settings.bind,
         ));
     }
-    for (name, previous, current) in [
-        (
-            "GREENROOM_API_TOKEN",
-            settings.api_token_previous.is_some(),
-            settings.api_token.is_some(),
-        ),
-        (
-            "CLAUDE_SERVICE_SECRET",
-            settings.claude_service_secret_previous.is_some(),
-            settings.claude_service_secret.is_some(),
-        ),
-    ] {
-        if previous && !current {
-            add(format!(
-                "{name}_PREVIOUS is set without {name}; the newer one goes there"
-            ));
-        }
-    }
     let mut ports = vec![
         ("API_PORT", Some(settings.api_port)),
         ("PREVIEW_PORT", Some(settings.preview_port)),
@@ -407,6 +389,25 @@ fn doubts(settings: &Settings, mode: Mode, cwd: &Path) -> Vec<String> {
             "GATEWAY_PORT is set without GATEWAY_TOKENS_FILE: nobody can use that listener"
                 .to_owned(),
         );
+    }
+    for (name, previous, current) in [
+        (
+            "GREENROOM_API_TOKEN",
+            settings.api_token_previous.is_some(),
+            settings.api_token.is_some(),
+        ),
+        (
+            "CLAUDE_SERVICE_SECRET",
+            settings.claude_service_secret_previous.is_some(),
+            settings.claude_service_secret.is_some(),
+        ),
+    ] {
+        if previous && !current {
+            doubts.push(format!(
+                "{name}_PREVIOUS is set without {name}: it is good by itself, but the newer one \
+                 goes there"
+            ));
+        }
     }
     if settings.drain >= settings.stop_timeout {
         doubts.push(

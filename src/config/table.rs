@@ -297,7 +297,14 @@ impl Settings {
 
     /// Whether callers of the API have to prove who they are.
     pub fn has_api_secret(&self) -> bool {
-        self.api_token.is_some() || self.claude_service_secret.is_some()
+        [
+            &self.api_token,
+            &self.api_token_previous,
+            &self.claude_service_secret,
+            &self.claude_service_secret_previous,
+        ]
+        .into_iter()
+        .any(Option::is_some)
     }
 
     /// Our public address, given the port that the API listens on.

@@ -4,11 +4,13 @@
 //! journals and contexts.
 
 mod account;
+mod breaker;
 mod idle;
 mod publish;
 mod turn;
 
 pub use account::Account;
+pub use breaker::{Breaker, BreakerState, Pass, Verdict};
 pub use idle::{IdleDecision, IdleFacts, decide_idle};
 pub use publish::{Between, ConflictKind, MergeStep};
 pub use turn::{

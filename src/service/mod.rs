@@ -8,10 +8,9 @@
 //! A run starts through the same launcher, confinement and gateway as an agent's turn; what it may
 //! touch is data ([`RunSite`]). So many run at once, so many more wait in line, the rest is refused.
 //! [`Service::execute`] runs it in a task of its own, so that it ends in order (SIGTERM, 5 s,
-//! SIGKILL) when its caller goes away. State: the slots, the [breaker](BreakerState), the figures.
+//! SIGKILL) when its caller goes away. State: the slots, the [breaker](Breaker), the figures.
 
 mod args;
-mod breaker;
 mod run;
 mod scratch;
 
@@ -28,16 +27,14 @@ use tokio_util::sync::CancellationToken;
 use utoipa::ToSchema;
 
 pub use args::{Args, BadArgs};
-pub use breaker::BreakerState;
 pub use run::RunSite;
 
-use breaker::{Breaker, Pass, Verdict};
 use run::{End, MAX_OUTPUT};
 use scratch::Scratch;
 
 use crate::{
     agent::AgentSettings,
-    domain::{Account, Usage},
+    domain::{Account, Breaker, BreakerState, Pass, Usage, Verdict},
     gateway::Gateway,
     process::{Exit, Launcher, ProcessError},
     task::Tasks,

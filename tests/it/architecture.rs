@@ -113,6 +113,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("repository", &[]),
     ("process", &[]),
     ("rehearsal", &[]),
+    // A library for others: no room of ours uses it.
+    ("client", &[]),
     ("config", &[]),
     ("telemetry", &["config"]), // `Secret`, which it masks
 ];
@@ -137,6 +139,7 @@ const CRATES: &[(&str, &[&str])] = &[
     (
         "reqwest",
         &[
+            "client",
             "gateway",
             "repository", // git's transport over HTTPS
         ],

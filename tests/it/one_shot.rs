@@ -647,13 +647,11 @@ async fn a_kill_in_place_keeps_the_edits_and_no_turn_runs_twice() {
     let written = wait_for("the edit", || {
         worktree.join("new.txt").exists().then_some(())
     });
-    tokio::select! {
-        answer = call => panic!("{answer:?}"),
-        () = async {
-            written.await;
-            greenroom.kill().await;
-        } => {}
-    }
+    let (cut, ()) = tokio::join!(call, async {
+        written.await;
+        greenroom.kill().await;
+    });
+    assert!(cut.is_err(), "{cut:?}");
     let greenroom = greenroom.restart().await;
     greenroom.init(&alice, json!({})).await.ok();
     let history = greenroom
@@ -668,4 +666,97 @@ async fn a_kill_in_place_keeps_the_edits_and_no_turn_runs_twice() {
     );
     assert!(git(&worktree, &["show", "--stat"]).contains("new.txt"));
     assert_eq!(git(&worktree, &["status", "--short"]), "");
+}
+
+#[tokio::test]
+async fn the_client_of_the_library_speaks_to_the_real_service() {
+    use greenroom::client::{
+        ClientError, ClientSettings, Executor, Guarded, HttpExecutor, Request, WithFallback,
+    };
+
+    let folders = Folders::new();
+    let greenroom = start_shell(&folders, |options| {
+        options
+            .env("CLAUDE_SERVICE_SECRET", "new-s3cret")
+            .env("CLAUDE_SERVICE_SECRET_PREVIOUS", "old-s3cret")
+            .env("BIND", "127.0.0.1")
+    })
+    .await;
+    let url = format!("http://127.0.0.1:{}", greenroom.service_port);
+    let client = |secret: &str| {
+        let vars = [
+            ("CLAUDE_SERVICE_URL", url.as_str()),
+            ("CLAUDE_SERVICE_SECRET", secret),
+            ("CLAUDE_SERVICE_TIMEOUT", "30000"),
+        ];
+        let vars = vars.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        HttpExecutor::new(ClientSettings::from_env(vars).unwrap()).unwrap()
+    };
+    execute(&greenroom, json!({"prompt": "echo hello"}))
+        .await
+        .error(401, "unauthenticated");
+    // Both secrets, and calls within one millisecond.
+    for secret in ["new-s3cret", "old-s3cret"] {
+        let client = client(secret);
+        let request = Request {
+            args: VECTOR.map(str::to_owned).to_vec(),
+            ..Request::new("echo hello")
+        };
+        let answers = join_all((0..20).map(|_| client.execute(&request))).await;
+        for answer in answers {
+            let answer = answer.unwrap();
+            assert_eq!(answer.output, "hello\n");
+            assert!(answer.execution_time >= answer.duration);
+        }
+    }
+    let good = client("new-s3cret");
+    match client("wrong").execute(&Request::new("true")).await {
+        Err(ClientError::Refused { status, code, .. }) => {
+            assert_eq!((status, code.as_str()), (401, "unauthenticated"));
+        }
+        other => panic!("{other:?}"),
+    }
+    match good
+        .execute(&Request::new("echo so >&2; exit 4"))
+        .await
+        .unwrap_err()
+    {
+        error @ ClientError::Refused { .. } => {
+            assert!(error.is_of_the_service());
+            let ClientError::Refused {
+                exit_code,
+                stderr,
+                request_id,
+                ..
+            } = error
+            else {
+                unreachable!()
+            };
+            assert_eq!((exit_code, stderr.as_deref()), (Some(4), Some("so")));
+            assert!(request_id.is_some());
+        }
+        other => panic!("{other:?}"),
+    }
+    let late = Request {
+        timeout: Some(Duration::from_millis(200)),
+        ..Request::new("sleep 60")
+    };
+    match good.execute(&late).await {
+        Err(ClientError::Refused { status: 504, .. }) => {}
+        other => panic!("{other:?}"),
+    }
+    // A service that is gone: the other one answers, and soon it alone is asked.
+    let nobody = ClientSettings {
+        url: "http://127.0.0.1:1".parse().unwrap(),
+        ..ClientSettings::from_env([]).unwrap()
+    };
+    let both = WithFallback {
+        first: Guarded::new(HttpExecutor::new(nobody).unwrap()),
+        second: good,
+    };
+    for _ in 0..12 {
+        let answer = both.execute(&Request::new("echo fallback")).await.unwrap();
+        assert_eq!(answer.output, "fallback\n");
+    }
+    assert_eq!(both.first.breaker().as_str(), "open");
 }

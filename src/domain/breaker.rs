@@ -1,5 +1,4 @@
-//! The circuit breaker: when most runs fail, more of them would fail too. Pure: it is given the
-//! time.
+//! The circuit breaker: when most runs fail, more of them would fail too. It is given the time.
 //!
 //! ```text
 //! Closed ── half of at least 10 failed ──► Open ── 30 s ──► HalfOpen ── one run succeeds ──► Closed
@@ -47,7 +46,7 @@ impl BreakerState {
 
 /// How a run that was let through ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub enum Verdict {
     Success,
     Failure,
     /// Tells nothing: the caller went away.
@@ -56,7 +55,7 @@ pub(super) enum Verdict {
 
 /// Of a run that was let through; to be given back with how it ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Pass {
+pub struct Pass {
     /// How often the breaker had changed: what a run of before tells is old news.
     epoch: u64,
 }
@@ -70,20 +69,28 @@ enum Inner {
 
 /// See the module.
 #[derive(Debug)]
-pub(super) struct Breaker {
+pub struct Breaker {
     inner: Inner,
     epoch: u64,
 }
 
+impl Default for Breaker {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Breaker {
-    pub(super) fn new() -> Self {
+    /// Closed.
+    pub fn new() -> Self {
         Self {
             inner: Inner::Closed(VecDeque::new()),
             epoch: 0,
         }
     }
 
-    pub(super) fn state(&self, now: Instant) -> BreakerState {
+    /// Where it stands.
+    pub fn state(&self, now: Instant) -> BreakerState {
         match self.inner {
             Inner::Closed(_) => BreakerState::Closed,
             Inner::Open { until } if now < until => BreakerState::Open,
@@ -92,7 +99,7 @@ impl Breaker {
     }
 
     /// How long it is of no use to ask; `None`: a run may be let through.
-    pub(super) fn refusal(&self, now: Instant) -> Option<Duration> {
+    pub fn refusal(&self, now: Instant) -> Option<Duration> {
         match self.inner {
             Inner::Open { until } if now < until => Some(until - now),
             // The one that is tried takes no longer than anybody knows: look again soon.
@@ -102,7 +109,10 @@ impl Breaker {
     }
 
     /// Lets a run through, or says how long to wait.
-    pub(super) fn enter(&mut self, now: Instant) -> Result<Pass, Duration> {
+    ///
+    /// # Errors
+    /// How long it is of no use to ask again.
+    pub fn enter(&mut self, now: Instant) -> Result<Pass, Duration> {
         if let Some(wait) = self.refusal(now) {
             return Err(wait);
         }
@@ -116,7 +126,7 @@ impl Breaker {
     }
 
     /// Takes in how a run ended; whether the state changed by it.
-    pub(super) fn leave(&mut self, pass: Pass, verdict: Verdict, now: Instant) -> bool {
+    pub fn leave(&mut self, pass: Pass, verdict: Verdict, now: Instant) -> bool {
         if pass.epoch != self.epoch {
             return false;
         }
