@@ -290,13 +290,9 @@ impl HttpExecutor {
             .post(self.endpoint.clone())
             .header("content-type", "application/json");
         if let Some(secret) = &self.settings.secret {
-            let now = Timestamp::now().as_millisecond();
-            let nonce = uuid::Uuid::new_v4().simple().to_string();
-            let signature = signature(secret, now, &nonce, &body);
-            post = post
-                .header("x-claude-timestamp", now.to_string())
-                .header("x-claude-nonce", nonce)
-                .header("x-claude-signature", signature);
+            for (name, value) in signed_headers(secret, &body) {
+                post = post.header(name, value);
+            }
         } else if let Some(token) = &self.settings.token {
             post = post.bearer_auth(token);
         }
@@ -341,13 +337,20 @@ impl HttpExecutor {
     }
 }
 
-/// By the contract.
-fn signature(secret: &str, now: i64, nonce: &str, body: &[u8]) -> String {
+/// The headers that sign a call with this body, now: good for one call.
+pub fn signed_headers(secret: &str, body: &[u8]) -> [(&'static str, String); 3] {
+    let now = Timestamp::now().as_millisecond();
+    let nonce = uuid::Uuid::new_v4().simple().to_string();
     let mut mac =
         Hmac::<Sha256>::new_from_slice(secret.as_bytes()).expect("HMAC takes keys of any length");
     mac.update(format!("{now}:{nonce}:").as_bytes());
     mac.update(body);
-    hex::encode(mac.finalize().into_bytes())
+    let signature = hex::encode(mac.finalize().into_bytes());
+    [
+        ("x-claude-timestamp", now.to_string()),
+        ("x-claude-nonce", nonce),
+        ("x-claude-signature", signature),
+    ]
 }
 
 fn is_loopback(url: &Url) -> bool {

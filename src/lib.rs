@@ -11,6 +11,7 @@ pub mod cli;
 pub mod client;
 pub mod config;
 pub mod domain;
+pub mod figures;
 pub mod gateway;
 pub mod identity;
 pub mod lease;

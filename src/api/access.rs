@@ -15,7 +15,7 @@ use std::{
 
 use axum::{
     body::{Body, Bytes, HttpBody},
-    extract::{Request, State},
+    extract::{MatchedPath, Request, State},
     http::{
         HeaderMap, HeaderValue, Method, StatusCode,
         header::{AUTHORIZATION, CONTENT_TYPE, HOST, ORIGIN},
@@ -36,6 +36,7 @@ use super::{ApiError, Base, error::REQUEST_ID, rate::Peer};
 use crate::{
     config::Secret,
     lifecycle::{Guard, HolderKind},
+    text::status_class,
 };
 
 /// Largest body of an API call.
@@ -313,6 +314,9 @@ pub(super) async fn check(State(state): State<Base>, request: Request, next: Nex
     let id = uuid::Uuid::now_v7().simple().to_string();
     let span = tracing::info_span!("request", request_id = %id);
     let path = request.uri().path().to_owned();
+    // As it was declared: what is in its place is nobody's business here.
+    let matched = request.extensions().get::<MatchedPath>();
+    let route = matched.map_or_else(|| "none".to_owned(), |route| route.as_str().to_owned());
     let guard = is_activity(&path).then(|| state.activity.hold(HolderKind::Request, path.clone()));
     let answer = async {
         let method = request.method().clone();
@@ -323,6 +327,11 @@ pub(super) async fn check(State(state): State<Base>, request: Request, next: Nex
         };
         let elapsed_ms = started.elapsed().as_millis() as u64;
         let status = response.status().as_u16();
+        let class = status_class(status);
+        metrics::counter!("greenroom_http_requests_total", "route" => route.clone(), "status" => class)
+            .increment(1);
+        metrics::histogram!("greenroom_http_request_duration_seconds", "route" => route)
+            .record(started.elapsed().as_secs_f64());
         if is_activity(&path) {
             tracing::info!(%method, path, status, elapsed_ms, "answered");
         }

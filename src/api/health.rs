@@ -14,8 +14,8 @@ use utoipa::ToSchema;
 
 use super::{ApiError, Base};
 use crate::{
-    domain::BreakerState,
-    lifecycle::{HolderKind, IdleAnswer},
+    domain::{BreakerState, PreviewState},
+    lifecycle::{HolderKind, IdleAnswer, Memory},
     process::Confinement,
     task,
 };
@@ -199,52 +199,35 @@ pub(super) async fn service_metrics(State(state): State<Base>, headers: HeaderMa
 }
 
 fn prometheus(state: &Base) -> Response {
-    let figures = [
-        (
-            "greenroom_uptime_seconds",
-            "Seconds since the start.",
-            state.started.elapsed().as_secs_f64(),
-        ),
-        (
-            "greenroom_turns_running",
-            "Turns that run now.",
-            state.activity.count(HolderKind::Turn) as f64,
-        ),
-        (
-            "greenroom_turns_queued",
-            "Turns in line.",
-            state.activity.count(HolderKind::Queue) as f64,
-        ),
-        (
-            "greenroom_tasks",
-            "Tasks of the runtime: one that only grows is a leak.",
-            tokio::runtime::Handle::current()
-                .metrics()
-                .num_alive_tasks() as f64,
-        ),
-        (
-            "greenroom_idle_seconds",
-            "Seconds since anybody needed this container.",
-            state.activity.idle_for().as_secs_f64(),
-        ),
-    ];
-    let mut text = model_metrics(state);
+    use metrics::gauge;
+    gauge!("greenroom_uptime_seconds").set(state.started.elapsed().as_secs_f64());
+    gauge!("greenroom_turns_running").set(state.activity.count(HolderKind::Turn) as f64);
+    gauge!("greenroom_turns_queued").set(state.activity.count(HolderKind::Queue) as f64);
+    let tasks = tokio::runtime::Handle::current()
+        .metrics()
+        .num_alive_tasks();
+    gauge!("greenroom_tasks").set(tasks as f64);
+    gauge!("greenroom_idle_seconds").set(state.activity.idle_for().as_secs_f64());
+    let (running, waiting) = state.service.load();
+    gauge!("greenroom_service_running").set(running as f64);
+    gauge!("greenroom_service_waiting").set(waiting as f64);
     let breaker = state.service.breaker();
-    text.push_str(
-        "# HELP greenroom_service_breaker Where the one-shot service's circuit breaker stands.\n",
-    );
-    text.push_str("# TYPE greenroom_service_breaker gauge\n");
     for of in BreakerState::ALL {
-        let (state, is) = (of.as_str(), u8::from(of == breaker));
-        text.push_str(&format!(
-            "greenroom_service_breaker{{state=\"{state}\"}} {is}\n"
-        ));
+        let is = f64::from(u8::from(of == breaker));
+        gauge!("greenroom_service_breaker", "state" => of.as_str()).set(is);
     }
-    for (name, help, value) in figures {
-        text.push_str(&format!(
-            "# HELP {name} {help}\n# TYPE {name} gauge\n{name} {value}\n"
-        ));
+    if let Some(supervisor) = &state.supervisor {
+        let states = supervisor.preview_states();
+        for of in PreviewState::ALL {
+            let count = states.iter().filter(|state| **state == of).count();
+            gauge!("greenroom_previews", "state" => of.as_str()).set(count as f64);
+        }
     }
+    if let Some(memory) = Memory::now() {
+        gauge!("greenroom_memory_available_bytes").set(memory.available as f64);
+        gauge!("greenroom_memory_limit_bytes").set(memory.total as f64);
+    }
+    let text = model_metrics(state) + &state.figures.text();
     (
         [(
             header::CONTENT_TYPE,

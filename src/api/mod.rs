@@ -6,6 +6,7 @@
 
 mod access;
 mod body;
+mod cli;
 mod error;
 mod health;
 mod one_shot;
@@ -40,6 +41,7 @@ pub use serve::serve;
 
 use crate::{
     identity::{ClientId, ThreadId, UserId},
+    figures::Figures,
     lifecycle::Activity,
     service::Service,
     supervisor::Supervisor,
@@ -63,6 +65,7 @@ pub struct BaseState {
     pub activity: Activity,
     pub service: Service,
     pub ledger: Ledger,
+    pub figures: Figures,
     pub pins: Pins,
     pub facts: Facts,
     pub readiness: Readiness,
@@ -140,6 +143,7 @@ impl FromRef<Shared> for Base {
         usage::report,
         usage::live,
         one_shot::execute,
+        cli::open,
     ),
     components(schemas(
         error::ErrorBody,
@@ -191,6 +195,7 @@ pub fn router(state: Shared) -> Router {
         .route("/api/usage", get(usage::report))
         .route("/api/usage/live", get(usage::live))
         .route("/execute", post(one_shot::execute))
+        .route("/api/cli", post(cli::open))
         .route("/api/idle", get(health::idle))
         .route("/api/idle/touch", post(health::touch))
         .route("/", get(page::index))

@@ -2,6 +2,7 @@
 //! them; none knows it.
 
 mod programs;
+mod terminal;
 
 use std::{
     net::SocketAddr,
@@ -13,6 +14,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use tokio::net::TcpListener;
 
+pub use self::terminal::terminal;
 use self::programs::{Programs, look_at_claude, look_at_programs};
 use crate::{
     agent::{AgentSettings, Ceiling, Limits},
@@ -21,6 +23,7 @@ use crate::{
     },
     config::{self, CredentialSource, Loaded, Mode, Settings},
     domain::Signature,
+    figures::Figures,
     gateway::{self, Credential, Gateway, GatewayConfig, OAuthSettings, load_credentials_file},
     lifecycle::{Activity, Guard, HolderKind, StopReason, wait_for_reason},
     preview::{self, ActivityGuard, ActivitySink, PreviewSettings, Previews, Proxy, ProxyKind},
@@ -110,6 +113,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         activity: activity.clone(),
         service: service.clone(),
         ledger,
+        figures: Figures::start(&tasks),
         pins: pins.clone(),
         facts: Facts {
             workspace: Some(settings.workspace_path.clone()),
@@ -195,6 +199,7 @@ pub async fn serve_one_shots(loaded: Loaded) -> anyhow::Result<()> {
         activity: activity.clone(),
         service: service.clone(),
         ledger,
+        figures: Figures::start(&tasks),
         pins: Pins::default(),
         facts: Facts {
             workspace: None,

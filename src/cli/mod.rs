@@ -40,6 +40,10 @@ pub fn main() -> ExitCode {
     match run(std::env::args_os()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) if error.is::<Ended>() => {
+            let status = error.downcast_ref::<Ended>().map_or(FAILED, |ended| ended.0);
+            ExitCode::from(status)
+        }
         Err(error) => {
             let line = telemetry::printable(&format!("greenroom: {error:#}"));
             // Where standard error is closed the status still tells.
@@ -78,6 +82,7 @@ fn run(args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
         "health" => health::run(&load(args, Mode::Inspect)?, args.get_flag("json")),
         "config" => show::run(&load(args, Mode::Inspect)?, args.get_flag("json")),
         "usage" => usage::run(args),
+        "claude" => terminal(args),
         "openapi" => print(&api::openapi_json()),
         other => unreachable!("clap knows no {other}"),
     }
@@ -86,17 +91,7 @@ fn run(args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
 fn serve(args: &ArgMatches, mode: Mode) -> anyhow::Result<()> {
     let loaded = load(args, mode)?;
     telemetry::start(loaded.settings.log_level, loaded.settings.log_format);
-    // Two workers: the container has two cores, and what blocks runs on threads of its own, whose
-    // number also bounds what a stalled disk can pin. 2 MiB of stack, tokio's default, since
-    // libgit2 recurses over trees on those threads; untouched stack costs nothing.
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        .worker_threads(2)
-        .max_blocking_threads(32)
-        .thread_stack_size(2 * 1024 * 1024)
-        .thread_name("greenroom")
-        .enable_all()
-        .build()
-        .context("failed to start the runtime")?;
+    let runtime = runtime()?;
     // The log's first line says where it listens, so the warnings are the app's to log after it.
     let outcome = runtime.block_on(async {
         match mode {
@@ -107,6 +102,42 @@ fn serve(args: &ArgMatches, mode: Mode) -> anyhow::Result<()> {
     // A call stuck on the disk must not keep the process alive.
     runtime.shutdown_timeout(Duration::from_millis(500));
     outcome
+}
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
+    // Two workers: the container has two cores, and what blocks runs on threads of its own, whose
+    // number also bounds what a stalled disk can pin. 2 MiB of stack, tokio's default, since
+    // libgit2 recurses over trees on those threads; untouched stack costs nothing.
+    tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .max_blocking_threads(32)
+        .thread_stack_size(2 * 1024 * 1024)
+        .thread_name("greenroom")
+        .enable_all()
+        .build()
+        .context("failed to start the runtime")
+}
+
+/// A program that we ran for the caller ended with this status: it is ours too.
+#[derive(Debug, thiserror::Error)]
+#[error("the CLI ended with status {0}")]
+struct Ended(u8);
+
+/// The CLI on this terminal. Its settings come from everywhere but the command line, which is its
+/// own; nothing is logged, since the screen is its own too.
+fn terminal(args: &ArgMatches) -> anyhow::Result<()> {
+    let cwd = std::env::current_dir().context("failed to find the working directory")?;
+    let loaded = config::load(Mode::Inspect, &Flags::default(), std::env::vars_os(), &cwd)?;
+    let args = args.get_many::<OsString>("args").unwrap_or_default();
+    let runtime = runtime()?;
+    let exit = runtime.block_on(app::terminal(loaded, args.cloned().collect()));
+    runtime.shutdown_timeout(Duration::from_millis(500));
+    let exit = exit?;
+    let status = exit.code.or(exit.signal.map(|signal| 128 + signal));
+    match u8::try_from(status.unwrap_or(1)).unwrap_or(FAILED) {
+        0 => Ok(()),
+        status => Err(Ended(status).into()),
+    }
 }
 
 /// Loads the settings of this process. Their secrets are masked from here on.
@@ -162,6 +193,19 @@ fn command() -> Command {
             .arg(json()),
         )
         .subcommand(usage::command())
+        .subcommand(
+            Command::new("claude")
+                .about("Run the real CLI here, through the gateway: no credential needed")
+                .disable_help_flag(true)
+                .arg(
+                    Arg::new("args")
+                        .num_args(0..)
+                        .trailing_var_arg(true)
+                        .allow_hyphen_values(true)
+                        .value_parser(clap::value_parser!(OsString))
+                        .help("Arguments of the CLI"),
+                ),
+        )
         .subcommand(
             Command::new("openapi")
                 .about("Print the OpenAPI document of the API")

@@ -83,6 +83,30 @@ pub enum PreviewState {
     Stale,
 }
 
+impl PreviewState {
+    /// All of them, for figures.
+    pub const ALL: [Self; 6] = [
+        Self::Off,
+        Self::Starting,
+        Self::Live,
+        Self::Asleep,
+        Self::Error,
+        Self::Stale,
+    ];
+
+    /// As in the contract.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Starting => "starting",
+            Self::Live => "live",
+            Self::Asleep => "asleep",
+            Self::Error => "error",
+            Self::Stale => "stale",
+        }
+    }
+}
+
 /// One thing that is wrong with a preview. `line` and `column` count from 1.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 pub struct PreviewError {

@@ -260,6 +260,10 @@ impl Call {
             None => counts.figures.failed_requests += 1,
         }
         drop(counts);
+        metrics::counter!("greenroom_service_calls_total", "outcome" => outcome).increment(1);
+        if let Some(took) = run {
+            metrics::histogram!("greenroom_service_run_duration_seconds").record(took.as_secs_f64());
+        }
         tracing::info!(
             outcome,
             elapsed_ms = self.began.elapsed().as_millis() as u64,
@@ -287,6 +291,8 @@ impl Drop for Passage<'_> {
         let mut breaker = lock(&self.service.0.breaker);
         if breaker.leave(self.pass, self.verdict, now) {
             let state = breaker.state(now).as_str();
+            metrics::counter!("greenroom_service_breaker_changes_total", "to" => state)
+                .increment(1);
             tracing::warn!(state, "the one-shot service's circuit breaker changed");
         }
     }

@@ -30,9 +30,9 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     agent::AgentSettings,
     domain::{
-        Between, Conflict, ConflictKind, HeldBack, PreviewStatus, Signature, TurnResult, TurnStatus,
+        Account, Between, Conflict, ConflictKind, HeldBack, PreviewState, PreviewStatus, Signature, TurnResult, TurnStatus,
     },
-    gateway::Gateway,
+    gateway::{ActiveRun, AgentToken, Gateway},
     identity::{ThreadId, ThreadKey, TurnId, UserKey},
     lease::{Fence, Lease, LeaseError, LeaseLost, Patience},
     lifecycle::{Activity, HolderKind, Memory},
@@ -377,6 +377,26 @@ impl Inner {
     }
 }
 
+/// What a CLI on a terminal needs of the gateway. Dropped, it is of no use any more.
+#[derive(Debug)]
+pub struct Terminal {
+    base_url: String,
+    _run: ActiveRun,
+    token: AgentToken,
+}
+
+impl Terminal {
+    /// For `ANTHROPIC_BASE_URL`.
+    pub fn base_url(&self) -> &str {
+        &self.base_url
+    }
+
+    /// For `ANTHROPIC_AUTH_TOKEN`.
+    pub fn token(&self) -> &str {
+        self.token.as_str()
+    }
+}
+
 impl Supervisor {
     /// A supervisor without threads; they come with the first requests for them.
     pub fn new(
@@ -449,6 +469,27 @@ impl Supervisor {
         let (reply, answer) = oneshot::channel();
         self.thread(key)?.send(request(reply)).await?;
         answer.await.map_err(|_| SupervisorError::Draining)?
+    }
+
+    /// The states that the previews are in, one for each.
+    pub fn preview_states(&self) -> Vec<PreviewState> {
+        self.0.previews.states()
+    }
+
+    /// Opens the gateway for the CLI on somebody's terminal, while what this answers lives.
+    ///
+    /// # Errors
+    /// [`SupervisorError::Draining`].
+    pub fn open_terminal(&self, account: Account) -> Result<Terminal, SupervisorError> {
+        if self.is_draining() {
+            return Err(SupervisorError::Draining);
+        }
+        let token = self.0.gateway.issue();
+        Ok(Terminal {
+            base_url: self.0.gateway.base_url(),
+            _run: token.begin(account),
+            token,
+        })
     }
 
     /// Cancelled when a shutdown begins.

@@ -615,6 +615,8 @@ impl Driver {
             };
             let holder = inner.activity.hold(HolderKind::Turn, id.to_string());
             drop(_guard);
+            let waited = jiff::Timestamp::now().duration_since(accepted.accepted_at);
+            metrics::histogram!("greenroom_turn_wait_seconds").record(waited.as_secs_f64().max(0.0));
             let key = prepared.site.key.clone();
             let updates = inner.preview_status(&key).updates;
             let preview = async |commit: Option<&CommitSummary>, folder: Folder| {
@@ -656,6 +658,9 @@ impl Driver {
             let fence = prepared.site.fence.clone();
             let mut result = blank_result(&turn.accepted, context);
             result.status = TurnStatus::Cancelled;
+            let (kind, status) = (result.kind.as_str(), result.status.as_str());
+            metrics::counter!("greenroom_turns_total", "kind" => kind, "status" => status)
+                .increment(1);
             context.record(&turn.accepted, &result);
             result.context = context.answer();
             let (context, path) = (context.clone(), self.inner.paths(&self.key).context());

@@ -237,6 +237,7 @@ impl TurnSite {
             })
             .await?;
         if let Some(commit) = &committed.commit {
+            metrics::counter!("greenroom_commits_total", "of" => "outside").increment(1);
             tracing::info!(
                 commit = commit.id,
                 files = commit.files.len(),
@@ -361,6 +362,13 @@ impl TurnSite {
         self.save_context(context).await?;
         journal.append(TurnEvent::terminal(result.clone())).await?;
         journal.flush().await?;
+        let kind = result.kind.as_str();
+        metrics::counter!("greenroom_turns_total", "kind" => kind, "status" => result.status.as_str())
+            .increment(1);
+        if result.status != TurnStatus::Recovered {
+            metrics::histogram!("greenroom_turn_duration_seconds", "kind" => kind)
+                .record(result.duration_ms as f64 / 1e3);
+        }
         Ok(())
     }
 }
@@ -610,6 +618,12 @@ async fn drive(
         slot.as_ref().is_some_and(|(agent, _)| agent.is_usable())
     };
     let mut was_waiting = is_ready(slot);
+    let process = match slot {
+        Some((agent, _)) if was_waiting && agent.has_served() => "warm",
+        Some(_) if was_waiting => "waiting",
+        _ => "cold",
+    };
+    metrics::counter!("greenroom_agent_runs_total", "process" => process).increment(1);
     loop {
         if !is_ready(slot) {
             *slot = Some(site.start_agent(context).await?);
@@ -802,6 +816,7 @@ pub(super) async fn commit(
     result.held_back = committed.held_back;
     result.repairs.extend(sentences(&committed.repairs));
     if let Some(commit) = committed.commit {
+        metrics::counter!("greenroom_commits_total", "of" => accepted.kind.as_str()).increment(1);
         let told: BTreeSet<String> = outcome.touched.iter().map(|p| site.relative(p)).collect();
         for file in commit
             .files

@@ -22,7 +22,9 @@ const ARROWS: &[(&str, &[&str])] = &[
         &[
             "agent",
             "api",
+            "client", // how a request is signed
             "config",
+            "figures",
             "gateway",
             "lifecycle",
             "preview",
@@ -41,6 +43,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         "api",
         &[
             "config",     // `Secret`
+            "figures",
             "lifecycle",  // requests hold the container awake
             "process",    // `/ready` shows the confinement
             "rehearsal",  // `/health` names the examples
@@ -102,6 +105,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         ],
     ),
     ("usage", &[]),
+    ("figures", &[]),
     ("lifecycle", &[]),
     (
         "workspace",
@@ -113,7 +117,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("repository", &[]),
     ("process", &[]),
     ("rehearsal", &[]),
-    // A library for others: no room of ours uses it.
+    // A library for others.
     ("client", &[]),
     ("config", &[]),
     ("telemetry", &["config"]), // `Secret`, which it masks
@@ -126,6 +130,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("git2", &["repository"]),
     ("governor", &["api"]),
     ("landlock", &["process"]),
+    ("metrics_exporter_prometheus", &["figures"]),
     ("ratatui", &["cli"]),
     (
         "nix",
