@@ -106,10 +106,7 @@ const GAUGES: &[(&str, &str)] = &[
         "greenroom_memory_limit_bytes",
         "What the container may use, or the machine has.",
     ),
-    (
-        "process_resident_memory_bytes",
-        "Of the supervisor itself.",
-    ),
+    ("process_resident_memory_bytes", "Of the supervisor itself."),
     ("process_open_fds", "Of the supervisor itself."),
     ("process_max_fds", "Of the supervisor itself."),
     ("process_threads", "Of the supervisor itself."),

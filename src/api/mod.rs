@@ -40,8 +40,8 @@ pub use rate::RateLimit;
 pub use serve::serve;
 
 use crate::{
-    identity::{ClientId, ThreadId, UserId},
     figures::Figures,
+    identity::{ClientId, ThreadId, UserId},
     lifecycle::Activity,
     service::Service,
     supervisor::Supervisor,

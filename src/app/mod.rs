@@ -14,8 +14,8 @@ use std::{
 use anyhow::{Context as _, bail};
 use tokio::net::TcpListener;
 
-pub use self::terminal::terminal;
 use self::programs::{Programs, look_at_claude, look_at_programs};
+pub use self::terminal::terminal;
 use crate::{
     agent::{AgentSettings, Ceiling, Limits},
     api::{

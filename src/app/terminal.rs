@@ -80,17 +80,17 @@ pub async fn terminal(loaded: Loaded, args: Vec<OsString>) -> anyhow::Result<Exi
         program,
         args,
         set: vec![
-            (
-                "ANTHROPIC_BASE_URL".into(),
-                welcome.base_url.clone().into(),
-            ),
+            ("ANTHROPIC_BASE_URL".into(), welcome.base_url.clone().into()),
             ("ANTHROPIC_AUTH_TOKEN".into(), welcome.token.clone().into()),
         ],
         unset,
     })
     .await?;
     if let Door::Own {
-        _run, _token, tasks, ..
+        _run,
+        _token,
+        tasks,
+        ..
     } = door
     {
         drop((_run, _token));
@@ -117,8 +117,7 @@ async fn supervisor(loaded: &Loaded) -> anyhow::Result<Option<Door>> {
             (None, None) => String::new(),
         };
         let host = settings.api_port;
-        let head =
-            format!("POST /api/cli HTTP/1.0\r\nHost: localhost:{host}\r\n{proof}\r\n");
+        let head = format!("POST /api/cli HTTP/1.0\r\nHost: localhost:{host}\r\n{proof}\r\n");
         stream.write_all(head.as_bytes()).await?;
         let mut answer = BufReader::new(stream);
         let mut line = String::new();

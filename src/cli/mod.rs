@@ -41,7 +41,9 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) if error.is::<Ended>() => {
-            let status = error.downcast_ref::<Ended>().map_or(FAILED, |ended| ended.0);
+            let status = error
+                .downcast_ref::<Ended>()
+                .map_or(FAILED, |ended| ended.0);
             ExitCode::from(status)
         }
         Err(error) => {

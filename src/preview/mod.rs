@@ -170,7 +170,7 @@ impl Previews {
         let registry = self.registry();
         let handles = registry.by_slug.values();
         handles
-            .map(|handle| handle.status.borrow().state)
+            .map(|handle| handle.status().borrow().state)
             .collect()
     }
 

@@ -262,7 +262,8 @@ impl Call {
         drop(counts);
         metrics::counter!("greenroom_service_calls_total", "outcome" => outcome).increment(1);
         if let Some(took) = run {
-            metrics::histogram!("greenroom_service_run_duration_seconds").record(took.as_secs_f64());
+            metrics::histogram!("greenroom_service_run_duration_seconds")
+                .record(took.as_secs_f64());
         }
         tracing::info!(
             outcome,

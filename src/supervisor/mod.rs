@@ -30,7 +30,8 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     agent::AgentSettings,
     domain::{
-        Account, Between, Conflict, ConflictKind, HeldBack, PreviewState, PreviewStatus, Signature, TurnResult, TurnStatus,
+        Account, Between, Conflict, ConflictKind, HeldBack, PreviewState, PreviewStatus, Signature,
+        TurnResult, TurnStatus,
     },
     gateway::{ActiveRun, AgentToken, Gateway},
     identity::{ThreadId, ThreadKey, TurnId, UserKey},

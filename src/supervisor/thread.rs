@@ -616,7 +616,8 @@ impl Driver {
             let holder = inner.activity.hold(HolderKind::Turn, id.to_string());
             drop(_guard);
             let waited = jiff::Timestamp::now().duration_since(accepted.accepted_at);
-            metrics::histogram!("greenroom_turn_wait_seconds").record(waited.as_secs_f64().max(0.0));
+            metrics::histogram!("greenroom_turn_wait_seconds")
+                .record(waited.as_secs_f64().max(0.0));
             let key = prepared.site.key.clone();
             let updates = inner.preview_status(&key).updates;
             let preview = async |commit: Option<&CommitSummary>, folder: Folder| {

@@ -42,7 +42,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     (
         "api",
         &[
-            "config",     // `Secret`
+            "config", // `Secret`
             "figures",
             "lifecycle",  // requests hold the container awake
             "process",    // `/ready` shows the confinement
