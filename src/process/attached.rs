@@ -15,8 +15,9 @@ use super::{Exit, ProcessError};
 pub struct Attached {
     pub program: PathBuf,
     pub args: Vec<OsString>,
-    pub set: Vec<(OsString, OsString)>,
     pub unset: Vec<String>,
+    /// Once the others are gone.
+    pub set: Vec<(OsString, OsString)>,
 }
 
 impl std::fmt::Debug for Attached {
@@ -47,10 +48,11 @@ pub async fn run_attached(what: Attached) -> Result<Exit, ProcessError> {
     let mut hang_up = signal(SignalKind::hangup()).map_err(start)?;
     #[expect(clippy::disallowed_methods, reason = "the room that starts processes")]
     let mut command = tokio::process::Command::new(&what.program);
-    command.args(what.args).envs(what.set);
+    command.args(what.args);
     for name in what.unset {
         command.env_remove(name);
     }
+    command.envs(what.set);
     let mut child = command.spawn().map_err(start)?;
     let pid = child.id().map(|pid| Pid::from_raw(pid.cast_signed()));
     let pass_on = |which| {
