@@ -9,19 +9,27 @@
 
 mod access;
 mod alarm;
+mod body;
 mod command;
 mod dev_server;
+mod filter;
 mod header_deadline;
 mod headers;
 mod hmr;
+mod launch;
+mod notes;
 mod output;
 mod pages;
 mod port;
 mod probe;
 mod proxy;
+mod refusals;
 mod restart;
 mod routing;
+mod slots;
 mod touched;
+mod tunnel;
+mod upstream;
 
 use std::{
     any::Any,
@@ -39,6 +47,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 pub use self::{
     access::Access,
     command::{DevCommand, PlanError, plan},
+    notes::InTurn,
     port::pick_port,
     proxy::{Proxy, ProxyKind},
 };
@@ -46,7 +55,9 @@ use crate::{
     domain::{PreviewError, PreviewState, PreviewStatus},
     preview::{
         dev_server::{DevServer, Intent},
-        touched::LastPage,
+        filter::{Folders, Refusal},
+        notes::Notes,
+        slots::Slots,
     },
     process::Launcher,
     task::Tasks,
@@ -72,6 +83,8 @@ pub struct PreviewSettings {
     pub access: Access,
     /// Below it each preview gets a private HOME and TMPDIR. Not readable by other threads.
     pub private_root: PathBuf,
+    /// Dev servers at once; the least recently used one sleeps where another is needed.
+    pub most_awake: usize,
 }
 
 /// One thread's site. Fixed for the life of its handle.
@@ -98,10 +111,17 @@ pub struct Previews {
 }
 
 struct Shared {
+    ground: Ground,
+    registry: Mutex<Registry>,
+}
+
+/// What every preview stands on.
+#[derive(Clone)]
+pub(crate) struct Ground {
     launcher: Launcher,
     settings: Arc<PreviewSettings>,
     tasks: Tasks,
-    registry: Mutex<Registry>,
+    slots: Slots,
 }
 
 #[derive(Default)]
@@ -113,7 +133,7 @@ struct Registry {
 impl fmt::Debug for Previews {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Previews")
-            .field("settings", &self.shared.settings)
+            .field("settings", &self.shared.ground.settings)
             .finish_non_exhaustive()
     }
 }
@@ -121,11 +141,14 @@ impl fmt::Debug for Previews {
 impl Previews {
     /// No previews yet. The drivers run in `tasks`; when those are stopped each ends its child.
     pub fn new(launcher: Launcher, settings: PreviewSettings, tasks: Tasks) -> Self {
-        let settings = Arc::new(settings);
-        let shared = Shared {
+        let ground = Ground {
             launcher,
-            settings,
+            slots: Slots::new(settings.most_awake),
+            settings: Arc::new(settings),
             tasks,
+        };
+        let shared = Shared {
+            ground,
             registry: Mutex::default(),
         };
         Self {
@@ -149,7 +172,7 @@ impl Previews {
     }
 
     pub(crate) fn access(&self) -> &Access {
-        &self.shared.settings.access
+        &self.shared.ground.settings.access
     }
 
     /// The preview of a site: the one that is there, else a new one in the state `Off`.
@@ -158,14 +181,8 @@ impl Previews {
         if let Some(handle) = registry.by_slug.get(&site.slug) {
             return handle.clone();
         }
-        let Shared {
-            launcher,
-            settings,
-            tasks,
-            ..
-        } = &*self.shared;
         let slug = site.slug.clone();
-        let handle = PreviewHandle::spawn(site, settings.clone(), launcher.clone(), tasks);
+        let handle = PreviewHandle::spawn(site, &self.shared.ground);
         registry.by_slug.insert(slug, handle.clone());
         handle
     }
@@ -177,12 +194,15 @@ impl Previews {
         site: PreviewSite,
         status: watch::Receiver<PreviewStatus>,
     ) -> PreviewHandle {
+        let notes = Notes::default();
+        notes.resolve_folders(&site);
         let handle = PreviewHandle(Arc::new(Handle {
             site: Arc::new(site),
             intents: mpsc::channel(1).0,
             retry: Arc::new(Notify::new()),
             status,
-            last_page: LastPage::default(),
+            notes,
+            slots: self.shared.ground.slots.clone(),
         }));
         self.registry()
             .by_slug
@@ -247,7 +267,8 @@ struct Handle {
     intents: mpsc::Sender<Intent>,
     retry: Arc<Notify>,
     status: watch::Receiver<PreviewStatus>,
-    last_page: LastPage,
+    notes: Notes,
+    slots: Slots,
 }
 
 /// The supervisor's thread driver asks a few things per init and turn; the preview's driver is
@@ -255,36 +276,30 @@ struct Handle {
 const INTENTS: usize = 64;
 
 impl PreviewHandle {
-    fn spawn(
-        site: PreviewSite,
-        settings: Arc<PreviewSettings>,
-        launcher: Launcher,
-        tasks: &Tasks,
-    ) -> Self {
+    fn spawn(site: PreviewSite, ground: &Ground) -> Self {
         let site = Arc::new(site);
         let (intents, inbox) = mpsc::channel(INTENTS);
         let (publish, status) = watch::channel(PreviewStatus::off());
         let retry = Arc::new(Notify::new());
-        let last_page = LastPage::default();
+        let notes = Notes::default();
         let driver = DevServer::new(
             site.clone(),
-            settings,
-            launcher,
-            tasks.clone(),
+            ground.clone(),
             dev_server::Inbox {
                 intents: inbox,
                 retry: retry.clone(),
             },
             publish,
-            last_page.clone(),
+            notes.clone(),
         );
-        tasks.spawn("preview", driver.drive());
+        ground.tasks.spawn("preview", driver.drive());
         Self(Arc::new(Handle {
             site,
             intents,
             retry,
             status,
-            last_page,
+            notes,
+            slots: ground.slots.clone(),
         }))
     }
 
@@ -308,9 +323,37 @@ impl PreviewHandle {
         self.0.status.borrow().upstream
     }
 
+    /// May a dev server be asked for this?
+    ///
+    /// # Errors
+    /// Why not.
+    pub(crate) fn may_ask(&self, path: &str, query: Option<&str>) -> Result<(), Refusal> {
+        static NONE: Folders = Folders::none();
+        filter::judge(path, query, self.0.notes.folders().unwrap_or(&NONE))
+    }
+
+    /// Somebody asks for something of the site.
+    pub(crate) fn note_used(&self) {
+        self.0.notes.note_used();
+    }
+
+    /// A person has a page of it before them.
+    pub(crate) fn note_person(&self) {
+        self.0.notes.note_person();
+    }
+
+    /// A turn works on the site until the guard is dropped. Its dev server is woken where that
+    /// takes the room from nobody who needs it.
+    pub fn begin_turn(&self) -> InTurn {
+        if self.0.slots.has_room() {
+            self.wake();
+        }
+        self.0.notes.begin_turn()
+    }
+
     /// Somebody is shown this path.
     pub(crate) fn note_page(&self, path: &str) {
-        self.0.last_page.note(path);
+        self.0.notes.last_page().note(path);
     }
 
     /// The last error of a server that goes on serving: Vite keeps none for a browser that comes
@@ -332,7 +375,8 @@ impl PreviewHandle {
         let mut status = self.status();
         let pages = self
             .0
-            .last_page
+            .notes
+            .last_page()
             .and_pages_of(files.iter().map(String::as_str));
         let word = async {
             let answers = probe::pages(port, &pages, patience).await;
@@ -369,6 +413,13 @@ impl PreviewHandle {
             .is_ok()
         {
             started.await.ok();
+        }
+    }
+
+    /// Starts a dev server that sleeps.
+    pub fn wake(&self) {
+        if self.0.status.borrow().state == PreviewState::Asleep {
+            self.0.retry.notify_one();
         }
     }
 
