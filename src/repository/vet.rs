@@ -61,7 +61,7 @@ pub(super) fn check(repo: &Repository, commit: Oid, known: Option<Oid>) -> Resul
     let walk = || -> Result<(), git2::Error> {
         let mut walk = repo.revwalk()?;
         walk.push(commit)?;
-        for known in known {
+        if let Some(known) = known {
             walk.hide(known)?;
         }
         walk.try_for_each(|id| id.map(drop))
