@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::support::{
     Answer, Folders, Options, SITE, Sent, StandIn, TestGreenroom, Who, git, request, rule, runs,
-    wait_for, who, writes,
+    wait_for, wait_for_async, who, writes,
 };
 
 /// A file of twelve lines that are far enough apart to be changed one by one.
@@ -389,6 +389,44 @@ async fn any_turn_with_a_commit_can_be_undone_after_a_restart_and_once() {
     assert_eq!(recovered["status"], "recovered", "{recovered}");
     assert_eq!(recovered["commit"]["files"][0]["path"], "crash.txt");
     assert!(!file.exists());
+}
+
+/// A key names one turn, whatever it is asked for with the second time: also a turn that stands in
+/// line behind the very operation that asks.
+#[tokio::test]
+async fn a_key_that_a_waiting_turn_has_answers_with_that_turn() {
+    let stage = Stage::new(&[
+        rule(
+            "first",
+            &[runs("until [ -e go ]; do sleep 0.05; done; rm go")],
+        ),
+        rule("second", &[writes("second.txt", "second\n")]),
+    ])
+    .await;
+    let port = stage.greenroom.api_port;
+    let first = stage.greenroom.begin(&stage.alice, "first").await;
+    let undo = Sent::new("POST", &format!("{}/undo", stage.alice.path()), &json!({}));
+    let undo = undo.header("idempotency-key", "shared");
+    #[expect(clippy::disallowed_methods, reason = "awaited below")]
+    let undo = tokio::spawn(request(port, undo));
+    wait_for_async("the undo waits in line", async || {
+        let idle = stage.greenroom.get("/api/idle").await.text;
+        idle.contains("an operation on").then_some(())
+    })
+    .await;
+    let body = stage
+        .alice
+        .body(json!({"instruction": "second", "async": true}));
+    let second = Sent::new("POST", "/api/execute", &body).header("idempotency-key", "shared");
+    let second = stage.greenroom.send(second).await;
+    assert_eq!(second.status, 202, "{}", second.text);
+    std::fs::write(stage.at("go"), "").unwrap();
+    let answered = undo.await.unwrap().unwrap().ok();
+    assert_eq!(answered["result"]["turnId"], second.body["turnId"]);
+    assert_eq!(answered["result"]["status"], "completed", "{answered}");
+    assert_eq!(stage.file("second.txt"), "second\n");
+    assert_eq!(stage.greenroom.turn(&first).await["status"], "completed");
+    stage.is_sound();
 }
 
 #[tokio::test]
