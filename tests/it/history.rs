@@ -524,13 +524,8 @@ async fn renames_binaries_modes_and_long_diffs_are_shown_as_what_they_are() {
     );
 
     // All of it is taken back, and brought again; what git knows nothing of stays.
-    fs::write(stage.at("mine.local"), "mine").unwrap();
-    let ignores = stage
-        .folders
-        .user(&stage.alice)
-        .join("project/.git/info/exclude");
-    let text = fs::read_to_string(&ignores).unwrap();
-    fs::write(&ignores, format!("{text}*.local\n")).unwrap();
+    fs::create_dir(stage.at("dist")).unwrap();
+    fs::write(stage.at("dist/mine.local"), "mine").unwrap();
     stage.does("undo", json!({})).await;
     stage.does("undo", json!({})).await;
     assert_eq!(stage.git(&["diff", "--stat", &begin, "HEAD"]), "");
@@ -554,7 +549,7 @@ async fn renames_binaries_modes_and_long_diffs_are_shown_as_what_they_are() {
     let undo = stage.does("undo", json!({})).await;
     assert_eq!(undo["undone"], restore["turnId"]);
     assert_eq!(stage.git(&["diff", "--stat", &turn, "HEAD"]), "");
-    assert_eq!(stage.file("mine.local"), "mine");
+    assert_eq!(stage.file("dist/mine.local"), "mine");
 }
 
 #[tokio::test]
