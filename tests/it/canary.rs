@@ -172,8 +172,13 @@ async fn play(stage: &Stage) {
     let result = turn.ok()["result"].take();
     assert_eq!(result["status"], "completed", "{result}");
     let id = result["turnId"].as_str().unwrap();
-    let events = stage.call("GET", &format!("/api/turns/{id}/events"), Value::Null).await;
-    assert!(events.text.contains("ANTHROPIC_AUTH_TOKEN"), "it has looked");
+    let events = stage
+        .call("GET", &format!("/api/turns/{id}/events"), Value::Null)
+        .await;
+    assert!(
+        events.text.contains("ANTHROPIC_AUTH_TOKEN"),
+        "it has looked"
+    );
     assert!(!events.text.contains("REACHED"), "{}", events.text);
     said.push(("its events", events.text));
     // What it wrote of it is committed.
@@ -194,13 +199,21 @@ async fn play(stage: &Stage) {
             }),
         )
         .await;
-    assert!(run.text.contains("ANTHROPIC_AUTH_TOKEN"), "it has looked: {}", run.text);
+    assert!(
+        run.text.contains("ANTHROPIC_AUTH_TOKEN"),
+        "it has looked: {}",
+        run.text
+    );
     said.push(("a one-shot run", run.text));
 
     // And the site, which a person sees.
     let link = init["preview"]["previewUrl"].as_str().unwrap();
     said.push(("a preview's link", link.to_owned()));
-    let (host, path) = link.strip_prefix("http://").unwrap().split_once('/').unwrap();
+    let (host, path) = link
+        .strip_prefix("http://")
+        .unwrap()
+        .split_once('/')
+        .unwrap();
     let open = Sent::new("GET", &format!("/{path}"), &Value::Null).header("host", host);
     let opened = request(greenroom.preview_port, open).await.unwrap();
     let cookie = opened.headers["set-cookie"].to_str().unwrap().to_owned();
@@ -213,7 +226,14 @@ async fn play(stage: &Stage) {
     said.push(("a page", page.text));
 
     // What anybody, and what callers with mistakes in their calls are told.
-    for path in ["/health", "/health?deep=1", "/ready", "/metrics", "/openapi.json", "/"] {
+    for path in [
+        "/health",
+        "/health?deep=1",
+        "/ready",
+        "/metrics",
+        "/openapi.json",
+        "/",
+    ] {
         said.push((path, greenroom.get(path).await.text));
     }
     let wrong = Sent::new("GET", "/api/idle", &Value::Null)
@@ -222,18 +242,46 @@ async fn play(stage: &Stage) {
     for (method, path, body) in [
         ("GET", "/api/idle".to_owned(), Value::Null),
         ("GET", "/api/usage".to_owned(), Value::Null),
-        ("GET", "/api/threads?clientId=acme&userId=alice".to_owned(), Value::Null),
+        (
+            "GET",
+            "/api/threads?clientId=acme&userId=alice".to_owned(),
+            Value::Null,
+        ),
         ("GET", format!("{}/history", alice.path()), Value::Null),
         ("GET", format!("{}/diff", alice.path()), Value::Null),
         ("GET", format!("{}/preview", alice.path()), Value::Null),
         ("GET", "/api/nothing".to_owned(), Value::Null),
-        ("POST", "/api/init".to_owned(), who("acme", "bob", "x").body(json!({"repoUrl": "https://127.0.0.1:1/x.git"}))),
+        (
+            "POST",
+            "/api/init".to_owned(),
+            who("acme", "bob", "x").body(json!({"repoUrl": "https://127.0.0.1:1/x.git"})),
+        ),
         ("POST", "/api/init".to_owned(), json!({"clientId": ".."})),
-        ("POST", "/api/execute".to_owned(), alice.body(json!({"instruction": "fail now"}))),
-        ("POST", "/execute".to_owned(), json!({"prompt": "fail now", "timeout": 300_000})),
-        ("POST", "/execute".to_owned(), json!({"prompt": "x", "args": ["--nothing"]})),
-        ("POST", format!("{}/publish", alice.path()), json!({"to": "origin"})),
-        ("POST", format!("{}/undo", alice.path()), json!({"turnId": "none"})),
+        (
+            "POST",
+            "/api/execute".to_owned(),
+            alice.body(json!({"instruction": "fail now"})),
+        ),
+        (
+            "POST",
+            "/execute".to_owned(),
+            json!({"prompt": "fail now", "timeout": 300_000}),
+        ),
+        (
+            "POST",
+            "/execute".to_owned(),
+            json!({"prompt": "x", "args": ["--nothing"]}),
+        ),
+        (
+            "POST",
+            format!("{}/publish", alice.path()),
+            json!({"to": "origin"}),
+        ),
+        (
+            "POST",
+            format!("{}/undo", alice.path()),
+            json!({"turnId": "none"}),
+        ),
     ] {
         said.push(("an answer", stage.call(method, &path, body).await.text));
     }
@@ -259,7 +307,10 @@ async fn no_secret_is_found_anywhere_with_a_key() {
     assert!(all().all(|secret| secret.contains(MARK)));
     // It is no wonder that nothing is found where nothing is used.
     let used = api.requests().iter().any(|request| {
-        request.headers.iter().any(|header| header.eq_ignore_ascii_case("x-api-key"))
+        request
+            .headers
+            .iter()
+            .any(|header| header.eq_ignore_ascii_case("x-api-key"))
     });
     assert!(used, "the key itself went up");
 }
