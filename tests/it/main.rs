@@ -7,7 +7,6 @@ mod architecture;
 mod bad_input;
 mod browser;
 mod campaign;
-mod canary;
 mod cli;
 mod conformance;
 mod dependencies;
