@@ -22,13 +22,16 @@ mod gate;
 mod gitdir;
 mod github;
 mod guard;
+mod index;
 mod landing;
 mod loss;
 mod merge;
 mod message;
 mod publish;
 mod remote;
+mod scan;
 mod source;
+mod stage;
 #[cfg(test)]
 mod tests;
 mod tree;
@@ -50,7 +53,7 @@ pub use publish::{Destination, Mover, Origin, PublishRequest, Published, PushedB
 pub use remote::{RemoteError, RemoteErrorKind, RemoteUse, Remotes};
 pub use source::{Source, SourceError, TemplateFile, parse_source};
 pub use user::{ThreadState, UserRepository};
-pub use worktree::{Change, CommitRequest, CommitText, Committed, LogEntry, Worktree};
+pub use worktree::{CommitRequest, CommitText, Committed, LogEntry, Worktree};
 
 /// Why something with a repository did not work.
 #[derive(Debug, thiserror::Error)]
