@@ -216,6 +216,7 @@ impl From<SupervisorError> for ApiError {
                 })
             }
             E::Refused(why) => Self::invalid(why),
+            E::NoPullRequests(why) => Self::invalid(why.to_string()),
             E::Lease(error) => Self::internal(&*error),
             E::Source(missing @ SourceError::LocalMissing) => Self::new(
                 StatusCode::UNPROCESSABLE_ENTITY,

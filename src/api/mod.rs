@@ -10,6 +10,7 @@ mod error;
 mod health;
 mod operations;
 mod page;
+mod publish;
 mod serve;
 mod sse;
 mod threads;
@@ -83,6 +84,8 @@ pub type Shared = Arc<ApiState>;
         operations::undo,
         operations::redo,
         operations::restore,
+        publish::publish,
+        publish::sync,
         turns::one,
         turns::events,
         turns::cancel,
@@ -98,6 +101,8 @@ pub type Shared = Arc<ApiState>;
         crate::supervisor::TurnSummary,
         crate::supervisor::PreviewView,
         operations::DryRunView,
+        publish::PublishView,
+        publish::SyncView,
     ))
 )]
 struct Document;
@@ -130,6 +135,8 @@ pub fn router(state: Shared) -> Router {
         .route(&format!("{thread}/undo"), post(operations::undo))
         .route(&format!("{thread}/redo"), post(operations::redo))
         .route(&format!("{thread}/restore"), post(operations::restore))
+        .route(&format!("{thread}/publish"), post(publish::publish))
+        .route(&format!("{thread}/sync"), post(publish::sync))
         .route("/api/turns/{turn}", get(turns::one))
         .route("/api/turns/{turn}/events", get(turns::events))
         .route("/api/turns/{turn}/cancel", post(turns::cancel))

@@ -212,5 +212,6 @@ async fn operate(
             let view = DryRunView::from(*run);
             Ok(Answer(json!({"success": true, "result": view})).into_response())
         }
+        answer => unreachable!("this operation answers otherwise: {answer:?}"),
     }
 }

@@ -116,7 +116,7 @@ pub(super) async fn init(
 }
 
 /// An optional text that, if it is there, says something.
-fn not_empty(
+pub(super) fn not_empty(
     field: &str,
     value: Option<String>,
     longest: usize,

@@ -24,7 +24,7 @@ use crate::{
     preview::{self, ActivityGuard, ActivitySink, PreviewSettings, Previews, Proxy, ProxyKind},
     process::{self, Bash, ConfinementMode, Launcher},
     rehearsal::{Rehearsal, Script},
-    repository::{self, Remotes},
+    repository::{self, GitHub, Remotes},
     supervisor::{Supervisor, SupervisorSettings},
     task::{self, Tasks},
     telemetry,
@@ -361,19 +361,27 @@ fn supervisor_settings(
         })
     });
     let preview_base_url = settings.preview_url("{slug}", listeners.preview_port());
+    let remotes = Remotes::new(
+        settings
+            .github_token
+            .as_ref()
+            .map(|token| token.expose().to_owned()),
+        settings.git_token_hosts.clone(),
+    );
     SupervisorSettings {
         workspace: settings.workspace_path.clone(),
         cache: settings.cache_path.clone(),
         runtime: runtime.to_owned(),
         repo_url: settings.repo_url.clone(),
         allowed_local_repos: settings.allowed_local_repos.clone(),
-        remotes: Remotes::new(
+        github: GitHub::new(
             settings
-                .github_token
-                .as_ref()
-                .map(|token| token.expose().to_owned()),
-            settings.git_token_hosts.clone(),
+                .github_api_url
+                .parse()
+                .expect("the settings hold well-formed addresses"),
+            remotes.clone(),
         ),
+        remotes,
         committer: Signature {
             name: settings.git_user_name.clone(),
             email: settings.git_user_email.clone(),

@@ -96,6 +96,10 @@ pub struct PreviewStatus {
     pub upstream: Option<u16>,
     /// Grows with every change, so that a waiter can tell a new state from an old one.
     pub generation: u64,
+    /// How often the dev server told its browsers of a change.
+    pub updates: u64,
+    /// What `updates` was when the newest error was told: after a change an error is in doubt.
+    pub told_at: u64,
     /// What a holding page may say: "Installing dependencies", "Starting the dev server".
     pub progress: String,
 }
@@ -108,6 +112,8 @@ impl PreviewStatus {
             errors: Vec::new(),
             upstream: None,
             generation: 0,
+            updates: 0,
+            told_at: 0,
             progress: String::new(),
         }
     }

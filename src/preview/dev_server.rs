@@ -25,10 +25,12 @@ use tokio::{
 use super::{
     PreviewSettings, PreviewSite,
     command::{DevCommand, Proof, plan},
+    hmr::{self, Word},
     output::{Output, Stream, error_from},
     port::is_free,
     probe,
     restart::{Failure, Next, Restarts},
+    touched::LastPage,
 };
 use crate::{
     domain::{PreviewError, PreviewState, PreviewStatus},
@@ -43,6 +45,10 @@ const GRACE: Duration = Duration::from_secs(5);
 /// How long a fresh start waits for a port that the server before it still holds.
 const PORT_WAIT: Duration = Duration::from_secs(3);
 const DISK_DEADLINE: Duration = Duration::from_secs(20);
+/// Errors that are kept, the newest.
+const MAX_ERRORS: usize = 20;
+/// Words that wait for the driver, which is busy for moments only while a server runs.
+const WORDS: usize = 64;
 const MAX_PACKAGE_JSON: u64 = 1024 * 1024;
 
 /// What a handle asks for.
@@ -79,6 +85,7 @@ pub(crate) struct DevServer {
     inbox: Inbox,
     publish: watch::Sender<PreviewStatus>,
     restarts: Restarts,
+    last_page: LastPage,
 }
 
 enum Phase {
@@ -94,6 +101,9 @@ struct Run {
     readers: Vec<JoinHandle<()>>,
     /// Ends with the word on readiness; none once it was given.
     proof: Option<ProofFuture>,
+    /// What the server says of the site, once it listens.
+    words: mpsc::Receiver<Word>,
+    tell: mpsc::Sender<Word>,
 }
 
 type ProofFuture = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
@@ -102,6 +112,7 @@ enum Event {
     Intent(Intent),
     Proved(Result<(), String>),
     Ended(Exit),
+    Said(Word),
     StartDue,
     /// Somebody wants to see the site.
     Asked,
@@ -117,6 +128,7 @@ impl DevServer {
         tasks: Tasks,
         inbox: Inbox,
         publish: watch::Sender<PreviewStatus>,
+        last_page: LastPage,
     ) -> Self {
         let restarts = Restarts::default();
         Self {
@@ -127,6 +139,7 @@ impl DevServer {
             inbox,
             publish,
             restarts,
+            last_page,
         }
     }
 
@@ -165,7 +178,11 @@ impl DevServer {
                         exit = run.process.wait() => Event::Ended(exit),
                         proved = proof => Event::Proved(proved),
                     },
-                    None => Event::Ended(run.process.wait().await),
+                    None => tokio::select! {
+                        biased;
+                        exit = run.process.wait() => Event::Ended(exit),
+                        Some(word) = run.words.recv() => Event::Said(word),
+                    },
                 },
             }
         };
@@ -235,6 +252,13 @@ impl DevServer {
                 self.tasks.spawn("preview warm-up", async move {
                     token.run_until_cancelled(probe::warm_up(port)).await;
                 });
+                let (worktree, tell) = (self.site.worktree.clone(), run.tell.clone());
+                let token = self.tasks.token().clone();
+                self.tasks.spawn("preview listener", async move {
+                    token
+                        .run_until_cancelled(hmr::listen(port, worktree, tell))
+                        .await;
+                });
                 Phase::Running(run)
             }
             (Event::Proved(Err(why)), Phase::Running(run)) => {
@@ -242,8 +266,13 @@ impl DevServer {
                 self.broken(*run, None, Some(why)).await
             }
             (Event::Ended(exit), Phase::Running(run)) => self.broken(*run, Some(exit), None).await,
+            (Event::Said(word), Phase::Running(run)) => {
+                self.hear(word, &run);
+                Phase::Running(run)
+            }
             (
                 Event::Asked
+                | Event::Said(_)
                 | Event::Intent(Intent::Progress(_))
                 | Event::Proved(_)
                 | Event::Ended(_)
@@ -251,6 +280,75 @@ impl DevServer {
                 phase,
             ) => phase,
         }
+    }
+
+    /// Takes in what the server says while it serves.
+    fn hear(&mut self, word: Word, run: &Run) {
+        let mut is_to_check = false;
+        self.publish.send_if_modified(|status| {
+            match word {
+                Word::Updated => {
+                    status.updates += 1;
+                    is_to_check = status.state == PreviewState::Error;
+                }
+                Word::Error(error) => {
+                    // A browser that tries again makes the server say it again.
+                    let is_known = status.errors.contains(&error);
+                    if is_known && status.told_at == status.updates {
+                        return false;
+                    }
+                    status.told_at = status.updates;
+                    status.errors.retain(|known| known.file != error.file);
+                    status.errors.push(error);
+                    let surplus = status.errors.len().saturating_sub(MAX_ERRORS);
+                    status.errors.drain(..surplus);
+                    status.state = PreviewState::Error;
+                }
+                Word::Blind(error) => {
+                    status.errors = vec![error];
+                    status.state = PreviewState::Stale;
+                }
+                Word::Fine { generation } if generation == status.generation => {
+                    status.errors.clear();
+                    status.state = PreviewState::Live;
+                }
+                Word::Fine { .. } => return false,
+            }
+            status.generation += 1;
+            true
+        });
+        if is_to_check {
+            self.check(run);
+        }
+    }
+
+    /// Nothing says that an error is gone: after a change the pages that it may have been on are
+    /// asked for, once what comes late has come.
+    fn check(&self, run: &Run) {
+        let (generation, pages) = {
+            let status = self.publish.borrow();
+            let files = status
+                .errors
+                .iter()
+                .filter_map(|error| error.file.as_deref());
+            (status.generation, self.last_page.and_pages_of(files))
+        };
+        let (port, tell) = (self.site.port, run.tell.clone());
+        let check = async move {
+            sleep(probe::LATE).await;
+            let answers = probe::pages(port, &pages, probe::PATIENCE).await;
+            if answers
+                .iter()
+                .all(|status| status.is_some_and(|code| !code.is_server_error()))
+            {
+                sleep(probe::LATE).await;
+                tell.send(Word::Fine { generation }).await.ok();
+            }
+        };
+        let token = self.tasks.token().clone();
+        self.tasks.spawn("preview check", async move {
+            token.run_until_cancelled(check).await;
+        });
     }
 
     async fn end(&mut self, phase: Phase, grace: Duration) {
@@ -314,7 +412,8 @@ impl DevServer {
             .map_err(|error| StartError::Machine(chain(&error)))?;
         let process = child.handle();
         drop(child.stdin.take());
-        let output = Output::new();
+        let (tell, words) = mpsc::channel(WORDS);
+        let output = Output::new().telling(&self.site.worktree, tell.clone());
         let readers = vec![
             self.tasks.spawn(
                 "dev server stdout",
@@ -332,6 +431,8 @@ impl DevServer {
             output,
             readers,
             proof: Some(Box::pin(proof)),
+            words,
+            tell,
         })
     }
 
@@ -394,6 +495,8 @@ impl DevServer {
                 errors,
                 upstream,
                 generation,
+                updates: status.updates,
+                told_at: status.updates,
                 progress: progress.to_owned(),
             };
         });

@@ -13,6 +13,7 @@ mod command;
 mod dev_server;
 mod header_deadline;
 mod headers;
+mod hmr;
 mod output;
 mod pages;
 mod port;
@@ -20,6 +21,7 @@ mod probe;
 mod proxy;
 mod restart;
 mod routing;
+mod touched;
 
 use std::{
     any::Any,
@@ -31,6 +33,7 @@ use std::{
 };
 
 use futures_util::future::join_all;
+use http::StatusCode;
 use tokio::sync::{Notify, mpsc, oneshot, watch};
 
 pub use self::{
@@ -40,8 +43,11 @@ pub use self::{
     proxy::{Proxy, ProxyKind},
 };
 use crate::{
-    domain::{PreviewError, PreviewStatus},
-    preview::dev_server::{DevServer, Intent},
+    domain::{PreviewError, PreviewState, PreviewStatus},
+    preview::{
+        dev_server::{DevServer, Intent},
+        touched::LastPage,
+    },
     process::Launcher,
     task::Tasks,
 };
@@ -176,6 +182,7 @@ impl Previews {
             intents: mpsc::channel(1).0,
             retry: Arc::new(Notify::new()),
             status,
+            last_page: LastPage::default(),
         }));
         self.registry()
             .by_slug
@@ -240,6 +247,7 @@ struct Handle {
     intents: mpsc::Sender<Intent>,
     retry: Arc<Notify>,
     status: watch::Receiver<PreviewStatus>,
+    last_page: LastPage,
 }
 
 /// The supervisor's thread driver asks a few things per init and turn; the preview's driver is
@@ -257,6 +265,7 @@ impl PreviewHandle {
         let (intents, inbox) = mpsc::channel(INTENTS);
         let (publish, status) = watch::channel(PreviewStatus::off());
         let retry = Arc::new(Notify::new());
+        let last_page = LastPage::default();
         let driver = DevServer::new(
             site.clone(),
             settings,
@@ -267,6 +276,7 @@ impl PreviewHandle {
                 retry: retry.clone(),
             },
             publish,
+            last_page.clone(),
         );
         tasks.spawn("preview", driver.drive());
         Self(Arc::new(Handle {
@@ -274,6 +284,7 @@ impl PreviewHandle {
             intents,
             retry,
             status,
+            last_page,
         }))
     }
 
@@ -295,6 +306,47 @@ impl PreviewHandle {
     /// The loopback port of a server that can be asked now.
     pub(crate) fn upstream(&self) -> Option<u16> {
         self.0.status.borrow().upstream
+    }
+
+    /// Somebody is shown this path.
+    pub(crate) fn note_page(&self, path: &str) {
+        self.0.last_page.note(path);
+    }
+
+    /// The last error of a server that goes on serving: Vite keeps none for a browser that comes
+    /// later, since greenroom listens. None after a change: a page that is still broken says so.
+    pub(crate) fn error_to_replay(&self) -> Option<String> {
+        let status = self.0.status.borrow();
+        status.upstream?;
+        let newest = status.errors.last()?;
+        (status.told_at == status.updates).then(|| hmr::replay(newest))
+    }
+
+    /// Looks at the pages on which a change of `files` would show, so that the server meets their
+    /// errors; then waits until it has said something, `patience` at most. `updates` is what the
+    /// status said before the change was made.
+    pub async fn look(&self, files: &[String], updates: u64, patience: Duration) {
+        let Some(port) = self.upstream() else {
+            return;
+        };
+        let mut status = self.status();
+        let pages = self
+            .0
+            .last_page
+            .and_pages_of(files.iter().map(String::as_str));
+        let word = async {
+            let answers = probe::pages(port, &pages, patience).await;
+            let is_broken = answers.iter().flatten().any(StatusCode::is_server_error);
+            let is_content = files.iter().any(|file| file.starts_with("src/content/"));
+            let heard = |status: &PreviewStatus| match status.state {
+                // Is it the old one? What was mended is seen to be so a moment later.
+                PreviewState::Error => is_broken,
+                PreviewState::Live => !is_broken && (!is_content || status.updates > updates),
+                _ => true,
+            };
+            status.wait_for(heard).await.ok();
+        };
+        tokio::time::timeout(patience, word).await.ok();
     }
 
     /// Starts the dev server unless it runs; asking for it also ends a wait between restarts.

@@ -8,7 +8,12 @@ use std::{
     },
 };
 
-use tokio::io::{AsyncBufRead, AsyncBufReadExt, AsyncRead, BufReader};
+use tokio::{
+    io::{AsyncBufRead, AsyncBufReadExt, AsyncRead, BufReader},
+    sync::mpsc,
+};
+
+use super::hmr::Word;
 
 use crate::{
     domain::PreviewError,
@@ -24,6 +29,8 @@ const MAX_LINE: usize = 64 * 1024;
 /// Output of one run. Cheap to clone.
 #[derive(Debug, Clone)]
 pub(crate) struct Output {
+    /// Where errors go that are told in the log alone.
+    words: Option<(Arc<Path>, mpsc::Sender<Word>)>,
     stdout: Arc<Mutex<Tail>>,
     stderr: Arc<Mutex<Tail>>,
     moved: Arc<AtomicBool>,
@@ -40,9 +47,18 @@ impl Output {
     pub(crate) fn new() -> Self {
         let tail = || Arc::new(Mutex::new(Tail::new(KEPT_LINES)));
         Self {
+            words: None,
             stdout: tail(),
             stderr: tail(),
             moved: Arc::default(),
+        }
+    }
+
+    /// One that also tells of the errors that Astro tells nobody but its log.
+    pub(crate) fn telling(self, worktree: &Path, words: mpsc::Sender<Word>) -> Self {
+        Self {
+            words: Some((worktree.into(), words)),
+            ..self
         }
     }
 
@@ -60,6 +76,12 @@ impl Output {
         // Vite and Astro take the next port when theirs is in use, and say no more than this.
         if line.contains("is in use, trying another") {
             self.moved.store(true, Ordering::Relaxed);
+        }
+        if let Some((worktree, words)) = &self.words
+            && let Some(word) = word_in(line, worktree)
+        {
+            // A driver that is that far behind has errors enough.
+            words.try_send(word).ok();
         }
         let tail = match stream {
             Stream::Stdout => &self.stdout,
@@ -113,12 +135,30 @@ async fn next_line<R: AsyncBufRead + Unpin>(source: &mut R, line: &mut Vec<u8>) 
     }
 }
 
+/// Astro 7 keeps the old content when an entry breaks, and Vite the old files when it can't watch
+/// them; both answer 200 and say it in the log alone (measured with 7.3.5).
+fn word_in(line: &str, worktree: &Path) -> Option<Word> {
+    if let Some((_, what)) = line.split_once("[glob-loader] ")
+        && what.contains("Failed to")
+    {
+        return Some(Word::Error(error_from(what, worktree)));
+    }
+    line.contains("file watcher error").then(|| {
+        Word::Blind(PreviewError {
+            message: "the dev server can't watch the site's files (the system's limit of watches \
+                      is reached); what the preview shows may be old"
+                .into(),
+            ..PreviewError::default()
+        })
+    })
+}
+
 /// An error for a person from a server's last words: paths relative to the site, no stack, and
 /// the first place in the site's own files that it names.
 pub(crate) fn error_from(words: &str, worktree: &Path) -> PreviewError {
     let root = format!("{}/", worktree.display());
     let words = words.replace("file://", "").replace(&root, "");
-    let place = words.split_whitespace().find_map(place);
+    let place = place_in(&words);
     let message: Vec<&str> = words
         .lines()
         .filter(|line| !line.trim_start().starts_with("at ") && !line.contains("node:internal/"))
@@ -136,6 +176,11 @@ pub(crate) fn error_from(words: &str, worktree: &Path) -> PreviewError {
             ..PreviewError::default()
         },
     }
+}
+
+/// The first place in the site's own files that a text names; its paths are relative to the site.
+pub(crate) fn place_in(text: &str) -> Option<(String, u32, u32)> {
+    text.split_whitespace().find_map(place)
 }
 
 /// `path:line:column` of a file of the site, however it is bracketed.
@@ -172,6 +217,15 @@ mod tests {
             !error.message.contains("/w/acme") && !error.message.contains("/opt/node"),
             "{error:?}"
         );
+
+        let content = "15:04:05 [ERROR] [glob-loader] Failed to reload p3.md: bad frontmatter";
+        let Some(Word::Error(error)) = word_in(content, root) else {
+            panic!("an error");
+        };
+        assert_eq!(error.message, "Failed to reload p3.md: bad frontmatter");
+        let limit = "[ERROR] [vite] file watcher error: ENOSPC: System limit";
+        assert!(matches!(word_in(limit, root), Some(Word::Blind(_))));
+        assert_eq!(word_in("[200] / 4ms", root), None);
 
         let url = error_from("file:///w/acme/threads/main/src/a.ts:7:1: bad", root);
         assert_eq!((url.file.as_deref(), url.line), (Some("src/a.ts"), Some(7)));

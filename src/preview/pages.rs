@@ -217,6 +217,8 @@ mod tests {
             }],
             upstream: None,
             generation: 4,
+            updates: 0,
+            told_at: 0,
             progress: "Trying {errors} again".to_owned(),
         };
         let response = holding(&status);

@@ -17,7 +17,7 @@ const MAX_BODY: usize = 4 * 1024 * 1024;
 /// Asks once; nothing if there is no whole answer within `deadline`.
 async fn get(
     port: u16,
-    path: &'static str,
+    path: &str,
     accept: &'static str,
     deadline: Duration,
 ) -> Option<(StatusCode, Bytes)> {
@@ -79,6 +79,27 @@ pub(crate) async fn answers(port: u16, proof: Proof) -> bool {
 fn is_ok(body: &[u8]) -> bool {
     serde_json::from_slice::<serde_json::Value>(body)
         .is_ok_and(|status| status.get("ok") == Some(&serde_json::Value::Bool(true)))
+}
+
+/// An error is told so much after the request that met it.
+pub(crate) const LATE: Duration = Duration::from_millis(350);
+/// For a page that is rendered for the first time, on a busy machine.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// What these pages answer, asked for side by side.
+pub(crate) async fn pages(
+    port: u16,
+    paths: &[String],
+    deadline: Duration,
+) -> Vec<Option<StatusCode>> {
+    futures_util::future::join_all(paths.iter().map(|path| page(port, path, deadline))).await
+}
+
+/// What a page answers within `deadline`, as a browser would ask for it.
+pub(crate) async fn page(port: u16, path: &str, deadline: Duration) -> Option<StatusCode> {
+    get(port, path, "text/html", deadline)
+        .await
+        .map(|(status, _)| status)
 }
 
 /// Has the first page rendered, which loads the site's module graph: about a second that a

@@ -47,7 +47,7 @@ use super::{
     access::{Verdict, hide_cookies},
     alarm::{Alarm, Elapsed},
     header_deadline::{HeaderDeadline, InRequest},
-    headers,
+    headers, hmr,
     pages::{self, Page},
     routing::{Host, SameSite, is_own_origin},
 };
@@ -298,6 +298,9 @@ impl Downstream {
             self.check_origin(request.headers(), &host)?;
         } else if path.starts_with(pages::OWN_PREFIX) {
             return Err(self.answer_own(request, &host, &preview));
+        }
+        if as_page && !is_websocket {
+            preview.note_page(path);
         }
         Ok(Destination {
             host,
@@ -581,6 +584,11 @@ impl Downstream {
             return Ok(Response::from_parts(head, ResponseBody::streamed(body)));
         };
         headers::ask_for_websocket(&mut head.headers);
+        let is_hmr = head
+            .headers
+            .get(SEC_WEBSOCKET_PROTOCOL)
+            .is_some_and(|protocol| protocol == "vite-hmr");
+        let first = is_hmr.then(|| to.preview.error_to_replay()).flatten();
         if is_bridged {
             // A client that named none must not be given one (RFC 6455 4.1).
             head.headers.remove(SEC_WEBSOCKET_PROTOCOL);
@@ -588,6 +596,7 @@ impl Downstream {
         let tunnel = tunnel(
             on_downstream,
             on_upstream,
+            first,
             self.proxy.tasks.clone(),
             self.permit.clone(),
         );
@@ -599,10 +608,12 @@ impl Downstream {
     }
 }
 
-/// Carries bytes both ways until one side is done or the program stops.
+/// Carries bytes both ways until one side is done or the program stops; `first` is told to the
+/// browser after the dev server's greeting.
 async fn tunnel(
     on_downstream: OnUpgrade,
     on_upstream: OnUpgrade,
+    first: Option<String>,
     tasks: Tasks,
     permit: Arc<OwnedSemaphorePermit>,
 ) {
@@ -612,6 +623,12 @@ async fn tunnel(
             return;
         };
         let (mut down, mut up) = (TokioIo::new(down), TokioIo::new(up));
+        if let Some(first) = first {
+            let greeted = timeout(UPGRADE_DEADLINE, hmr::greet(&mut up, &mut down, &first));
+            if !matches!(greeted.await, Ok(Ok(()))) {
+                return;
+            }
+        }
         tokio::io::copy_bidirectional_with_sizes(&mut down, &mut up, TUNNEL_BUFFER, TUNNEL_BUFFER)
             .await
             .ok();

@@ -10,7 +10,10 @@
 //! them. So whatever stops a publication (a conflict, lines that would silently vanish, a refusal,
 //! the network) changes nothing.
 
-use std::{path::Path, time::Instant};
+use std::{
+    path::Path,
+    time::{Duration, Instant},
+};
 
 use git2::{ErrorCode, Oid, Repository};
 
@@ -29,8 +32,10 @@ use crate::{
     lease::Fence,
 };
 
-/// How often a push that came too late takes in what came before it.
-const MAX_CATCH_UPS: usize = 3;
+/// How often a push that came too late takes in what came before it, and waits before that: of many
+/// that push at once all get their turn.
+const MAX_CATCH_UPS: u32 = 12;
+const CATCH_UP_PAUSE: Duration = Duration::from_millis(50);
 
 /// How far up a thread's work goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -166,24 +171,29 @@ impl UserRepository {
         how: &How<'_>,
         merged: &mut Vec<MergeStep>,
     ) -> Result<PushedBranch> {
-        let branch = client.tip.branch.clone();
+        let Tip { branch, id: own } = client.tip.clone();
         let uplink = self.uplink(repo, origin, client)?;
-        for _ in 0..MAX_CATCH_UPS {
+        let mut caught_up = None;
+        for attempt in 0..MAX_CATCH_UPS {
             let pushed = uplink.push(&branch, client.tip.id)?;
             if pushed != Pushed::Behind {
+                merged.extend(caught_up);
                 return Ok(PushedBranch {
                     branch,
                     commit: client.tip.id.to_string(),
                     up_to_date: pushed == Pushed::UpToDate,
                 });
             }
+            std::thread::sleep(CATCH_UP_PAUSE * attempt);
             let upstream = uplink.fetch(&branch, origin.base_branch)?;
             if let Some(id) = upstream.client {
                 let theirs = Tip {
                     branch: format!("origin/{branch}"),
                     id,
                 };
-                merged.push(client.take_in(repo, &theirs, how, None)?);
+                // One merge with what is there in the end, not one for each try.
+                client.tip.id = own;
+                caught_up = Some(client.take_in(repo, &theirs, how, None)?);
             }
         }
         Err(RepositoryError::Remote(RemoteError {

@@ -6,6 +6,8 @@
 
 mod operation;
 mod prepare;
+mod preview_word;
+mod publish;
 mod thread;
 mod view;
 mod warm;
@@ -28,17 +30,18 @@ use crate::{
     domain::{Between, Conflict, ConflictKind, PreviewStatus, Signature, TurnResult, TurnStatus},
     gateway::Gateway,
     identity::{ThreadId, ThreadKey, TurnId, UserKey},
-    lease::{Lease, LeaseError, LeaseLost, Patience},
+    lease::{Fence, Lease, LeaseError, LeaseLost, Patience},
     lifecycle::{Activity, HolderKind, Memory},
     preview::Previews,
     process::Launcher,
-    repository::{Remotes, RepositoryError, SourceError},
+    repository::{GitHub, NoPullRequests, RemoteError, Remotes, RepositoryError, SourceError},
     task::{self, BlockingError, Tasks},
     turn::{JournalError, Past, RunError, StoredContext, TurnFile, TurnRecord, blank_result},
     workspace::{Cache, Dependencies, InstallError, ThreadPaths, UserPaths, WorkspaceError},
 };
 
 pub use operation::{DryRun, Operation, OperationAnswer, OperationRequest};
+pub use publish::{PublishAnswer, PublishWish, PullRequestWish};
 pub use view::{ExecuteRequest, InitAnswer, InitRequest, PreviewView, ThreadView, TurnSummary};
 
 use thread::{Request, ThreadHandle};
@@ -91,6 +94,8 @@ pub enum SupervisorError {
     /// What was asked for makes no sense here.
     #[error("{0}")]
     Refused(&'static str),
+    #[error(transparent)]
+    NoPullRequests(#[from] NoPullRequests),
     #[error(transparent)]
     Lease(Arc<LeaseError>),
     #[error(transparent)]
@@ -164,6 +169,12 @@ impl From<JournalError> for SupervisorError {
     }
 }
 
+impl From<RemoteError> for SupervisorError {
+    fn from(error: RemoteError) -> Self {
+        RepositoryError::from(error).into()
+    }
+}
+
 impl From<RepositoryError> for SupervisorError {
     fn from(error: RepositoryError) -> Self {
         match error {
@@ -207,6 +218,7 @@ impl Clone for SupervisorError {
                 files: files.clone(),
             },
             Self::Refused(why) => Self::Refused(why),
+            Self::NoPullRequests(why) => Self::NoPullRequests(*why),
             Self::Lease(error) => Self::Lease(error.clone()),
             Self::Source(error) => Self::Source(error.clone()),
             Self::Repository(error) => Self::Repository(error.clone()),
@@ -230,6 +242,7 @@ pub struct SupervisorSettings {
     pub repo_url: Option<String>,
     pub allowed_local_repos: Option<PathBuf>,
     pub remotes: Remotes,
+    pub github: GitHub,
     pub committer: Signature,
     /// Run dev servers at all.
     pub runs_previews: bool,
@@ -258,6 +271,11 @@ struct RepositoryLock {
 }
 
 impl RepositoryLock {
+    /// Closed for good once it is released.
+    fn fence(&self) -> &Fence {
+        self.lease.fence()
+    }
+
     async fn release(self) {
         self.lease.release().await;
     }

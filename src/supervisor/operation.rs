@@ -13,12 +13,15 @@ use tokio_util::sync::CancellationToken;
 use super::{
     DISK_DEADLINE, Inner, LiveTurn, SupervisorError, lock,
     prepare::{IdempotencyMark, Prepared},
-    thread::preview_after,
+    preview_word,
+    publish::{self, PublishAnswer, PublishWish},
 };
 use crate::{
-    domain::{Author, CommitSummary, Effect, FileChange, TurnKind, TurnMode, TurnResult},
+    domain::{
+        Author, CommitSummary, Effect, FileChange, MergeStep, TurnKind, TurnMode, TurnResult,
+    },
     identity::{ThreadKey, TurnId},
-    repository::{Draft, Repair, Snapshot},
+    repository::{Draft, Repair, Snapshot, Synced, Worktree},
     task,
     turn::{
         Accepted, Folder, Journal, Past, PastTurn, StoredContext, TurnFile, TurnRecord, TurnSite,
@@ -35,6 +38,11 @@ pub enum Operation {
     Redo { turn: Option<TurnId> },
     /// Set the site to the state of an earlier commit, named by its id or the beginning of it.
     Restore { commit: String },
+    /// Bring down what others did: from the origin, the client's and the user's branch. Cannot be
+    /// tried without being made.
+    Sync,
+    /// Bring up what this thread did. That changes nothing in the thread, so it is no turn.
+    Publish(Box<PublishWish>),
 }
 
 /// An operation as somebody asks for it.
@@ -57,6 +65,9 @@ pub struct OperationRequest {
 pub enum OperationAnswer {
     Done(Box<TurnResult>),
     DryRun(Box<DryRun>),
+    /// The merges of a sync, and its turn, if the thread changed by it.
+    Synced(Vec<MergeStep>, Option<Box<TurnResult>>),
+    Published(Box<PublishAnswer>),
 }
 
 /// What an operation would do.
@@ -88,6 +99,8 @@ struct Plan {
     /// The commit's subject, and the turn's instruction in the history.
     title: String,
     draft: Draft,
+    /// Of a sync: what was merged further up.
+    merged: Vec<MergeStep>,
 }
 
 /// Runs an operation, from outside edits to its outcome.
@@ -131,11 +144,21 @@ async fn run_into(
             return Err(SupervisorError::StaleHead { head });
         }
     }
+    if let Operation::Publish(wish) = &request.operation {
+        let published = publish::publish(inner, prepared, wish, &mut end.folder).await;
+        if end.folder == Folder::New {
+            preview_word::word_on(inner, prepared, None, end.folder, 0).await;
+        }
+        return Ok(OperationAnswer::Published(Box::new(published?)));
+    }
     if request.dry_run {
+        if matches!(request.operation, Operation::Sync) {
+            return Err(SupervisorError::Refused("a sync has no dryRun"));
+        }
         let base = site
             .on_disk("looking at the worktree", |tree| tree.uncommitted())
             .await?;
-        let plan = plan(site, &request.operation, base).await?;
+        let plan = plan(inner, prepared, &request.operation, base).await?;
         return Ok(OperationAnswer::DryRun(Box::new(DryRun {
             kind: plan.kind,
             effect: plan.effect,
@@ -144,11 +167,14 @@ async fn run_into(
         })));
     }
     let mut repairs = Vec::new();
-    let planned = plan_on_committed(site, &request.operation, &mut repairs).await;
+    let planned = plan_on_committed(inner, prepared, &request.operation, &mut repairs).await;
     if repairs.contains(&Repair::Folder) {
         end.folder = Folder::New;
     }
     let plan = planned?;
+    if plan.kind == TurnKind::Sync && plan.draft.is_empty() {
+        return Ok(OperationAnswer::Synced(plan.merged, None));
+    }
 
     let mut accepted = Accepted {
         turn_id: TurnId::new(&request.key),
@@ -174,8 +200,9 @@ async fn run_into(
         cancel: CancellationToken::new(),
     };
     lock(&inner.live).insert(accepted.turn_id.clone(), live);
+    let updates = inner.preview_status(&site.key).updates;
     let preview = async |commit: Option<&CommitSummary>| {
-        preview_after(inner, prepared, commit, end.folder).await
+        preview_word::word_on(inner, prepared, commit, end.folder, updates).await
     };
     let text = said(&accepted);
     let done = site
@@ -185,7 +212,11 @@ async fn run_into(
     match done {
         Ok(result) => {
             end.context = Some(context);
-            Ok(OperationAnswer::Done(Box::new(result)))
+            let result = Box::new(result);
+            Ok(match accepted.kind {
+                TurnKind::Sync => OperationAnswer::Synced(plan.merged, Some(result)),
+                _ => OperationAnswer::Done(result),
+            })
         }
         Err(error) => {
             end.is_unfinished = true;
@@ -197,18 +228,20 @@ async fn run_into(
 /// Commits outside edits, then plans. What is written at that very moment may be in the way: then
 /// it is committed too, and the plan is made again.
 async fn plan_on_committed(
-    site: &TurnSite,
+    inner: &Arc<Inner>,
+    prepared: &Prepared,
     operation: &Operation,
     repairs: &mut Vec<Repair>,
 ) -> Result<Plan, SupervisorError> {
     const TRIES: usize = 3;
+    let site = &prepared.site;
     repairs.extend(site.commit_outside_edits().await?.repairs);
     let mut tries = 1;
     loop {
         let base = site
             .on_disk("reading the head", |tree| tree.committed())
             .await?;
-        let planned = plan(site, operation, base).await;
+        let planned = plan(inner, prepared, operation, base).await;
         let is_conflict = matches!(
             planned,
             Err(SupervisorError::UndoConflict { .. } | SupervisorError::MergeConflict { .. })
@@ -222,15 +255,42 @@ async fn plan_on_committed(
 
 /// Works out what an operation does to `base`, and refuses what cannot be done.
 async fn plan(
-    site: &TurnSite,
+    inner: &Arc<Inner>,
+    prepared: &Prepared,
     operation: &Operation,
     base: Snapshot,
 ) -> Result<Plan, SupervisorError> {
+    let site = &prepared.site;
     match operation {
         Operation::Undo { turn } => undo(site, turn.clone(), base).await,
         Operation::Redo { turn } => redo(site, turn.clone(), base).await,
         Operation::Restore { commit } => restore(site, commit.clone(), base).await,
+        Operation::Sync => sync(inner, prepared, base).await,
+        Operation::Publish(_) => unreachable!("it is no turn, and was carried out before"),
     }
+}
+
+/// The branches above are brought up to date by this already: what is planned is the thread's part.
+async fn sync(
+    inner: &Arc<Inner>,
+    prepared: &Prepared,
+    base: Snapshot,
+) -> Result<Plan, SupervisorError> {
+    let Synced { merged, draft } = publish::sync(inner, prepared, base).await?;
+    let draft = match draft {
+        Some(draft) => draft,
+        None => {
+            let nothing = move |tree: &Worktree| tree.draft_nothing(&base);
+            prepared.site.on_disk("drafting nothing", nothing).await?
+        }
+    };
+    Ok(Plan {
+        kind: TurnKind::Sync,
+        effect: Effect::default(),
+        title: "Sync with what others did".into(),
+        draft,
+        merged,
+    })
 }
 
 async fn undo(
@@ -276,6 +336,7 @@ async fn undo(
             ..Effect::default()
         },
         draft,
+        merged: Vec::new(),
     })
 }
 
@@ -305,6 +366,7 @@ async fn redo(
             ..Effect::default()
         },
         draft,
+        merged: Vec::new(),
     })
 }
 
@@ -323,6 +385,7 @@ async fn restore(site: &TurnSite, commit: String, base: Snapshot) -> Result<Plan
             ..Effect::default()
         },
         draft,
+        merged: Vec::new(),
     })
 }
 
@@ -383,6 +446,7 @@ fn quoted(instruction: &str) -> String {
 /// What a person is told of an operation that was carried out.
 fn said(accepted: &Accepted) -> String {
     match (&accepted.applies, accepted.kind) {
+        (_, TurnKind::Sync) => "What others did is in this thread now.".into(),
         (Some(_), _) => format!("{}: done.", accepted.instruction),
         (None, TurnKind::Restore) => "The site is in that state already.".into(),
         (None, _) => format!(

@@ -42,7 +42,7 @@ pub(super) struct Prepared {
     pub(super) site: TurnSite,
     pub(super) attach: Attach,
     /// What `repoUrl` has to mean for this workspace; `None` for the template.
-    repo_url: Option<String>,
+    pub(super) repo_url: Option<String>,
     timings: BTreeMap<&'static str, Duration>,
 }
 
@@ -204,11 +204,15 @@ fn check_out(
         created
     };
     let now = Timestamp::now();
-    let created = present.map_or(now, |metadata| metadata.created);
+    let (created, base_branch) = match present {
+        Some(metadata) => (metadata.created, metadata.base_branch),
+        None => (now, base.map(str::to_owned)),
+    };
     Metadata {
         created,
         last_accessed: now,
         repo_url: repo_url.clone(),
+        base_branch,
     }
     .save(&paths.user.metadata())?;
     let state = repository.ensure_thread(key, &paths.worktree(), fence)?;
@@ -436,17 +440,17 @@ pub(super) async fn answer(
 fn touch(paths: &ThreadPaths, repo_url: Option<String>) {
     let path = paths.user.metadata();
     let now = Timestamp::now();
-    let created = Metadata::load(&path)
-        .ok()
-        .flatten()
-        .map_or(now, |metadata| metadata.created);
-    if let Err(error) = (Metadata {
-        created,
+    let known = Metadata::load(&path).ok().flatten();
+    let metadata = Metadata {
         last_accessed: now,
-        repo_url,
-    })
-    .save(&path)
-    {
+        ..known.unwrap_or(Metadata {
+            created: now,
+            last_accessed: now,
+            repo_url,
+            base_branch: None,
+        })
+    };
+    if let Err(error) = metadata.save(&path) {
         tracing::warn!(%error, "failed to note the access");
     }
 }

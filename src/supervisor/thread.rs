@@ -16,13 +16,11 @@ use super::{
     ExecuteRequest, InitAnswer, InitRequest, Inner, LiveTurn, SupervisorError, lock,
     operation::{self, OperationAnswer, OperationEnd, OperationRequest},
     prepare::{self, Preparation, Prepared},
+    preview_word,
 };
 use crate::{
     agent::Agent,
-    domain::{
-        CommitSummary, Continuity, Effect, PreviewState, TurnEvent, TurnKind, TurnPreview,
-        TurnStatus,
-    },
+    domain::{CommitSummary, Continuity, Effect, TurnEvent, TurnKind, TurnStatus},
     identity::{ThreadKey, TurnId},
     lease::Lease,
     lifecycle::{Guard, HolderKind},
@@ -39,9 +37,6 @@ const MAILBOX: usize = 256;
 const AGENT_IDLE: Duration = Duration::from_secs(15 * 60);
 /// Stopping a thread: an interrupted turn commits and writes its outcome in this time.
 const STOP_GRACE: Duration = Duration::from_secs(15);
-
-/// How long a turn that changed files waits for the preview's word, by the contract.
-const PREVIEW_WORD: Duration = Duration::from_millis(700);
 
 type Reply<T> = oneshot::Sender<Result<T, SupervisorError>>;
 
@@ -515,10 +510,12 @@ impl Driver {
             };
             let holder = inner.activity.hold(HolderKind::Turn, id.to_string());
             drop(_guard);
+            let key = prepared.site.key.clone();
+            let updates = inner.preview_status(&key).updates;
             let preview = async |commit: Option<&CommitSummary>, folder: Folder| {
-                preview_after(&inner, &prepared, commit, folder).await
+                preview_word::word_on(&inner, &prepared, commit, folder, updates).await
             };
-            let mut end = run_turn(
+            let turn = run_turn(
                 &prepared.site,
                 &accepted,
                 &journal,
@@ -526,8 +523,8 @@ impl Driver {
                 agent,
                 &cancel,
                 preview,
-            )
-            .await;
+            );
+            let mut end = preview_word::with_news(&inner, &key, &journal, turn).await;
             drop((permit, holder));
             if inner.settings.max_warm_agents > 0
                 && !inner.draining.is_cancelled()
@@ -668,41 +665,5 @@ async fn lost(lease: Option<&Lease>) {
     match lease {
         Some(lease) => lease.fence().lost().await,
         None => std::future::pending().await,
-    }
-}
-
-/// The preview's word on a turn: what needs new dependencies gets them, a server that had given up
-/// tries again.
-pub(super) async fn preview_after(
-    inner: &Arc<Inner>,
-    prepared: &Prepared,
-    commit: Option<&CommitSummary>,
-    folder: Folder,
-) -> TurnPreview {
-    if folder == Folder::New {
-        prepared.attach.again();
-    } else if let Some(commit) = commit {
-        let names = [
-            "package.json",
-            "package-lock.json",
-            "pnpm-lock.yaml",
-            "yarn.lock",
-        ];
-        let changed = |name: &str| commit.files.iter().any(|file| file.path == name);
-        if names.iter().any(|name| changed(name)) {
-            prepared.attach.again();
-        } else if let Some(preview) = inner.previews.get(&prepared.site.key.slug())
-            && preview.status().borrow().state == PreviewState::Error
-        {
-            preview.restart("the site changed").await;
-            let mut status = preview.status();
-            let settled = status.wait_for(|status| status.state != PreviewState::Starting);
-            tokio::time::timeout(PREVIEW_WORD, settled).await.ok();
-        }
-    }
-    let status = inner.preview_status(&prepared.site.key);
-    TurnPreview {
-        state: status.state,
-        errors: status.errors,
     }
 }

@@ -44,6 +44,16 @@ impl UserPaths {
         self.state().join("scratch")
     }
 
+    /// For the isolated git directory of one fetch or push.
+    pub fn uplink(&self) -> PathBuf {
+        self.state().join("uplink")
+    }
+
+    /// Copies of what is held back of edits in `project/`.
+    pub fn held_outside(&self) -> PathBuf {
+        self.state().join("held").join("outside")
+    }
+
     /// Who may change what all threads of the user share.
     pub fn lease(&self) -> PathBuf {
         self.state().join("lease")

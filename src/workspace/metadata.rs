@@ -18,6 +18,9 @@ pub struct Metadata {
     pub last_accessed: Timestamp,
     /// Without credentials; `None` for the built-in template.
     pub repo_url: Option<String>,
+    /// Where the client's work goes in the end; `None`: the repository's default branch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub base_branch: Option<String>,
 }
 
 /// Where a thread's preview is, for life.

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::support::{
     Folders, Options, PATIENCE, SITE, StandIn, TestGreenroom, git, processes_below, rule, runs,
-    wait_for, who, writes,
+    wait_for, wait_for_async, who, writes,
 };
 
 /// Three seconds.
@@ -166,18 +166,6 @@ async fn sigterm_lets_a_turn_end_and_refuses_new_work() {
     // What never began runs after the next start.
     let greenroom = greenroom.restart().await;
     assert_eq!(greenroom.ended(&waiting).await["status"], "completed");
-}
-
-/// [`wait_for`], with a condition that asks.
-async fn wait_for_async<T>(what: &str, condition: impl AsyncFn() -> Option<T>) -> T {
-    let begun = Instant::now();
-    loop {
-        if let Some(found) = condition().await {
-            return found;
-        }
-        assert!(begun.elapsed() < PATIENCE, "never happened: {what}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
 }
 
 /// A turn that writes a file and then never ends.

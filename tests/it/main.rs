@@ -22,6 +22,7 @@ mod owners;
 mod preview_dev_server;
 mod preview_proxy;
 mod process;
+mod publish;
 mod tenants;
 mod usage;
 mod warm;

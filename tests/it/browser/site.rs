@@ -7,6 +7,7 @@ use nix::{
 use serde_json::{Value, json};
 
 use super::{LISTEN, Room, hears, thread};
+use crate::support::wait_for_async;
 
 const HEADING: &str = "Good pots for ordinary days";
 const ACCENT: &str =
@@ -74,19 +75,61 @@ async fn a_broken_page_says_so_and_comes_back_by_itself() {
     let page = room.open(&url).await;
     page.wait_for_text("h1", HEADING).await;
 
-    room.greenroom
+    let broken = room
+        .greenroom
         .execute(&main, "Break the page on purpose")
         .await
         .ok();
+    assert_eq!(broken["status"], "completed");
     page.wait_for("document.querySelector('vite-error-overlay')")
         .await;
-
     page.screenshot("site-broken").await;
+    let preview = async |wanted: &str| {
+        let path = format!("{}/preview", main.path());
+        let said = async || {
+            let preview = room.greenroom.get(&path).await.ok()["result"].clone();
+            (preview["state"] == wanted).then_some(preview)
+        };
+        wait_for_async(&format!("the preview is {wanted}"), said).await
+    };
+    let errors = preview("error").await["errors"].clone();
+    assert_eq!(errors[0]["file"], "src/pages/index.astro", "{errors}");
+    assert!(errors[0]["line"].as_u64() > Some(0), "{errors}");
+    let message = errors[0]["message"].as_str().unwrap();
+    assert!(
+        !message.is_empty() && !message.contains("/threads/"),
+        "{errors}"
+    );
+    // A turn waits 700 ms for the preview's word, which a busy machine may need longer for.
+    if broken["preview"]["state"] == "error" {
+        assert_eq!(broken["preview"]["errors"], errors);
+        let turn = broken["turnId"].as_str().unwrap();
+        let events = room.greenroom.events(turn, 0).await.all().await;
+        let told = events.iter().find(|event| event.name == "preview.error");
+        assert_eq!(told.unwrap().data["errors"], errors);
+    }
+
+    // Who comes later is told too, and other pages are there.
+    let late = room.open(&url).await;
+    late.wait_for("document.querySelector('vite-error-overlay')")
+        .await;
+    let about = room.open(&format!("{url}/about")).await;
+    about
+        .wait_for_text("h1", "Four people, one large kiln")
+        .await;
 
     room.greenroom.execute(&main, "Repair it").await.ok();
-    page.wait_for_text("h1", HEADING).await;
-    let overlay = page.eval("document.querySelector('vite-error-overlay')");
-    assert_eq!(overlay.await, Value::Null);
+    for page in [&page, &late] {
+        // The old text is behind the overlay.
+        page.wait_for("!document.querySelector('vite-error-overlay')")
+            .await;
+        page.wait_for_text("h1", HEADING).await;
+    }
+    assert_eq!(preview("live").await["errors"], json!([]));
+    for page in [&page, &late] {
+        let overlay = page.eval("document.querySelector('vite-error-overlay')");
+        assert_eq!(overlay.await, Value::Null, "and it stays away");
+    }
 }
 
 #[tokio::test]

@@ -3,6 +3,7 @@
 
 use std::{
     fs,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::Stdio,
     sync::{Arc, Mutex},
@@ -115,7 +116,10 @@ impl Hosting {
         let bare = self.bare(name);
         fs::create_dir_all(bare.parent().unwrap()).unwrap();
         let to = bare.to_str().unwrap();
-        git(self.folders.join("hosted"), &["clone", "--quiet", "--bare", &from, to]);
+        git(
+            self.folders.join("hosted"),
+            &["clone", "--quiet", "--bare", &from, to],
+        );
         self.url(&format!("acme/{name}"))
     }
 
@@ -127,6 +131,47 @@ impl Hosting {
     /// Where a repository lies.
     pub(crate) fn bare(&self, name: &str) -> PathBuf {
         self.folders.join("hosted/acme").join(format!("{name}.git"))
+    }
+
+    /// Somebody else's push to a branch: a file with this content, or without one none.
+    pub(crate) fn commit(&self, name: &str, branch: &str, file: &str, content: Option<&str>) {
+        let clone = self
+            .folders
+            .join(format!("elsewhere-{}", uuid::Uuid::new_v4()));
+        let (from, to) = (self.bare(name), clone.to_str().unwrap());
+        let from = from.to_str().unwrap();
+        git(
+            self.folders.join("hosted"),
+            &["clone", "--quiet", "--branch", branch, from, to],
+        );
+        let path = clone.join(file);
+        match content {
+            Some(content) => {
+                fs::create_dir_all(path.parent().unwrap()).unwrap();
+                fs::write(path, content).unwrap();
+            }
+            None => fs::remove_file(path).unwrap(),
+        }
+        git(&clone, &["add", "--all"]);
+        git(&clone, &["commit", "--quiet", "--message=Somebody else's"]);
+        git(&clone, &["push", "--quiet", "origin", branch]);
+    }
+
+    /// Lets the server refuse every push with these words.
+    pub(crate) fn refuse(&self, name: &str, words: &str) {
+        let hook = self.bare(name).join("hooks/pre-receive");
+        fs::create_dir_all(hook.parent().unwrap()).unwrap();
+        fs::write(
+            &hook,
+            format!("#!/bin/sh\nprintf '{words}\\n' >&2\nexit 1\n"),
+        )
+        .unwrap();
+        fs::set_permissions(&hook, fs::Permissions::from_mode(0o755)).unwrap();
+    }
+
+    /// Lets it take pushes again.
+    pub(crate) fn accept(&self, name: &str) {
+        fs::remove_file(self.bare(name).join("hooks/pre-receive")).unwrap();
     }
 
     /// Requests for git so far, and their `Authorization`.
@@ -170,7 +215,10 @@ impl Hosting {
         let path = head.uri.path().trim_start_matches('/');
         let (repository, rest) = path.split_at(path.find("/info/refs").or(path.rfind("/git-"))?);
         let repository = repository.strip_suffix(".git").unwrap_or(repository);
-        let folder = self.folders.join("hosted").join(format!("{repository}.git"));
+        let folder = self
+            .folders
+            .join("hosted")
+            .join(format!("{repository}.git"));
         if !folder.is_dir() {
             return Some(answer(404, "text/plain", "no such repository"));
         }
@@ -214,7 +262,8 @@ impl Hosting {
         let (head, body) = request.into_parts();
         let body = body.collect().await.ok()?.to_bytes();
         let mut state = self.state.lock().unwrap();
-        let json = |status, value: Value| Some(answer(status, "application/json", value.to_string()));
+        let json =
+            |status, value: Value| Some(answer(status, "application/json", value.to_string()));
         if let Some(status) = state.api_status {
             return json(status, json!({"message": "no"}));
         }
@@ -227,9 +276,7 @@ impl Hosting {
             Some(name) => (name, "pulls"),
             None => (path, ""),
         };
-        let sent = |number: usize| {
-            json!({"number": number, "html_url": format!("https://github.com/{name}/pull/{number}")})
-        };
+        let sent = |number: usize| json!({"number": number, "html_url": format!("https://github.com/{name}/pull/{number}")});
         match (head.method.as_str(), rest) {
             ("GET", "") => json(200, json!({"full_name": name, "default_branch": "main"})),
             ("GET", _) => {
@@ -265,7 +312,11 @@ where
 {
     let service = service_fn(|request| {
         let answer = work(request);
-        async { answer.await.ok_or_else(|| std::io::Error::other("broken off")) }
+        async {
+            answer
+                .await
+                .ok_or_else(|| std::io::Error::other("broken off"))
+        }
     });
     http1::Builder::new()
         .serve_connection(TokioIo::new(stream), service)
@@ -277,7 +328,10 @@ where
 fn acceptor(authority: &Path) -> TlsAcceptor {
     let mut params = CertificateParams::new(Vec::new()).unwrap();
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::DigitalSignature];
+    params.key_usages = vec![
+        KeyUsagePurpose::KeyCertSign,
+        KeyUsagePurpose::DigitalSignature,
+    ];
     let key = KeyPair::generate().unwrap();
     let own = params.self_signed(&key).unwrap();
     fs::write(authority, own.pem()).unwrap();

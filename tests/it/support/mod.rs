@@ -20,6 +20,7 @@
 
 mod folders;
 mod greenroom;
+mod hosting;
 mod http;
 mod processes;
 mod tools;
@@ -34,6 +35,7 @@ use serde_json::{Value, json};
 
 pub(crate) use folders::{Folders, SITE, files_below, git, holds};
 pub(crate) use greenroom::{Options, TestGreenroom};
+pub(crate) use hosting::{GIT_TOKEN, Hosting};
 pub(crate) use http::{Answer, Events, Sent, ServerEvent, request, stream};
 pub(crate) use processes::processes_below;
 pub(crate) use tools::{acting_claude, tools};
@@ -43,6 +45,18 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 
 /// The key that the program is given; it may be found nowhere but in its own memory.
 pub(crate) const CANARY: &str = "canary-key-7f3b2c9d4e";
+
+/// [`wait_for`], with a condition that asks.
+pub(crate) async fn wait_for_async<T>(what: &str, condition: impl AsyncFn() -> Option<T>) -> T {
+    let begun = Instant::now();
+    loop {
+        if let Some(found) = condition().await {
+            return found;
+        }
+        assert!(begun.elapsed() < PATIENCE, "never happened: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
 
 /// Waits until `condition` answers something; fails with `what` when that takes too long.
 pub(crate) async fn wait_for<T>(what: &str, mut condition: impl FnMut() -> Option<T>) -> T {

@@ -1,0 +1,114 @@
+//! The preview's part in a turn: its news meanwhile, its word at the end.
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+use super::{Inner, prepare::Prepared};
+use crate::{
+    domain::{CommitSummary, PreviewState, TurnEvent, TurnPreview},
+    identity::ThreadKey,
+    turn::{Folder, Journal},
+};
+
+/// How long a turn that changed files waits for the preview's word, by the contract.
+const PATIENCE: Duration = Duration::from_millis(700);
+
+/// What is installed follows from these.
+const DEPENDENCIES: [&str; 4] = [
+    "package.json",
+    "package-lock.json",
+    "pnpm-lock.yaml",
+    "yarn.lock",
+];
+
+/// Does the dev server have to be started anew for a change of this file? Astro 7 restarts itself
+/// in place, and then no longer hears of changes to its content (measured with 7.3.5).
+fn is_configuration(path: &str) -> bool {
+    path == "tsconfig.json"
+        || path.starts_with(".env")
+        || path.starts_with("astro.config.")
+        || path.starts_with("vite.config.")
+}
+
+/// Does `work`, a turn, while the preview's news go to its journal.
+pub(super) async fn with_news<T>(
+    inner: &Inner,
+    key: &ThreadKey,
+    journal: &Journal,
+    work: impl Future<Output = T>,
+) -> T {
+    let Some(preview) = inner.previews.get(&key.slug()) else {
+        return work.await;
+    };
+    let mut status = preview.status();
+    let news = async {
+        let mut known = status.borrow_and_update().clone();
+        while status.changed().await.is_ok() {
+            let now = status.borrow_and_update().clone();
+            let mut events = Vec::new();
+            if now.updates != known.updates {
+                events.push(TurnEvent::PreviewUpdated {});
+            }
+            if now.errors != known.errors && !now.errors.is_empty() {
+                let errors = now.errors.clone();
+                events.push(TurnEvent::PreviewError { errors });
+            }
+            for event in events {
+                // A journal that takes no more ends the turn elsewhere.
+                journal.append(event).await.ok();
+            }
+            known = now;
+        }
+        std::future::pending().await
+    };
+    tokio::select! {
+        biased;
+        done = work => done,
+        () = news => unreachable!("news never end"),
+    }
+}
+
+/// The preview's word on a turn: what needs new dependencies gets them, a server that had given up
+/// tries again, and the pages that show the change are looked at. `updates` is what the status
+/// said before the turn.
+pub(super) async fn word_on(
+    inner: &Arc<Inner>,
+    prepared: &Prepared,
+    commit: Option<&CommitSummary>,
+    folder: Folder,
+    updates: u64,
+) -> TurnPreview {
+    if folder == Folder::New {
+        prepared.attach.again();
+    } else if let Some(commit) = commit
+        && let Some(preview) = inner.previews.get(&prepared.site.key.slug())
+    {
+        let files: Vec<String> = commit.files.iter().map(|file| file.path.clone()).collect();
+        let is_down = || {
+            let status = preview.status();
+            let status = status.borrow();
+            status.state == PreviewState::Error && status.upstream.is_none()
+        };
+        if files
+            .iter()
+            .any(|file| DEPENDENCIES.contains(&file.as_str()))
+        {
+            prepared.attach.again();
+        } else if preview.status().borrow().state != PreviewState::Off
+            && let Some(file) = files.iter().find(|file| is_configuration(file))
+        {
+            preview.restart(&format!("{file} changed")).await;
+        } else if is_down() {
+            preview.restart("the site changed").await;
+            let mut status = preview.status();
+            let settled = status.wait_for(|status| status.state != PreviewState::Starting);
+            tokio::time::timeout(PATIENCE, settled).await.ok();
+        } else {
+            preview.look(&files, updates, PATIENCE).await;
+        }
+    }
+    let status = inner.preview_status(&prepared.site.key);
+    TurnPreview {
+        state: status.state,
+        errors: status.errors,
+    }
+}
