@@ -28,7 +28,7 @@ use super::{
 };
 use crate::{
     domain::{MergeStep, Signature},
-    identity::ThreadKey,
+    identity::{ThreadKey, UserKey},
     lease::Fence,
 };
 
@@ -52,9 +52,8 @@ pub struct Origin<'a> {
     pub remotes: &'a Remotes,
     /// Where the client's work goes in the end; else the origin's default branch.
     pub base_branch: Option<&'a str>,
-    /// A folder for an isolated git directory, on the repository's file system; what is there is
-    /// removed.
-    pub place: &'a Path,
+    /// For isolated git directories, on the repository's file system; what is there is removed.
+    pub folder: &'a Path,
     /// No further try at a network that fails begins after it.
     pub deadline: Instant,
 }
@@ -283,13 +282,32 @@ impl UserRepository {
         let known = references.flatten().filter_map(|known| known.target());
         have.extend(known.filter(|id| repo.find_commit(*id).is_ok()).take(100));
         Uplink::open(
-            origin.place,
+            origin.folder,
             &self.git,
             origin.source,
             origin.remotes,
             &have,
             origin.deadline,
         )
+    }
+
+    /// Ends what a publication or sync that was cut off had begun in `project/`. The caller holds the
+    /// lease on the repository.
+    pub fn finish_publication(&self, key: &UserKey, fence: &Fence) -> Result<()> {
+        let repo = self.git.open(&self.project)?;
+        match self.checked_out(&repo, key)? {
+            Some(project) => project.finish_following(fence),
+            None => Ok(()),
+        }
+    }
+
+    /// `project/`, if the user's branch is checked out there.
+    fn checked_out(&self, repo: &Repository, key: &UserKey) -> Result<Option<Worktree>> {
+        let head = repo.find_reference("HEAD").during("read the head")?;
+        let is_ours = head
+            .symbolic_target()
+            .is_ok_and(|target| target == Some(&format!("refs/heads/{}", key.user_branch())));
+        Ok(is_ours.then(|| Worktree::of_user(self.git.clone(), key, &self.project)))
     }
 
     /// The branches of client and user.
@@ -315,17 +333,12 @@ impl UserRepository {
             gitdir::clear_lock(&lock, &self.project)?;
         }
         self.ensure_user_branch(repo, &key)?;
-        let head = repo.find_reference("HEAD").during("read the head")?;
-        let is_ours = head
-            .symbolic_target()
-            .is_ok_and(|target| target == Some(&format!("refs/heads/{}", key.user_branch())));
-        if !is_ours {
+        let Some(project) = self.checked_out(repo, &key)? else {
             return Ok(None);
-        }
+        };
         if repo.state() != git2::RepositoryState::Clean {
             return Err(RepositoryError::Unfinished);
         }
-        let project = Worktree::of_user(self.git.clone(), &key, &self.project);
         project.finish_following(mover.fence)?;
         project.commit(&CommitRequest {
             text: CommitText {
@@ -476,3 +489,6 @@ fn tip(repo: &Repository, branch: String) -> Result<Tip> {
         None => Err(RepositoryError::NoSuchBranch { branch }),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -10,10 +10,11 @@
 
 use std::{
     cell::RefCell,
+    ffi::OsStr,
     fs,
     io::{self, Write as _},
     os::unix::ffi::OsStrExt as _,
-    path::Path,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -44,7 +45,8 @@ const MAX_SAID: usize = 4096;
 /// See the module.
 pub(super) struct Uplink<'a> {
     repo: Repository,
-    place: &'a Path,
+    /// Of this operation alone: one that is stuck must not touch its successor's.
+    place: PathBuf,
     git: &'a GitDir,
     origin: &'a Source,
     remotes: &'a Remotes,
@@ -72,10 +74,10 @@ pub(super) enum Pushed {
 }
 
 impl<'a> Uplink<'a> {
-    /// Makes the git directory at `place` (what is there is removed). `have` are commits of the
+    /// Makes the git directory below `folder` (what is there is removed). `have` are commits of the
     /// user's repository that the origin may know: what they lead to is not fetched again.
     pub(super) fn open(
-        place: &'a Path,
+        folder: &Path,
         git: &'a GitDir,
         origin: &'a Source,
         remotes: &'a Remotes,
@@ -83,15 +85,16 @@ impl<'a> Uplink<'a> {
         deadline: Instant,
     ) -> Result<Self> {
         super::init();
-        files::remove_all(place).during("remove the leftovers of an earlier operation")?;
-        fs::create_dir_all(place).during("make an isolated git directory")?;
+        files::remove_all(folder).during("remove the leftovers of an earlier operation")?;
+        let place = folder.join(uuid::Uuid::new_v4().simple().to_string());
+        fs::create_dir_all(&place).during("make an isolated git directory")?;
         let mut options = RepositoryInitOptions::new();
         options
             .bare(true)
             .no_reinit(true)
             .external_template(false)
             .initial_head("none");
-        Repository::init_opts(place, &options).during("make an isolated git directory")?;
+        Repository::init_opts(&place, &options).during("make an isolated git directory")?;
         let write = || -> io::Result<()> {
             files::put(&place.join("config"), CONFIG.as_bytes())?;
             let mut alternates = git.path().join("objects").as_os_str().as_bytes().to_vec();
@@ -109,7 +112,7 @@ impl<'a> Uplink<'a> {
             let flags = RepositoryOpenFlags::NO_SEARCH
                 | RepositoryOpenFlags::NO_DOTGIT
                 | RepositoryOpenFlags::BARE;
-            let repo = Repository::open_ext(place, flags, &[] as &[&Path])?;
+            let repo = Repository::open_ext(&place, flags, &[] as &[&Path])?;
             repo.set_config(&Config::open(&place.join("config"))?)?;
             for (at, id) in have.iter().enumerate() {
                 repo.reference(&format!("refs/have/{at}"), *id, true, "")?;
@@ -374,9 +377,13 @@ impl<'a> Uplink<'a> {
         fs::create_dir_all(&to)?;
         let mut names = Vec::new();
         for entry in fs::read_dir(&from)? {
-            names.push(entry?.file_name());
+            let name = entry?.file_name();
+            // What a try that failed had begun stays behind.
+            if ["pack", "idx"].map(Some).contains(&extension(&name)) {
+                names.push(name);
+            }
         }
-        names.sort_by_key(|name| Path::new(name).extension() != Some("pack".as_ref()));
+        names.sort_by_key(|name| extension(name) != Some("pack"));
         for name in names {
             fs::rename(from.join(&name), to.join(&name))?;
         }
@@ -386,10 +393,16 @@ impl<'a> Uplink<'a> {
 
 impl Drop for Uplink<'_> {
     fn drop(&mut self) {
-        if let Err(error) = files::remove_all(self.place) {
+        if let Err(error) = files::remove_all(&self.place) {
             tracing::warn!(%error, "an isolated git directory could not be removed");
         }
+        // Unless another one is in it by now.
+        self.place.parent().map(fs::remove_dir);
     }
+}
+
+fn extension(name: &OsStr) -> Option<&str> {
+    Path::new(name).extension()?.to_str()
 }
 
 fn tip_in(heads: &[RemoteHead<'_>], branch: &str) -> Option<Oid> {

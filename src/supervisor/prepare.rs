@@ -215,6 +215,7 @@ fn check_out(
         base_branch,
     }
     .save(&paths.user.metadata())?;
+    repository.finish_publication(&user, fence)?;
     let state = repository.ensure_thread(key, &paths.worktree(), fence)?;
     lap(&mut timings, "worktreeMs");
     repository.exclude(GIT_EXCLUDES)?;

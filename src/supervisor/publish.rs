@@ -86,12 +86,12 @@ impl Place {
         }
     }
 
-    fn origin<'a>(&'a self, place: &'a std::path::Path) -> Option<Origin<'a>> {
+    fn origin<'a>(&'a self, folder: &'a std::path::Path) -> Option<Origin<'a>> {
         Some(Origin {
             source: self.source.as_ref()?,
             remotes: &self.inner.settings.remotes,
             base_branch: self.base_branch.as_deref(),
-            place,
+            folder,
             deadline: std::time::Instant::now() + RETRY_FOR,
         })
     }

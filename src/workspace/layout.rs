@@ -44,7 +44,7 @@ impl UserPaths {
         self.state().join("scratch")
     }
 
-    /// For the isolated git directory of one fetch or push.
+    /// For isolated git directories, each of one fetch or push.
     pub fn uplink(&self) -> PathBuf {
         self.state().join("uplink")
     }

@@ -18,8 +18,8 @@ use std::{
 use serde_json::{Value, json};
 
 use crate::support::{
-    Answer, Folders, GIT_TOKEN, Hosting, Options, SITE, TestGreenroom, Who, files_below, git,
-    holds, who,
+    Answer, Folders, GIT_TOKEN, Hosting, Options, SITE, Sent, TestGreenroom, Who, files_below, git,
+    holds, request, wait_for, who,
 };
 
 const PAGE: &str = "src/pages/index.astro";
@@ -627,6 +627,43 @@ async fn many_publish_at_once_and_nothing_is_lost() {
         );
         stage.is_sound(who);
     }
+}
+
+#[tokio::test]
+async fn a_killed_publication_is_done_by_the_next_one() {
+    let mut stage = Stage::with(|options| options.env("LEASE_SECONDS", "3")).await;
+    let alice = stage.alice.clone();
+    stage.edit(&alice, "a.txt", "a\n");
+    stage.hosting.is_silent(true);
+    let sent = Sent::new(
+        "POST",
+        &format!("{}/publish", alice.path()),
+        &json!({"to": "origin"}),
+    );
+    #[expect(clippy::disallowed_methods, reason = "it ends with the program")]
+    tokio::spawn(request(stage.greenroom.api_port, sent));
+    let bare = stage.hosting.bare("site");
+    let has_it = || {
+        let branches = git(&bare, &["branch", "--list", "client/acme"]);
+        (!branches.is_empty()).then_some(())
+    };
+    wait_for("the push gets there", has_it).await;
+    assert_eq!(
+        stage.at(&alice, "client/acme"),
+        stage.at_origin("main"),
+        "here nothing has moved yet"
+    );
+    stage.greenroom.kill().await;
+    stage.hosting.is_silent(false);
+    stage.greenroom = stage.greenroom.restart().await;
+    let done = stage.publish(&alice, json!({"to": "origin"})).await;
+    assert_eq!(done["pushed"]["upToDate"], true, "{done}");
+    assert_eq!(
+        stage.at(&alice, "client/acme"),
+        stage.at_origin("client/acme")
+    );
+    let left = stage.folders.user(&alice).join(".greenroom/uplink");
+    assert!(!left.exists());
 }
 
 #[tokio::test]

@@ -72,11 +72,11 @@ impl<'a> User<'a> {
             source: &source,
             remotes: &remotes,
             base_branch: None,
-            place: &self.home().join(".greenroom/uplink"),
+            folder: &self.home().join(".greenroom/uplink"),
             deadline: Instant::now() + Duration::from_secs(60),
         };
         let outcome = work(mover, origin);
-        assert!(!origin.place.exists());
+        assert!(!origin.folder.exists());
         for folder in [self.project(), self.place.origin()] {
             git(&folder, &["fsck", "--strict"]);
         }
@@ -554,6 +554,9 @@ fn what_a_crash_left_half_done_is_finished() {
     alice.git(&["reset", "-q", "--hard"]);
     crash(true);
     assert_ne!(alice.git(&["status", "--porcelain"]), "");
+    let finish = alice.repository.finish_publication(&user, &Fence::open());
+    finish.unwrap();
+    alice.is_clean();
     assert!(alice.publish("main", Destination::User).merged[0].up_to_date);
     alice.is_clean();
     assert_eq!(alice.at("HEAD"), to, "nothing was committed for it");

@@ -48,6 +48,8 @@ struct State {
     asked: Vec<(String, Option<String>)>,
     /// So many answers to pushes are lost, although the push was taken.
     lost_answers: usize,
+    /// Answers to pushes do not come.
+    is_silent: bool,
     /// Pull requests that were opened: the repository and what was sent.
     pulls: Vec<(String, Value)>,
     /// A status that the API answers everything with.
@@ -184,6 +186,11 @@ impl Hosting {
         self.state.lock().unwrap().lost_answers = count;
     }
 
+    /// Lets the answers to pushes not come, or come again. The push was taken.
+    pub(crate) fn is_silent(&self, is_silent: bool) {
+        self.state.lock().unwrap().is_silent = is_silent;
+    }
+
     /// Lets the API answer everything with a status; `None`: as it should.
     pub(crate) fn api_answers(&self, status: Option<u16>) {
         self.state.lock().unwrap().api_status = status;
@@ -246,6 +253,9 @@ impl Hosting {
             listing.extend(output);
             let kind = format!("application/x-git-{service}-advertisement");
             return Some(answer(200, &kind, listing));
+        }
+        if service == "receive-pack" && self.state.lock().unwrap().is_silent {
+            std::future::pending::<()>().await;
         }
         if service == "receive-pack" {
             let mut state = self.state.lock().unwrap();
