@@ -11,6 +11,9 @@ MIN_NODE_VERSION=22.12.0
 # What the program itself expects, so that there is one place for it.
 CLAUDE_VERSION="$(sed -n 's/^pub const TESTED_CLAUDE_VERSION.*"\(.*\)";$/\1/p' src/config/programs.rs)"
 
+# The public tool that our reports are compared with, for tests alone.
+CCUSAGE_VERSION=20.0.20
+
 # Beside the program's own cache, whose folders are named by clients.
 GREENROOM_CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/greenroom-dev"
 TOOLS="$GREENROOM_CACHE/tools"
@@ -85,6 +88,27 @@ finish_packages() {
     mkdir -p "$1/bin"
     ln -sf "..${node#"$1"}" "$1/bin/node"
   fi
+}
+
+# Puts the public usage reporter into CCUSAGE_BIN, for the tests.
+bring_ccusage() {
+  local arch folder
+  if [ -z "${CCUSAGE_BIN:-}" ]; then
+    case "$(uname -m)" in
+      x86_64) arch=x64 ;;
+      aarch64) arch=arm64 ;;
+      *) die "there is no ccusage for $(uname -m)" ;;
+    esac
+    folder="ccusage-$CCUSAGE_VERSION-$arch"
+    if [ ! -d "$TOOLS/$folder" ]; then
+      say "Fetching ccusage $CCUSAGE_VERSION (about 2 MB, once)"
+      install_packages "$folder" "@ccusage/ccusage-linux-$arch@$CCUSAGE_VERSION"
+    fi
+    CCUSAGE_BIN="$TOOLS/$folder/lib/node_modules/@ccusage/ccusage-linux-$arch/bin/ccusage"
+    # Its main package's script would do that.
+    chmod +x "$CCUSAGE_BIN"
+  fi
+  export CCUSAGE_BIN
 }
 
 # Puts Node on PATH and the CLI into CLAUDE_BIN, for the program and its tests.

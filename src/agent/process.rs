@@ -143,10 +143,7 @@ impl Agent {
     /// fifth off its first turn (measured with 2.1.329: 25 ms of 120). One that does not know the
     /// request says so, and nothing is lost.
     pub async fn warm_up(&mut self) {
-        let Some(mut wire) = (match self.idle.take() {
-            Some(idle) => idle.take_back().await,
-            None => None,
-        }) else {
+        let Some(mut wire) = self.take_wire().await else {
             return;
         };
         let id = wire.request_id();
@@ -154,6 +151,15 @@ impl Agent {
             .write(&protocol::get_context_usage(&id), self.limits.control)
             .await;
         self.is_broken |= asked.is_err();
+        self.listen(wire);
+    }
+
+    /// The pipes, from whoever listens between runs; `None` if they are of no use any more.
+    async fn take_wire(&mut self) -> Option<Wire> {
+        self.idle.take()?.take_back().await
+    }
+
+    fn listen(&mut self, wire: Wire) {
         let process = self.process.clone();
         self.idle = Some(Idle::listen(wire, process, self.limits, &self.tasks));
     }
@@ -210,8 +216,7 @@ impl Agent {
                     .follow(&mut wire, &request, &mut run, &active, cancel)
                     .await;
                 if !self.is_broken {
-                    let process = self.process.clone();
-                    self.idle = Some(Idle::listen(wire, process, self.limits, &self.tasks));
+                    self.listen(wire);
                 }
                 ending
             }
@@ -256,11 +261,7 @@ impl Agent {
 
     /// Gets the mode and model right and hands the instruction over.
     async fn prepare(&mut self, request: &RunRequest, run: &Run) -> Result<Wire, Ending> {
-        let wire = match self.idle.take() {
-            Some(idle) => idle.take_back().await,
-            None => None,
-        };
-        let Some(mut wire) = wire else {
+        let Some(mut wire) = self.take_wire().await else {
             return Err(self.gone().await);
         };
         if self.mode != request.mode {
@@ -648,6 +649,19 @@ fn shorten(input: Value) -> Value {
 /// what it finds whatever its flags say: an `env` in `.claude.json` moved the API elsewhere
 /// (measured with 2.1.329). Nothing else in it is needed to resume.
 fn clear_settings(config_dir: &Path) -> std::io::Result<()> {
+    // The process before this one may still be ending, and take its own files away meanwhile: then
+    // another look, until one has met nothing of the kind.
+    let mut looks = 0;
+    loop {
+        looks += 1;
+        match clear_once(config_dir) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound && looks < 100 => {}
+            cleared => return cleared,
+        }
+    }
+}
+
+fn clear_once(config_dir: &Path) -> std::io::Result<()> {
     let entries = match std::fs::read_dir(config_dir) {
         Ok(entries) => entries,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),

@@ -215,6 +215,13 @@ impl From<SupervisorError> for ApiError {
                     ..Details::default()
                 })
             }
+            E::HeldBack { ref files } => {
+                let files = files.iter().cloned().map(Conflict::from).collect();
+                Self::new(StatusCode::CONFLICT, "held_back", error.to_string()).with(Details {
+                    files: Some(files),
+                    ..Details::default()
+                })
+            }
             E::Refused(why) => Self::invalid(why),
             E::NoPullRequests(why) => Self::invalid(why.to_string()),
             E::Lease(error) => Self::internal(&*error),

@@ -234,7 +234,7 @@ fn model_metrics(state: &Shared) -> String {
     let tokens = tally.tokens;
     /// Name, help, the label's name, its values.
     type Family<'a> = (&'a str, &'a str, &'a str, &'a [(&'a str, f64)]);
-    let families: [Family<'_>; 5] = [
+    let families: [Family<'_>; 7] = [
         (
             "greenroom_model_requests_total",
             "Model requests by how they ended.",
@@ -269,6 +269,18 @@ fn model_metrics(state: &Shared) -> String {
             "Requests of models that the price list does not know, at the dearest price.",
             "",
             &[("", tally.unpriced as f64)],
+        ),
+        (
+            "greenroom_usage_compared_total",
+            "Turns whose usage by the ledger was compared with the CLI's own counts.",
+            "",
+            &[("", tally.compared as f64)],
+        ),
+        (
+            "greenroom_usage_difference_usd_total",
+            "By how many dollars the CLI's own cost of turns differs from the ledger's.",
+            "",
+            &[("", tally.difference_usd)],
         ),
         (
             "greenroom_usage_differences_total",

@@ -79,7 +79,9 @@ pub type Shared = Arc<ApiState>;
         threads::execute,
         threads::list,
         threads::one,
+        threads::remove,
         threads::history,
+        threads::diff,
         threads::preview,
         operations::undo,
         operations::redo,
@@ -129,8 +131,9 @@ pub fn router(state: Shared) -> Router {
         .route("/api/init", post(threads::init))
         .route("/api/execute", post(threads::execute))
         .route("/api/threads", get(threads::list))
-        .route(thread, get(threads::one))
+        .route(thread, get(threads::one).delete(threads::remove))
         .route(&format!("{thread}/history"), get(threads::history))
+        .route(&format!("{thread}/diff"), get(threads::diff))
         .route(&format!("{thread}/preview"), get(threads::preview))
         .route(&format!("{thread}/undo"), post(operations::undo))
         .route(&format!("{thread}/redo"), post(operations::redo))

@@ -60,6 +60,10 @@ pub(super) struct DryRunView {
     /// The thread's commit, to be sent as `expectedHead`.
     head: String,
     files: Vec<FileChange>,
+    /// Unified.
+    diff: String,
+    /// The diff was cut.
+    truncated: bool,
 }
 
 impl From<DryRun> for DryRunView {
@@ -70,6 +74,8 @@ impl From<DryRun> for DryRunView {
             effect: run.effect,
             head: run.head,
             files: run.files,
+            diff: run.diff.text,
+            truncated: run.diff.truncated,
         }
     }
 }

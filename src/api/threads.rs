@@ -5,7 +5,10 @@ use std::{collections::BTreeMap, time::Duration};
 use axum::{
     Json as Answer,
     extract::{Path, Query, State},
-    http::{HeaderMap, StatusCode, header::ACCEPT},
+    http::{
+        HeaderMap, StatusCode,
+        header::{ACCEPT, CONTENT_TYPE},
+    },
     response::{IntoResponse, Response},
 };
 use serde::{Deserialize, Serialize};
@@ -16,13 +19,16 @@ use super::{
     ApiError, Shared,
     body::{Json, thread_key},
     error::request_id,
+    operations::commit_id,
     sse,
-    turns::last_event_id,
+    turns::{last_event_id, turn_id},
 };
 use crate::{
-    domain::{Author, TurnMode, TurnResult, TurnStatus},
+    domain::{Author, FileChange, TurnMode, TurnResult, TurnStatus},
     identity::ThreadKey,
-    supervisor::{ExecuteRequest, InitRequest, PreviewView, ThreadView, TurnSummary},
+    supervisor::{
+        ExecuteRequest, History, HistoryPage, InitRequest, PreviewView, Removal, ThreadView,
+    },
 };
 
 /// Longest turn that a request may ask for.
@@ -223,7 +229,7 @@ pub(super) fn check_author(author: Author) -> Result<Author, ApiError> {
               (status = 202, description = "`{turnId}`, with `async`"),
               (status = 400, description = "`invalid_id`, `invalid_request`"),
               (status = 404, description = "`not_found`: the thread was never initialised"),
-              (status = 429, description = "`queue_full`"),
+              (status = 429, description = "`queue_full`, `budget_exceeded`"),
               (status = 502, description = "`agent_failed`"),
               (status = 504, description = "`turn_timeout`")))]
 pub(super) async fn execute(
@@ -243,7 +249,7 @@ pub(super) async fn execute(
         )
             .into_response());
     }
-    if wants_events(&headers) {
+    if accepts(&headers, "text/event-stream") {
         return Ok(sse::events(id, &record, last_event_id(&headers)));
     }
     let outcome = match record.outcome().await {
@@ -260,14 +266,15 @@ pub(super) async fn execute(
     }
 }
 
-fn wants_events(headers: &HeaderMap) -> bool {
+/// Does the caller name this kind of answer?
+fn accepts(headers: &HeaderMap, kind: &str) -> bool {
     let accepted = headers
         .get(ACCEPT)
         .and_then(|value| value.to_str().ok())
         .unwrap_or_default();
     accepted
         .split(',')
-        .any(|kind| kind.trim().starts_with("text/event-stream"))
+        .any(|accepted| accepted.trim().starts_with(kind))
 }
 
 pub(super) fn idempotency_key(headers: &HeaderMap) -> Result<Option<String>, ApiError> {
@@ -331,20 +338,148 @@ pub(super) async fn one(
     Ok(Answer(json!({"success": true, "result": view})).into_response())
 }
 
-/// The thread's turns, newest first.
+#[derive(Debug, Deserialize)]
+pub(super) struct RemoveQuery {
+    branch: Option<String>,
+    discard: Option<String>,
+}
+
+/// Takes a thread away once the turns that wait have run: stops its preview, commits what is in
+/// its worktree, removes it. The branch stays, and with it what the thread remembers, unless
+/// `branch=true`: then the thread is as if it had never been. Files that the commit leaves out (see
+/// `heldBack`) are 409 `held_back`, and nothing is removed, unless `discard=true`.
+#[utoipa::path(delete, path = "/api/clients/{client}/users/{user}/threads/{thread}",
+    params(("client" = String, Path), ("user" = String, Path), ("thread" = String, Path),
+           ("branch" = Option<bool>, Query), ("discard" = Option<bool>, Query)),
+    responses((status = 200, description = "`{success, result: {threadId, branch, branchRemoved}}`"),
+              (status = 404, description = "`not_found`"),
+              (status = 409, description = "`held_back` with `files`, `thread_busy_elsewhere`")))]
+pub(super) async fn remove(
+    State(state): State<Shared>,
+    path: ThreadPath,
+    Query(query): Query<RemoveQuery>,
+) -> Result<Response, ApiError> {
+    let key = path_key(&state, &path)?;
+    let removal = Removal {
+        branch: flag("branch", query.branch.as_deref())?,
+        discard: flag("discard", query.discard.as_deref())?,
+    };
+    state.supervisor.remove(&key, removal).await?;
+    Ok(Answer(json!({"success": true, "result": {
+        "threadId": key.thread, "branch": key.branch(), "branchRemoved": removal.branch,
+    }}))
+    .into_response())
+}
+
+/// A yes or no in an address.
+fn flag(field: &str, value: Option<&str>) -> Result<bool, ApiError> {
+    match value {
+        Some("true" | "1" | "") => Ok(true),
+        None | Some("false" | "0") => Ok(false),
+        Some(_) => Err(ApiError::invalid(format!(
+            "{field} has to be true or false"
+        ))),
+    }
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct HistoryQuery {
+    limit: Option<String>,
+    before: Option<String>,
+}
+
+/// The thread's turns, newest first: the agent's, and undo, redo, restore and sync. `undoneBy`
+/// names the turn that took one back. `edits` are the commits of what was edited outside of turns
+/// in the same time; they are no turns and have no turn id.
 #[utoipa::path(get, path = "/api/clients/{client}/users/{user}/threads/{thread}/history",
-    params(("client" = String, Path), ("user" = String, Path), ("thread" = String, Path)),
-    responses((status = 200, description = "`{success, result: {turns}}`", body = Vec<TurnSummary>)))]
+    params(("client" = String, Path), ("user" = String, Path), ("thread" = String, Path),
+           ("limit" = Option<usize>, Query, description = "1 to 200 turns, 50 by default"),
+           ("before" = Option<String>, Query, description = "a turn id: begin with the turn before it")),
+    responses((status = 200, description = "`{success, result}`", body = History),
+              (status = 400, description = "`invalid_request`"),
+              (status = 404, description = "`not_found`")))]
 pub(super) async fn history(
     State(state): State<Shared>,
     path: ThreadPath,
+    Query(query): Query<HistoryQuery>,
 ) -> Result<Response, ApiError> {
-    const LIMIT: usize = 200;
-    let turns = state
-        .supervisor
-        .history(&path_key(&state, &path)?, LIMIT, None)
-        .await?;
-    Ok(Answer(json!({"success": true, "result": {"turns": turns}})).into_response())
+    const LIMIT: usize = 50;
+    const MAX_LIMIT: usize = 200;
+    let limit = match query.limit.as_deref().map(str::parse) {
+        None => LIMIT,
+        Some(Ok(limit)) if (1..=MAX_LIMIT).contains(&limit) => limit,
+        Some(_) => {
+            return Err(ApiError::invalid(format!(
+                "limit has to be a number from 1 to {MAX_LIMIT}"
+            )));
+        }
+    };
+    let key = path_key(&state, &path)?;
+    let before = query.before.map(|id| turn_id(&state, &id)).transpose()?;
+    if before.as_ref().is_some_and(|turn| *turn.key() != key) {
+        return Err(ApiError::invalid("before is a turn of another thread"));
+    }
+    let page = HistoryPage { limit, before };
+    let history = state.supervisor.history(&key, page).await?;
+    Ok(Answer(json!({"success": true, "result": history})).into_response())
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct DiffQuery {
+    from: Option<String>,
+    to: Option<String>,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct DiffView {
+    /// Full ids of the commits that were compared.
+    from: String,
+    to: String,
+    /// Unified.
+    diff: String,
+    files: Vec<FileChange>,
+    /// The diff was cut (a line that begins with a backslash says where), or not all files are
+    /// listed.
+    truncated: bool,
+}
+
+/// What differs between two commits. Without `from` and `to`: all changes of this thread since its
+/// branch left the user's. With `to` alone: what that commit changed. With `from` alone: all since
+/// that commit. Edits that are in no commit yet do not show. A file's diff is cut at 200 kB, the
+/// whole at 1 MB.
+#[utoipa::path(get, path = "/api/clients/{client}/users/{user}/threads/{thread}/diff",
+    params(("client" = String, Path), ("user" = String, Path), ("thread" = String, Path),
+           ("from" = Option<String>, Query, description = "a commit: its id, or the first 4 digits of it or more"),
+           ("to" = Option<String>, Query, description = "the same")),
+    responses((status = 200, description = "`{success, result}`; with `Accept: text/x-diff` the text alone", body = DiffView),
+              (status = 400, description = "`invalid_request`: that is no commit id, or begins more than one"),
+              (status = 404, description = "`not_found`")))]
+pub(super) async fn diff(
+    State(state): State<Shared>,
+    path: ThreadPath,
+    Query(query): Query<DiffQuery>,
+    headers: HeaderMap,
+) -> Result<Response, ApiError> {
+    let key = path_key(&state, &path)?;
+    let id = |field, id: Option<String>| {
+        let id = id.filter(|id| !id.is_empty());
+        id.map(|id| commit_id(field, id)).transpose()
+    };
+    let (from, to) = (id("from", query.from)?, id("to", query.to)?);
+    let found = state.supervisor.diff(&key, from, to).await?;
+    if accepts(&headers, "text/x-diff") {
+        let kind = (CONTENT_TYPE, "text/x-diff; charset=utf-8");
+        return Ok(([kind], found.diff.text).into_response());
+    }
+    let view = DiffView {
+        from: found.from,
+        to: found.to,
+        diff: found.diff.text,
+        files: found.files,
+        truncated: found.diff.truncated,
+    };
+    Ok(Answer(json!({"success": true, "result": view})).into_response())
 }
 
 /// The thread's preview.

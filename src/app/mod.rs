@@ -19,7 +19,7 @@ use crate::{
     api::{self, Access, AccessSettings, ApiState, Facts, Pins, Readiness},
     config::{self, CredentialSource, Loaded, Mode, Settings},
     domain::Signature,
-    gateway::{Credential, Gateway, GatewayConfig, OAuthSettings, load_credentials_file},
+    gateway::{self, Credential, Gateway, GatewayConfig, OAuthSettings, load_credentials_file},
     lifecycle::{Activity, Guard, HolderKind, StopReason, wait_for_reason},
     preview::{self, ActivityGuard, ActivitySink, PreviewSettings, Previews, Proxy, ProxyKind},
     process::{self, Bash, ConfinementMode, Launcher},
@@ -54,19 +54,12 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
     let is_rehearsal = credential == CredentialSource::Rehearsal;
     let ledger = Ledger::new(ledger_settings(settings).await?, &tasks);
     let gateway = start_gateway(settings, credential, ledger.clone(), &tasks).await?;
-    let network_port = match listeners.gateway.take() {
-        None => None,
-        Some((listener, tokens)) => {
-            let port = port(&listener);
-            let opened = gateway.open_to_network(listener, tokens, &tasks).await;
-            opened.context("GATEWAY_TOKENS_FILE")?;
-            Some(port)
-        }
-    };
     let launcher = Launcher::start(settings.lease / 2, ConfinementMode::Auto)
         .context("failed to start the launcher")?;
     let programs = Programs::find(&loaded);
     let activity = Activity::new(settings.auto_shutdown);
+    let network_port =
+        open_to_network(&gateway, listeners.gateway.take(), &activity, &tasks).await?;
 
     let previews = Previews::new(
         launcher.clone(),
@@ -331,6 +324,26 @@ async fn start_gateway(
     )
     .await
     .context("failed to start the gateway")
+}
+
+/// Serves other containers' CLIs, if that is wanted; answers the port.
+async fn open_to_network(
+    gateway: &Gateway,
+    wanted: Option<(TcpListener, PathBuf)>,
+    activity: &Activity,
+    tasks: &Tasks,
+) -> anyhow::Result<Option<u16>> {
+    let Some((listener, tokens)) = wanted else {
+        return Ok(None);
+    };
+    let port = port(&listener);
+    let activity = activity.clone();
+    let awake = move || -> gateway::ActivityGuard {
+        Box::new(activity.hold(HolderKind::Request, "another container's model request"))
+    };
+    let opened = gateway.open_to_network(listener, tokens, awake, tasks);
+    opened.await.context("GATEWAY_TOKENS_FILE")?;
+    Ok(Some(port))
 }
 
 fn supervisor_settings(

@@ -31,12 +31,19 @@ pub enum FileStatus {
 
 /// One file of a commit, with line counts (0 for binary files).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
 pub struct FileChange {
     /// Relative to the site's root, with `/`.
     pub path: String,
+    /// Where a renamed file was before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub old_path: Option<String>,
     pub status: FileStatus,
     pub additions: u64,
     pub deletions: u64,
+    /// It is no text, or too large to be compared line by line.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub binary: bool,
 }
 
 /// A file that a commit left out on purpose; it stays in the worktree.

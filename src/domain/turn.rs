@@ -79,6 +79,17 @@ pub struct Conflict {
     pub lines: Vec<String>,
 }
 
+impl From<HeldBack> for Conflict {
+    fn from(file: HeldBack) -> Self {
+        Self {
+            path: file.path,
+            reason: file.reason,
+            kind: ConflictKind::InTheWay,
+            lines: Vec::new(),
+        }
+    }
+}
+
 /// Where a turn stands. The last four are final.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "lowercase")]
@@ -167,12 +178,22 @@ pub type Signature = Author;
 
 /// The commit that a turn made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
 pub struct CommitSummary {
     /// Full object id in hex.
     pub id: String,
     /// First line of the message.
     pub message: String,
+    /// The first ten thousand.
     pub files: Vec<FileChange>,
+    /// How many more there are.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub files_omitted: u64,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it so")]
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }
 
 /// The preview at the end of a turn.
@@ -188,6 +209,8 @@ pub struct TurnPreview {
 pub struct HistoryEntry {
     #[schema(value_type = String)]
     pub turn_id: TurnId,
+    #[serde(default)]
+    pub kind: TurnKind,
     pub mode: TurnMode,
     pub status: TurnStatus,
     pub instruction: String,

@@ -27,6 +27,7 @@ mod toll;
 mod vault;
 
 use std::{
+    any::Any,
     io,
     net::{Ipv4Addr, SocketAddr},
     path::PathBuf,
@@ -49,7 +50,7 @@ pub use run::{ActiveRun, AgentToken, Hold, UpstreamNote};
 pub use vault::{OAuthSettings, TOKEN_URL};
 
 use network::ClientTokens;
-use relay::{Door, Relay};
+use relay::{Awake, Door, Relay};
 use run::Tokens;
 
 /// Why the gateway could not be set up.
@@ -87,6 +88,9 @@ pub enum GatewayError {
     #[error("failed to read the gateway's tokens")]
     Blocking(#[from] BlockingError),
 }
+
+/// What somebody who needs us holds.
+pub type ActivityGuard = Box<dyn Any + Send + Sync>;
 
 /// Where model requests go, and as whom.
 #[derive(Debug, Clone)]
@@ -147,7 +151,8 @@ impl Gateway {
     }
 
     /// Serves other containers' CLIs as well, on a listener that they can reach. `file` leads from
-    /// a bearer token to the client that pays; its changes are followed.
+    /// a bearer token to the client that pays; its changes are followed. What `awake` answers is
+    /// held while a request is under way: somebody needs this container.
     ///
     /// # Errors
     /// If the file cannot be used.
@@ -155,6 +160,7 @@ impl Gateway {
         &self,
         listener: TcpListener,
         file: PathBuf,
+        awake: impl Fn() -> ActivityGuard + Send + Sync + 'static,
         tasks: &Tasks,
     ) -> Result<(), GatewayError> {
         let ledger = self.ledger().clone();
@@ -162,7 +168,10 @@ impl Gateway {
         let clients = task::blocking("reading the gateway's tokens", DISK_DEADLINE, load).await??;
         let clients = Arc::new(clients);
         tasks.spawn("gateway tokens", clients.clone().follow(tasks.clone()));
-        let (relay, door) = (self.relay.clone(), Door::Clients(clients));
+        let (relay, door) = (
+            self.relay.clone(),
+            Door::Clients(clients, Awake(Arc::new(awake))),
+        );
         tasks.spawn(
             "network gateway",
             accept(listener, relay, door, tasks.clone()),

@@ -3,7 +3,7 @@
 use std::{
     convert::Infallible,
     error::Error,
-    io,
+    fmt, io,
     net::IpAddr,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -20,7 +20,7 @@ use tokio::sync::OnceCell;
 use url::{Host, Url};
 
 use super::{
-    GatewayConfig, GatewayError,
+    ActivityGuard, GatewayConfig, GatewayError,
     network::ClientTokens,
     run::{Admission, Exchange, Tokens, retry_after},
     toll::{self, Stopped, Toll},
@@ -68,25 +68,42 @@ const NOT_UP: [&str; 6] = [
 /// What else of the upstream's headers stays here: its cookies belong to our connection.
 const NOT_DOWN: [&str; 1] = ["set-cookie"];
 
+/// Keeps the container awake while what it answers is held.
+#[derive(Clone)]
+pub(super) struct Awake(pub(super) Arc<dyn Fn() -> ActivityGuard + Send + Sync>);
+
+impl fmt::Debug for Awake {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Awake")
+    }
+}
+
 /// Where requests come in, and who may.
 #[derive(Debug, Clone)]
 pub(super) enum Door {
     /// The CLIs that we started.
     Agents(Arc<Tokens>),
-    /// Other containers'.
-    Clients(Arc<ClientTokens>),
+    /// Other containers'. Their requests keep this one awake.
+    Clients(Arc<ClientTokens>, Awake),
 }
 
 impl Door {
     fn admit(&self, token: &str) -> Admission {
         match self {
             Self::Agents(tokens) => tokens.admit(token),
-            Self::Clients(tokens) => tokens.admit(token),
+            Self::Clients(tokens, _) => tokens.admit(token),
         }
     }
 
     fn is_for_network(&self) -> bool {
-        matches!(self, Self::Clients(_))
+        matches!(self, Self::Clients(..))
+    }
+
+    fn hold(&self) -> Option<ActivityGuard> {
+        match self {
+            Self::Agents(_) => None,
+            Self::Clients(_, awake) => Some((awake.0)()),
+        }
     }
 }
 
@@ -161,7 +178,7 @@ impl Relay {
         tokio::select! {
             biased;
             () = over.cancelled() => refuse(StatusCode::FORBIDDEN, "the run is over"),
-            answer = self.forward(request, toll.clone(), Exchange::start(run, toll)) => answer,
+            answer = self.forward(request, toll.clone(), Exchange::start(run, toll, door.hold())) => answer,
         }
     }
 

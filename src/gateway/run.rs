@@ -17,7 +17,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use super::toll::Toll;
+use super::{ActivityGuard, toll::Toll};
 use crate::{
     domain::Account,
     usage::{Ledger, Meter, News, Spent},
@@ -309,6 +309,8 @@ pub(super) struct Exchange {
     status: Option<StatusCode>,
     bytes: u64,
     completed: bool,
+    /// Somebody needs us until it is over.
+    _guard: Option<ActivityGuard>,
 }
 
 impl Run {
@@ -320,7 +322,11 @@ impl Run {
 }
 
 impl Exchange {
-    pub(super) fn start(run: Arc<Run>, toll: Option<Arc<Toll>>) -> Self {
+    pub(super) fn start(
+        run: Arc<Run>,
+        toll: Option<Arc<Toll>>,
+        guard: Option<ActivityGuard>,
+    ) -> Self {
         run.requests.fetch_add(1, Ordering::Relaxed);
         Self {
             run,
@@ -329,6 +335,7 @@ impl Exchange {
             status: None,
             bytes: 0,
             completed: false,
+            _guard: guard,
         }
     }
 

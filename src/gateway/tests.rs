@@ -656,8 +656,14 @@ async fn other_containers_come_in_by_their_client_s_token() {
     std::fs::write(&file, r#"{"a-token-of-acme-012345": "acme"}"#).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let base = format!("http://{}", listener.local_addr().unwrap());
-    let opened = room.gateway.open_to_network(listener, file, &room.tasks);
+    let held = Arc::new(());
+    let guard = held.clone();
+    let awake = move || Box::new(guard.clone()) as ActivityGuard;
+    let opened = room
+        .gateway
+        .open_to_network(listener, file, awake, &room.tasks);
     soon(opened).await.unwrap();
+    let idle = Arc::strong_count(&held);
     let status = async |request: reqwest::RequestBuilder| {
         let answer = soon(request.send()).await.unwrap();
         let status = answer.status().as_u16();
@@ -685,9 +691,81 @@ async fn other_containers_come_in_by_their_client_s_token() {
         assert_eq!(status(request).await, 200);
     }
     assert_eq!(status(post("/v1/files").bearer_auth(token)).await, 404);
+    // Nobody is held beyond his answer.
+    soon(async {
+        while Arc::strong_count(&held) > idle {
+            tokio::task::yield_now().await;
+        }
+    })
+    .await;
     let tally = room.gateway.ledger().tally();
     assert_eq!(
         (tally.settled, tally.tokens.input, tally.tokens.output),
         (2, 6, 8)
     );
+}
+
+/// What the gateway adds to the first byte: measured on loopback, with a ledger on the disk.
+#[tokio::test]
+async fn the_first_byte_comes_hardly_later_than_without_us() {
+    let events = "data: {\"type\":\"message_start\",\"message\":{\"id\":\"m\",\"model\":\"claude-opus-5\",\"usage\":{\"input_tokens\":1,\"output_tokens\":1}}}\n\ndata: {\"type\":\"message_stop\"}\n\n";
+    let tasks = Tasks::new();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let upstream = format!("http://{}", listener.local_addr().unwrap());
+    let app = Router::new().fallback(move |request: Request| async move {
+        axum::body::to_bytes(request.into_body(), 1 << 20)
+            .await
+            .unwrap();
+        ([("content-type", "text/event-stream")], events).into_response()
+    });
+    tasks.spawn("upstream", async move {
+        axum::serve(listener, app).await.unwrap();
+    });
+    let dir = tempfile::tempdir().unwrap();
+    let settings = LedgerSettings {
+        workspace: Some(dir.path().to_owned()),
+        ..LedgerSettings::default()
+    };
+    let config = GatewayConfig {
+        upstream: upstream.parse().unwrap(),
+        credential: key(),
+        oauth: OAuthSettings::default(),
+        ledger: Ledger::new(settings, &tasks),
+    };
+    let gateway = Gateway::start(config, &tasks).await.unwrap();
+    install_provider();
+    let client = reqwest::Client::builder()
+        .no_proxy()
+        .tls_certs_only([])
+        .build()
+        .unwrap();
+    let token = gateway.issue();
+    let _run = token.begin(Account::of_kind("test"));
+    let body = format!(
+        r#"{{"model":"claude-opus-5","messages":["{}"],"max_tokens":128000}}"#,
+        "x".repeat(60_000)
+    );
+    let median = async |base: &str| {
+        let mut times = Vec::new();
+        for _ in 0..60 {
+            let request = client
+                .post(format!("{base}/v1/messages"))
+                .bearer_auth(token.as_str())
+                .body(body.clone());
+            let begun = std::time::Instant::now();
+            let mut answer = soon(request.send()).await.unwrap();
+            soon(answer.chunk()).await.unwrap().unwrap();
+            times.push(begun.elapsed());
+            while soon(answer.chunk()).await.unwrap().is_some() {}
+        }
+        times.sort();
+        times[times.len() / 2]
+    };
+    let direct = median(&upstream).await;
+    let through = median(&gateway.base_url()).await;
+    let added = through.saturating_sub(direct);
+    println!("first byte: {direct:?} direct, {through:?} through the gateway, {added:?} added");
+    // An unoptimised build on a busy machine has room.
+    assert!(added < Duration::from_millis(20), "{added:?}");
+    tasks.cancel();
 }

@@ -19,6 +19,8 @@ const LEAST_BYTES_PER_TOKEN: u64 = 3;
 const MAX_PROMPT: u64 = 1_000_000;
 /// The longest answer of any model, in tokens.
 const MAX_ANSWER: u64 = 128_000;
+/// Longest name of a model or id of an answer that is kept, in bytes.
+const MAX_NAME: usize = 200;
 /// The ledger has limits of its own; this is for the worst.
 const SETTLE_PATIENCE: Duration = Duration::from_secs(11);
 
@@ -56,7 +58,8 @@ impl Request {
         let answer = self.picker.get("max_tokens");
         Ask {
             model: model
-                .and_then(|json| serde_json::from_slice(json).ok())
+                .and_then(|json| serde_json::from_slice::<String>(json).ok())
+                .map(|model| short(&model).to_owned())
                 .unwrap_or_default(),
             prompt: self.bytes.div_ceil(LEAST_BYTES_PER_TOKEN).min(MAX_PROMPT),
             answer: answer
@@ -64,6 +67,11 @@ impl Request {
                 .map_or(MAX_ANSWER, |tokens| tokens.min(MAX_ANSWER)),
         }
     }
+}
+
+/// A name as it may stand in the ledger: whoever asks chooses it.
+fn short(name: &str) -> &str {
+    &name[..name.floor_char_boundary(MAX_NAME)]
 }
 
 /// One request's way through the ledger. Shared by its upload and its [exchange].
@@ -212,8 +220,8 @@ impl State {
         };
         Some(reservation.settle(Outcome {
             verdict,
-            model: seen.model.clone(),
-            message: seen.message.clone(),
+            model: seen.model.as_deref().map(|name| short(name).to_owned()),
+            message: seen.message.as_deref().map(|id| short(id).to_owned()),
             tokens,
             is_estimated,
         }))

@@ -325,17 +325,19 @@ impl DevServer {
     /// Nothing says that an error is gone: after a change the pages that it may have been on are
     /// asked for, once what comes late has come.
     fn check(&self, run: &Run) {
-        let (generation, pages) = {
-            let status = self.publish.borrow();
-            let files = status
-                .errors
-                .iter()
-                .filter_map(|error| error.file.as_deref());
-            (status.generation, self.last_page.and_pages_of(files))
-        };
+        let (status, last_page) = (self.publish.subscribe(), self.last_page.clone());
         let (port, tell) = (self.site.port, run.tell.clone());
         let check = async move {
             sleep(probe::LATE).await;
+            // Only now: an error of before the change may have come after it.
+            let (generation, pages) = {
+                let status = status.borrow();
+                let files = status
+                    .errors
+                    .iter()
+                    .filter_map(|error| error.file.as_deref());
+                (status.generation, last_page.and_pages_of(files))
+            };
             let answers = probe::pages(port, &pages, probe::PATIENCE).await;
             if answers
                 .iter()

@@ -174,6 +174,10 @@ fn usage(to: &Conversation, content: &[Value]) -> Value {
     json!({
         "input_tokens": tokens(to.size.rest).max(1),
         "cache_creation_input_tokens": created,
+        "cache_creation": {
+            "ephemeral_5m_input_tokens": created,
+            "ephemeral_1h_input_tokens": 0,
+        },
         "cache_read_input_tokens": read,
         "output_tokens": tokens(said).max(1),
     })

@@ -10,7 +10,7 @@ use std::{
 use git2::{Commit, ErrorCode, Index, IndexEntry, MergeOptions, Oid, Repository, Tree};
 
 use super::{
-    Operation as _, RepositoryError, Result,
+    DiffText, Operation as _, RepositoryError, Result, diff,
     files::{Found, Root},
     gate::Keeper,
     landing::{self, State, Step},
@@ -142,14 +142,27 @@ impl Worktree {
         let trees = || Ok::<_, git2::Error>((repo.find_tree(base.tree)?, repo.find_tree(tree)?));
         let (before, after) = trees().during("read the trees")?;
         self.check_room(repo, &before, &after)?;
-        let files = worktree::changed_files(repo, Some(&before), &after)
-            .during("read what would change")?;
+        let (files, _) =
+            diff::changed_files(repo, Some(&before), &after).during("read what would change")?;
         Ok(Draft {
             base: *base,
             tree,
             merged,
             files,
         })
+    }
+
+    /// What the draft would change, as text.
+    pub fn diff_of(&self, draft: &Draft) -> Result<DiffText> {
+        let repo = self.open()?;
+        let trees = || {
+            Ok::<_, git2::Error>((
+                repo.find_tree(draft.base.tree)?,
+                repo.find_tree(draft.tree)?,
+            ))
+        };
+        let (before, after) = trees().during("read the trees")?;
+        diff::text(&repo, &before, &after).during("compare two states")
     }
 
     /// Makes the draft's commit. No branch has it yet: see [`Worktree::apply`].
@@ -172,7 +185,7 @@ impl Worktree {
         let root = Root::open(self.path()).during("open the worktree")?;
         let mut blocked = BTreeMap::new();
         for (path, step) in &steps {
-            let state = landing::state(repo, &root, path)?;
+            let state = landing::state(repo, &root, path, step)?;
             let is_old = match (&state, step.old) {
                 (State::Absent, None) => true,
                 (State::Blob(present), Some(old)) => *present == old,

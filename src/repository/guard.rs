@@ -302,6 +302,30 @@ impl Worktree {
         )
     }
 
+    /// Removes the branch. Its commits keep a name if `trunk` does not hold them.
+    pub(super) fn remove_branch(&self, repo: &Repository, trunk: Option<Oid>) -> Result<()> {
+        self.git.check_branch(&self.branch)?;
+        let branch = format!("refs/heads/{}", self.branch);
+        if let Ok(Some(tip)) = read_ref(repo, &branch)
+            && !trunk.is_some_and(|trunk| is_reachable(repo, trunk, tip))
+        {
+            self.rescue(repo, tip)?;
+        }
+        // Ours first: as long as it is there the guard brings the branch back.
+        for name in [self.known(), branch] {
+            let removed = repo
+                .find_reference(&name)
+                .and_then(|mut found| found.delete());
+            match removed {
+                Err(error) if error.code() != ErrorCode::NotFound => {
+                    return Err(error).during("remove a branch");
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
     fn clear_locks(&self) -> Result<bool> {
         let shared = |name: String| self.git.path().join(name);
         let locks = [

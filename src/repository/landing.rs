@@ -17,7 +17,8 @@
 use std::{
     collections::BTreeMap,
     ffi::OsStr,
-    fs, io,
+    fs::{self, File},
+    io::{self, Read as _, Seek as _},
     os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
 };
@@ -28,7 +29,7 @@ use super::{
     Operation as _, RepositoryError, Result, checkout,
     draft::find_commit,
     files::{self, Found, Root},
-    index::{Entry, LINK_MODE, Moment, SUBMODULE_MODE, Stat},
+    index::{Entry, Index, LINK_MODE, Moment, SUBMODULE_MODE, Stat},
     stage::{canonical_mode, raw_entry, write_blob},
     tree,
     worktree::{Worktree, summarise},
@@ -92,8 +93,9 @@ pub(super) fn steps(
     Ok(steps)
 }
 
-/// What stands at `path` below `root` now; its content gets into the repository by that.
-pub(super) fn state(repo: &Repository, root: &Root, path: &Path) -> Result<State> {
+/// What stands at `path` below `root` now; a content that `step` does not know gets into the
+/// repository by that.
+pub(super) fn state(repo: &Repository, root: &Root, path: &Path, step: &Step) -> Result<State> {
     let found = root.look(path).during("look at a file")?;
     Ok(match found {
         Found::Nothing => State::Absent,
@@ -103,10 +105,31 @@ pub(super) fn state(repo: &Repository, root: &Root, path: &Path) -> Result<State
             State::Blob((repo.blob(&target).during("store a symlink")?, LINK_MODE))
         }
         Found::File(mut file, stat) => {
-            let id = write_blob(repo, path, &mut file).during("read a file")?;
+            let id = content_id(repo, path, &mut file, step)?;
             State::Blob((id, canonical_mode(stat.st_mode)))
         }
     })
+}
+
+/// The blob that a file is. Storing one costs a file of its own, so that is left out for contents
+/// that are expected.
+fn content_id(repo: &Repository, path: &Path, file: &mut File, step: &Step) -> Result<Oid> {
+    /// What is larger is not held in memory.
+    const MAX_HELD: u64 = 32 << 20;
+    let mut read = || -> io::Result<Oid> {
+        if file.metadata()?.len() <= MAX_HELD {
+            let mut content = Vec::new();
+            (&mut *file).take(MAX_HELD).read_to_end(&mut content)?;
+            let id = Oid::hash_object(ObjectType::Blob, &content).map_err(io::Error::other)?;
+            let mut known = [step.old, step.new].into_iter().flatten();
+            if known.any(|(known, _)| known == id) {
+                return Ok(id);
+            }
+            file.rewind()?;
+        }
+        write_blob(repo, path, file)
+    };
+    read().during("read a file")
 }
 
 impl Worktree {
@@ -139,7 +162,7 @@ impl Worktree {
         if tip == parent {
             self.move_branch(&repo, parent, commit.id(), fence)?;
         }
-        landing.finish()?;
+        landing.finish(&after)?;
         summarise(&repo, commit.id())
     }
 }
@@ -185,7 +208,7 @@ impl Worktree {
             landing.end();
             return Err(error);
         }
-        landing.finish()
+        landing.finish(&after)
     }
 
     /// Ends what a [`Worktree::follow`] that was cut off had begun.
@@ -208,7 +231,7 @@ impl Worktree {
         tracing::warn!(branch = self.branch, "finishing what was cut off");
         let landing = Landing::begin(self, &repo, steps, tree, fence)?;
         landing.write_beside(&after)?;
-        landing.finish()
+        landing.finish(&after)
     }
 }
 
@@ -265,7 +288,22 @@ impl<'a> Landing<'a> {
             .during("write files beside the worktree")
     }
 
-    fn finish(self) -> Result<()> {
+    /// libgit2 writes no file where HEAD has a folder, wherever it is asked to write it. It does once
+    /// the branch has moved.
+    fn write_missing(&self, after: &Tree<'_>) -> Result<()> {
+        let mut missing = Vec::new();
+        for (path, step) in &self.steps {
+            let written = self.incoming.look(path).during("look at a new file")?;
+            if step.new.is_some() && matches!(written, Found::Nothing) {
+                missing.push(path.clone());
+            }
+        }
+        checkout::fill_some(self.repo, after, missing.iter(), &self.folder.join("in"))
+            .during("write files beside the worktree")
+    }
+
+    fn finish(self, after: &Tree<'_>) -> Result<()> {
+        self.write_missing(after)?;
         self.land()?;
         self.write_index();
         self.end();
@@ -297,7 +335,11 @@ impl<'a> Landing<'a> {
     }
 
     fn state(&self, path: &Path) -> Result<State> {
-        state(self.repo, &self.root, path)
+        state(self.repo, &self.root, path, &self.step(path))
+    }
+
+    fn step(&self, path: &Path) -> Step {
+        self.steps.get(path).copied().unwrap_or_default()
     }
 
     fn remove(&self, path: &Path, old: Blob) -> Result<()> {
@@ -355,7 +397,7 @@ impl<'a> Landing<'a> {
     /// Looks once more at a file that was taken out: if it is still `expected` it goes, else
     /// somebody wrote to it meanwhile, and that comes back.
     fn settle(&self, path: &Path, expected: Blob) -> Result<()> {
-        let State::Blob(taken) = state(self.repo, &self.outgoing, path)? else {
+        let State::Blob(taken) = state(self.repo, &self.outgoing, path, &self.step(path))? else {
             return Ok(());
         };
         let present = self.state(path)?;
@@ -450,8 +492,7 @@ impl<'a> Landing<'a> {
             });
             let tree = self.repo.find_tree(self.after).during("read the tree")?;
             let file = self.owner.admin.join("index");
-            let (index, _) =
-                super::index::Index::load(&file, self.repo, &tree).during("read the index")?;
+            let (index, _) = Index::load(&file, self.repo, &tree).during("read the index")?;
             Ok((index, changes.collect::<BTreeMap<_, _>>()))
         };
         match known() {
@@ -463,7 +504,10 @@ impl<'a> Landing<'a> {
     fn entry(&self, path: &Path, (id, mode): Blob, now: Moment) -> Entry {
         let blank = Entry::blank(id, mode);
         let (present, stat) = match self.root.look(path) {
-            Ok(Found::File(mut file, stat)) => (write_blob(self.repo, path, &mut file).ok(), stat),
+            Ok(Found::File(mut file, stat)) => {
+                let present = content_id(self.repo, path, &mut file, &self.step(path)).ok();
+                (present, stat)
+            }
             Ok(Found::Link(target, stat)) => {
                 (Oid::hash_object(ObjectType::Blob, &target).ok(), stat)
             }
@@ -504,4 +548,74 @@ fn holds_files(folder: &Path) -> bool {
         let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
         !is_folder || holds_files(&entry.path())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::repository::tests::{Place, write};
+
+    /// A file of one turn that is about to be taken back, and the blobs before and after it.
+    fn about_to_land(site: &crate::repository::tests::Site) -> (String, BTreeMap<PathBuf, Step>) {
+        let page = site.dir.join("page.md");
+        write(&page, "old\n2\n3\n4\n5\n6\nend\n");
+        write(site.dir.join("other.md"), "other\n");
+        site.commit("Before");
+        write(&page, "new\n2\n3\n4\n5\n6\nend\n");
+        write(site.dir.join("came.md"), "came\n");
+        let turn = site.commit("Turn").commit.unwrap().id;
+        let base = site.worktree.committed().unwrap();
+        let draft = site.worktree.draft_without(&base, &turn).unwrap();
+        let commit = site.write(&draft);
+        let repo = site.worktree.open().unwrap();
+        let tree = |id: &str| {
+            repo.find_commit(id.parse().unwrap())
+                .unwrap()
+                .tree()
+                .unwrap()
+        };
+        let steps = steps(&repo, &tree(&turn), &tree(&commit)).unwrap();
+        (commit, steps)
+    }
+
+    /// Someone had the file open and writes to it after it was replaced.
+    #[test]
+    fn an_edit_of_the_file_that_was_just_taken_out_comes_back() {
+        for (edit, expected) in [
+            (
+                "new\n2\n3\n4\n5\n6\na person's\n",
+                "old\n2\n3\n4\n5\n6\na person's\n",
+            ),
+            ("a person's\n2\n", "a person's\n2\n"),
+        ] {
+            let place = Place::new();
+            let (_, site) = place.thread("alice", "main");
+            let (commit, steps) = about_to_land(&site);
+            let repo = site.worktree.open().unwrap();
+            let fence = Fence::open();
+            let after = repo.find_commit(commit.parse().unwrap()).unwrap();
+            let tree = after.tree_id();
+            let landing =
+                Landing::begin(&site.worktree, &repo, steps.clone(), tree, &fence).unwrap();
+            landing.write_beside(&after.tree().unwrap()).unwrap();
+            site.worktree
+                .move_branch(&repo, after.parent_id(0).unwrap(), after.id(), &fence)
+                .unwrap();
+            let (page, came) = (Path::new("page.md"), Path::new("came.md"));
+            landing.root.link_to(page, &landing.outgoing).unwrap();
+            landing.incoming.rename_to(page, &landing.root).unwrap();
+            landing.root.rename_to(came, &landing.outgoing).unwrap();
+            // Killed here; and the writers were not.
+            drop(landing);
+            let out = site.worktree.admin.join("landing/out");
+            fs::write(out.join("page.md"), edit).unwrap();
+            fs::write(out.join("came.md"), "came, and was edited\n").unwrap();
+
+            site.worktree.apply(&commit, &fence).unwrap();
+            let read = |name: &str| fs::read_to_string(site.dir.join(name)).unwrap();
+            assert_eq!(read("page.md"), expected);
+            assert_eq!(read("came.md"), "came, and was edited\n");
+            assert!(!site.worktree.admin.join("landing").exists());
+        }
+    }
 }

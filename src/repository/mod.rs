@@ -16,6 +16,7 @@
 //! in neither.
 
 mod checkout;
+mod diff;
 mod draft;
 mod files;
 mod gate;
@@ -46,6 +47,7 @@ use crate::{
     lease::LeaseLost,
 };
 
+pub use diff::{DiffText, SiteDiff};
 pub use draft::{Draft, Snapshot};
 pub use github::{GitHub, GitHubRepository, NoPullRequests, PullRequest, PullRequestText};
 pub use guard::{Repair, Strangers};

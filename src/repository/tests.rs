@@ -14,6 +14,8 @@ use crate::{
     lease::Fence,
 };
 
+mod drafts;
+
 /// Runs the git program, shut off from the machine's settings.
 pub(super) fn try_git(dir: &Path, args: &[&str]) -> Result<String, String> {
     #[expect(clippy::disallowed_methods, reason = "a test against the real program")]
@@ -40,7 +42,7 @@ pub(super) fn git(dir: &Path, args: &[&str]) -> String {
     try_git(dir, args).unwrap_or_else(|error| panic!("git {args:?}: {error}"))
 }
 
-fn write(path: impl AsRef<Path>, content: impl AsRef<[u8]>) {
+pub(super) fn write(path: impl AsRef<Path>, content: impl AsRef<[u8]>) {
     let path = path.as_ref();
     fs::create_dir_all(path.parent().unwrap()).unwrap();
     fs::write(path, content).unwrap();
@@ -50,7 +52,7 @@ fn key(client: &str, user: &str, thread: &str) -> ThreadKey {
     ThreadKey::parse(client, user, thread).unwrap()
 }
 
-fn greenroom() -> Signature {
+pub(super) fn greenroom() -> Signature {
     Signature {
         name: "greenroom".into(),
         email: "greenroom@localhost".into(),
@@ -58,7 +60,7 @@ fn greenroom() -> Signature {
 }
 
 /// An origin made by the git program, and one user's folder beside it.
-struct Place {
+pub(super) struct Place {
     root: tempfile::TempDir,
 }
 
@@ -70,7 +72,7 @@ impl Place {
     }
 
     /// The origin has one commit on `trunk`, its default branch.
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let place = Self::empty();
         let origin = place.origin();
         fs::create_dir_all(&origin).unwrap();
@@ -128,7 +130,7 @@ impl Place {
         self.create_from(user, &self.source(), None).unwrap()
     }
 
-    fn thread(&self, user: &str, thread: &str) -> (ThreadState, Site) {
+    pub(super) fn thread(&self, user: &str, thread: &str) -> (ThreadState, Site) {
         let repository = self.create(user);
         let path = self.home(user).join("threads").join(thread);
         let key = key("acme", user, thread);
@@ -146,13 +148,13 @@ impl Place {
 }
 
 /// A worktree and the means to judge it.
-struct Site {
-    worktree: Worktree,
-    dir: PathBuf,
+pub(super) struct Site {
+    pub(super) worktree: Worktree,
+    pub(super) dir: PathBuf,
 }
 
 impl Site {
-    fn commit(&self, instruction: &str) -> Committed {
+    pub(super) fn commit(&self, instruction: &str) -> Committed {
         self.try_commit(instruction, Strangers::Keep).unwrap()
     }
 
@@ -177,7 +179,7 @@ impl Site {
         })
     }
 
-    fn status(&self) -> String {
+    pub(super) fn status(&self) -> String {
         git(&self.dir, &["status", "--porcelain"])
     }
 

@@ -154,6 +154,29 @@ impl UserRepository {
         })
     }
 
+    /// Takes a thread's worktree away, and its branch if `with_branch`; commits that are on no other
+    /// branch then keep a name below `refs/greenroom/rescued`. What is there already gone is fine.
+    ///
+    /// # Errors
+    /// The disk's. A folder that cannot be emptied is moved out of the way and left.
+    pub fn remove_thread(
+        &self,
+        key: &ThreadKey,
+        worktree: &Path,
+        with_branch: bool,
+        fence: &Fence,
+    ) -> Result<()> {
+        let repo = self.git.open(&self.project)?;
+        fence.check()?;
+        self.worktree(key, worktree).remove()?;
+        if with_branch {
+            fence.check()?;
+            let trunk = branch_tip(&repo, &key.user_key().user_branch())?;
+            self.worktree(key, worktree).remove_branch(&repo, trunk)?;
+        }
+        Ok(())
+    }
+
     /// Keeps git from seeing what we put into worktrees ourselves: `patterns` are the whole of
     /// the repository's `info/exclude`, for all threads. Written only where it differs.
     pub fn exclude(&self, patterns: &[&str]) -> Result<()> {

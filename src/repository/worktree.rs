@@ -10,11 +10,11 @@ use std::{
     time::Duration,
 };
 
-use git2::{Delta, DiffFindOptions, DiffOptions, ErrorCode, Oid, Patch, Repository, Tree};
+use git2::{ErrorCode, Oid, Repository, Tree};
 use nix::sys::time::TimeSpec;
 
 use super::{
-    Operation as _, RepositoryError, Result, checkout, files,
+    Operation as _, RepositoryError, Result, checkout, diff, files,
     gate::Keeper,
     gitdir::GitDir,
     guard::{Repair, Strangers},
@@ -25,7 +25,7 @@ use super::{
     user,
 };
 use crate::{
-    domain::{CommitSummary, FileChange, FileStatus, HeldBack, Signature},
+    domain::{CommitSummary, HeldBack, Signature},
     identity::{ThreadKey, UserKey},
     lease::Fence,
 };
@@ -91,10 +91,7 @@ pub struct LogEntry {
 /// How often, and after which pauses, an index that somebody else is writing is tried again.
 const INDEX_TRIES: u32 = 20;
 const INDEX_PAUSE: Duration = Duration::from_millis(50);
-/// Files larger than this have no line counts, in bytes.
-const MAX_COUNTED_BYTES: i64 = 2_000_000;
-/// Commits of more files than this have no line counts.
-const MAX_COUNTED_FILES: usize = 2_000;
+
 impl Worktree {
     pub(super) fn new(git: GitDir, key: &ThreadKey, path: &Path) -> Self {
         let admin = git.path().join("worktrees").join(key.thread.as_str());
@@ -384,12 +381,8 @@ impl Worktree {
     /// First checkout, under another name until it is whole: a half made worktree would look
     /// like one in which somebody deleted files.
     pub(super) fn check_out(&self) -> Result<()> {
-        let name = self
-            .path
-            .file_name()
-            .expect("a worktree's path ends in its thread's id");
         let mut hidden = OsStr::new(".").to_owned();
-        hidden.push(name);
+        hidden.push(self.name());
         hidden.push(".partial");
         let partial = self.path.with_file_name(hidden);
         files::remove_all(&partial).during("remove the leftovers of an earlier attempt")?;
@@ -407,6 +400,63 @@ impl Worktree {
         fs::rename(&partial, &self.path).during("put the worktree in place")
     }
 
+    /// Removes the folder and its entry in the git directory.
+    pub(super) fn remove(&self) -> Result<()> {
+        let mut hidden = OsStr::new(".").to_owned();
+        hidden.push(self.name());
+        hidden.push(".removed");
+        let hidden = self.path.with_file_name(hidden);
+        files::remove_all(&hidden).ok();
+        match fs::rename(&self.path, &hidden) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            renamed => renamed.during("move the worktree out of the way")?,
+        }
+        // Half a worktree would look like one in which somebody deleted files; half of this
+        // does not.
+        if let Err(error) = files::remove_all(&hidden) {
+            tracing::warn!(%error, "a removed worktree could not be emptied");
+        }
+        for name in [
+            "gitdir",
+            "commondir",
+            "HEAD",
+            "locked",
+            "index",
+            "logs",
+            "refs",
+            "landing",
+            "ORIG_HEAD",
+            "FETCH_HEAD",
+            "COMMIT_EDITMSG",
+        ] {
+            files::remove_all(&self.admin.join(name)).during("remove the worktree's entry")?;
+        }
+        // What was put aside there in its lifetime is kept.
+        match fs::remove_dir(&self.admin) {
+            Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {
+                let aside = self.git.path().join("removed-worktrees");
+                fs::create_dir_all(&aside).during("keep what was put aside")?;
+                let name = format!(
+                    "{}-{}",
+                    self.name().display(),
+                    uuid::Uuid::now_v7().simple()
+                );
+                fs::rename(&self.admin, aside.join(name)).during("keep what was put aside")
+            }
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(error).during("remove the worktree's entry")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The thread's id.
+    fn name(&self) -> &OsStr {
+        self.path
+            .file_name()
+            .expect("a worktree's path ends in its thread's id")
+    }
+
     /// Makes the index agree with the branch's commit: it is behind after a crash, and missing
     /// after the loss of the worktree's entry. Says whether it was damaged.
     pub(super) fn mend_index(&self, repo: &Repository) -> Result<bool> {
@@ -420,7 +470,7 @@ impl Worktree {
     }
 
     /// Opens the user's repository for what needs no worktree. Puts nothing right.
-    fn read(&self) -> Result<Repository> {
+    pub(super) fn read(&self) -> Result<Repository> {
         self.git.open(self.git.project())
     }
 
@@ -566,55 +616,13 @@ pub(super) fn summarise(repo: &Repository, id: Oid) -> Result<CommitSummary> {
             Err(error) if error.code() == ErrorCode::NotFound => None,
             Err(error) => return Err(error),
         };
+        let (files, files_omitted) = diff::changed_files(repo, before.as_ref(), &commit.tree()?)?;
         Ok(CommitSummary {
             id: id.to_string(),
             message: subject_of(&commit),
-            files: changed_files(repo, before.as_ref(), &commit.tree()?)?,
+            files,
+            files_omitted,
         })
     };
     read().during("read what a commit changed")
-}
-
-/// What differs between two trees, with line counts.
-pub(super) fn changed_files(
-    repo: &Repository,
-    before: Option<&Tree<'_>>,
-    after: &Tree<'_>,
-) -> Result<Vec<FileChange>, git2::Error> {
-    let mut options = DiffOptions::new();
-    options.context_lines(0).max_size(MAX_COUNTED_BYTES);
-    let mut diff = repo.diff_tree_to_tree(before, Some(after), Some(&mut options))?;
-    diff.find_similar(Some(DiffFindOptions::new().renames(true).rename_limit(200)))?;
-    let is_counted = diff.deltas().len() <= MAX_COUNTED_FILES;
-    let mut files = Vec::new();
-    for (at, delta) in diff.deltas().enumerate() {
-        let status = match delta.status() {
-            Delta::Added | Delta::Copied => FileStatus::Added,
-            Delta::Deleted => FileStatus::Deleted,
-            Delta::Renamed => FileStatus::Renamed,
-            _ => FileStatus::Modified,
-        };
-        let patch = if is_counted {
-            Patch::from_diff(&diff, at)?
-        } else {
-            None
-        };
-        let (_, additions, deletions) = patch
-            .map(|patch| patch.line_stats())
-            .transpose()?
-            .unwrap_or_default();
-        let file = if status == FileStatus::Deleted {
-            delta.old_file()
-        } else {
-            delta.new_file()
-        };
-        let path = String::from_utf8_lossy(file.path_bytes().unwrap_or_default()).into_owned();
-        files.push(FileChange {
-            path,
-            status,
-            additions: additions as u64,
-            deletions: deletions as u64,
-        });
-    }
-    Ok(files)
 }

@@ -8,6 +8,7 @@ mod operation;
 mod prepare;
 mod preview_word;
 mod publish;
+mod removal;
 mod thread;
 mod view;
 mod warm;
@@ -27,14 +28,19 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     agent::AgentSettings,
-    domain::{Between, Conflict, ConflictKind, PreviewStatus, Signature, TurnResult, TurnStatus},
+    domain::{
+        Between, Conflict, ConflictKind, HeldBack, PreviewStatus, Signature, TurnResult, TurnStatus,
+    },
     gateway::Gateway,
     identity::{ThreadId, ThreadKey, TurnId, UserKey},
     lease::{Fence, Lease, LeaseError, LeaseLost, Patience},
     lifecycle::{Activity, HolderKind, Memory},
     preview::Previews,
     process::Launcher,
-    repository::{GitHub, NoPullRequests, RemoteError, Remotes, RepositoryError, SourceError},
+    repository::{
+        GitHub, NoPullRequests, RemoteError, Remotes, RepositoryError, SiteDiff, SourceError,
+        UserRepository, Worktree,
+    },
     task::{self, BlockingError, Tasks},
     turn::{JournalError, Past, RunError, StoredContext, TurnFile, TurnRecord, blank_result},
     workspace::{Cache, Dependencies, InstallError, ThreadPaths, UserPaths, WorkspaceError},
@@ -42,10 +48,13 @@ use crate::{
 
 pub use operation::{DryRun, Operation, OperationAnswer, OperationRequest};
 pub use publish::{PublishAnswer, PublishWish, PullRequestWish};
-pub use view::{ExecuteRequest, InitAnswer, InitRequest, PreviewView, ThreadView, TurnSummary};
+pub use removal::Removal;
+pub use view::{
+    ExecuteRequest, History, HistoryPage, InitAnswer, InitRequest, OutsideEdit, PreviewView,
+    ThreadView, TurnSummary,
+};
 
 use thread::{Request, ThreadHandle};
-use view::read_history;
 use warm::WarmAgents;
 
 /// Reading small files of the workspace.
@@ -91,6 +100,11 @@ pub enum SupervisorError {
         between: Option<Between>,
         files: Vec<Conflict>,
     },
+    #[error(
+        "the worktree holds files that are in no commit; save them elsewhere, or add ?discard=true \
+         to let them go"
+    )]
+    HeldBack { files: Vec<HeldBack> },
     /// What was asked for makes no sense here.
     #[error("{0}")]
     Refused(&'static str),
@@ -215,6 +229,9 @@ impl Clone for SupervisorError {
             },
             Self::MergeConflict { between, files } => Self::MergeConflict {
                 between: between.clone(),
+                files: files.clone(),
+            },
+            Self::HeldBack { files } => Self::HeldBack {
                 files: files.clone(),
             },
             Self::Refused(why) => Self::Refused(why),
@@ -500,6 +517,16 @@ impl Supervisor {
             .await
     }
 
+    /// Takes a thread away, after what was asked of it before; nothing more is admitted
+    /// meanwhile. What is in its worktree is committed first.
+    ///
+    /// # Errors
+    /// [`SupervisorError::HeldBack`] if there are files that would be lost: nothing was removed.
+    pub async fn remove(&self, key: &ThreadKey, removal: Removal) -> Result<(), SupervisorError> {
+        self.revive(key).await?;
+        self.ask(key, |reply| Request::Remove(removal, reply)).await
+    }
+
     /// A turn, live or at rest.
     ///
     /// # Errors
@@ -597,7 +624,7 @@ impl Supervisor {
         let preview = self.preview(key).await?;
         let (paths, at) = (self.0.paths(key), key.clone());
         let (head, last_activity) = task::blocking("reading a thread", DISK_DEADLINE, move || {
-            let head = crate::repository::UserRepository::open(&paths.user.project())
+            let head = UserRepository::open(&paths.user.project())
                 .and_then(|repository| repository.worktree(&at, &paths.worktree()).head())
                 .ok();
             let context = StoredContext::load(&paths.context(), &at).ok();
@@ -652,31 +679,61 @@ impl Supervisor {
         Ok(views)
     }
 
-    /// At most `limit` of the thread's turns, newest first, from the one before `before` on.
+    /// A page of the thread's turns, newest first.
     ///
     /// # Errors
     /// [`SupervisorError::NotFound`].
     pub async fn history(
         &self,
         key: &ThreadKey,
-        limit: usize,
-        before: Option<TurnId>,
-    ) -> Result<Vec<TurnSummary>, SupervisorError> {
-        if !self.is_initialised(key).await? {
-            return Err(SupervisorError::NotFound("there is no such thread"));
-        }
+        page: HistoryPage,
+    ) -> Result<History, SupervisorError> {
         let running: Vec<TurnId> = lock(&self.0.live)
             .iter()
             .filter(|(id, live)| id.key() == key && live.record.has_started())
             .map(|(id, _)| id.clone())
             .collect();
+        let (paths, at) = (self.0.paths(key), key.clone());
+        self.look(key, "reading the history", move |worktree| {
+            let past = Past::of(&paths, &at);
+            Ok(History::read(past, worktree, &page, &running))
+        })
+        .await
+    }
+
+    /// What differs between two commits of a thread; see [`Worktree::diff`].
+    ///
+    /// # Errors
+    /// [`SupervisorError::NotFound`].
+    pub async fn diff(
+        &self,
+        key: &ThreadKey,
+        from: Option<String>,
+        to: Option<String>,
+    ) -> Result<SiteDiff, SupervisorError> {
+        let trunk = key.user_key().user_branch();
+        self.look(key, "comparing two commits", move |worktree| {
+            Ok(worktree.diff(&trunk, from.as_deref(), to.as_deref())?)
+        })
+        .await
+    }
+
+    /// Reads something of a thread that was initialised; writes nothing, and asks for no lease.
+    async fn look<T: Send + 'static>(
+        &self,
+        key: &ThreadKey,
+        what: &'static str,
+        read: impl FnOnce(&Worktree) -> Result<T, SupervisorError> + Send + 'static,
+    ) -> Result<T, SupervisorError> {
+        if !self.is_initialised(key).await? {
+            return Err(SupervisorError::NotFound("there is no such thread"));
+        }
         let (paths, key) = (self.0.paths(key), key.clone());
-        Ok(
-            task::blocking("reading the history", DISK_DEADLINE, move || {
-                read_history(Past::of(&paths, &key), limit, before.as_ref(), &running)
-            })
-            .await?,
-        )
+        task::blocking(what, DISK_DEADLINE, move || {
+            let repository = UserRepository::open(&paths.user.project())?;
+            read(&repository.worktree(&key, &paths.worktree()))
+        })
+        .await?
     }
 
     /// Ends the service's core: refuses new work, lets running turns end until `deadline`, then

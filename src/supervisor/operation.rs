@@ -21,7 +21,7 @@ use crate::{
         Author, CommitSummary, Effect, FileChange, MergeStep, TurnKind, TurnMode, TurnResult,
     },
     identity::{ThreadKey, TurnId},
-    repository::{Draft, Repair, Snapshot, Synced, Worktree},
+    repository::{DiffText, Draft, Repair, Snapshot, Synced, Worktree},
     task,
     turn::{
         Accepted, Folder, Journal, Past, PastTurn, StoredContext, TurnFile, TurnRecord, TurnSite,
@@ -78,6 +78,7 @@ pub struct DryRun {
     /// Full id of the commit that it would be based on.
     pub head: String,
     pub files: Vec<FileChange>,
+    pub diff: DiffText,
 }
 
 /// What is left when an operation is over.
@@ -158,12 +159,22 @@ async fn run_into(
         let base = site
             .on_disk("looking at the worktree", |tree| tree.uncommitted())
             .await?;
-        let plan = plan(inner, prepared, &request.operation, base).await?;
+        let Plan {
+            kind,
+            effect,
+            draft,
+            ..
+        } = plan(inner, prepared, &request.operation, base).await?;
+        let files = draft.files().to_vec();
+        let diff = site
+            .on_disk("comparing two states", move |tree| tree.diff_of(&draft))
+            .await?;
         return Ok(OperationAnswer::DryRun(Box::new(DryRun {
-            kind: plan.kind,
-            effect: plan.effect,
+            kind,
+            effect,
             head: base.head(),
-            files: plan.draft.files().to_vec(),
+            files,
+            diff,
         })));
     }
     let mut repairs = Vec::new();

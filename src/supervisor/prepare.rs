@@ -15,6 +15,7 @@ use tokio::{
     sync::{Notify, watch},
     time::{Instant, timeout},
 };
+use tokio_util::sync::CancellationToken;
 
 use super::{DISK_DEADLINE, InitAnswer, InitRequest, Inner, PREVIEW_GRACE, SupervisorError};
 use crate::{
@@ -476,6 +477,7 @@ async fn wait_for_preview(inner: &Inner, slug: &str) {
 #[derive(Debug, Clone)]
 pub(super) struct Attach {
     again: Arc<Notify>,
+    end: CancellationToken,
     outcome: watch::Receiver<Option<Result<(), Arc<InstallError>>>>,
 }
 
@@ -486,6 +488,8 @@ impl Attach {
         let (publish, outcome) = watch::channel(None);
         let tasks = inner.tasks.clone();
         let wake = again.clone();
+        let end = CancellationToken::new();
+        let ended = end.clone();
         let token = tasks.token().clone();
         let work = async move {
             let work = async {
@@ -502,11 +506,24 @@ impl Attach {
             tokio::select! {
                 // What it is just starting ends with it.
                 () = lease.fence().lost() => {}
+                () = ended.cancelled() => {}
                 () = work => {}
             }
+            drop(publish);
         };
         tasks.spawn("attach", work);
-        Self { again, outcome }
+        Self {
+            again,
+            end,
+            outcome,
+        }
+    }
+
+    /// Ends it, with what it is just starting.
+    pub(super) async fn stop(&self) {
+        self.end.cancel();
+        let mut outcome = self.outcome.clone();
+        while outcome.changed().await.is_ok() {}
     }
 
     /// The site's manifest changed: look at the dependencies again.

@@ -17,6 +17,7 @@ use super::{
     operation::{self, OperationAnswer, OperationEnd, OperationRequest},
     prepare::{self, Preparation, Prepared},
     preview_word,
+    removal::{self, Removal, Removed},
 };
 use crate::{
     agent::Agent,
@@ -48,6 +49,7 @@ pub(super) enum Request {
     Revive(Reply<()>),
     Execute(Box<ExecuteRequest>, Reply<TurnRecord>),
     Operate(Box<OperationRequest>, Reply<OperationAnswer>),
+    Remove(Removal, Reply<()>),
     /// A waiting turn was cancelled: look.
     Wake,
     /// Another thread needs the place: end the idle agent.
@@ -96,6 +98,7 @@ pub(super) fn start(inner: Arc<Inner>, key: ThreadKey) -> ThreadHandle {
         agent_idle_since: Instant::now(),
         queue: VecDeque::new(),
         is_running: false,
+        is_removing: false,
         is_preparing: false,
         waiting: Vec::new(),
         work: JoinSet::new(),
@@ -115,12 +118,33 @@ struct Queued {
     _guard: Guard,
 }
 
-/// An operation that waits. Nothing of it was accepted yet.
+/// Something besides a turn that waits. Nothing of it was accepted yet.
 #[derive(Debug)]
 struct Wish {
-    request: Box<OperationRequest>,
-    reply: Reply<OperationAnswer>,
+    what: Wanted,
     _guard: Guard,
+}
+
+#[derive(Debug)]
+enum Wanted {
+    Operation(Box<OperationRequest>, Reply<OperationAnswer>),
+    Removal(Removal, Reply<()>),
+}
+
+impl Wanted {
+    fn is_abandoned(&self) -> bool {
+        match self {
+            Self::Operation(_, reply) => reply.is_closed(),
+            Self::Removal(_, reply) => reply.is_closed(),
+        }
+    }
+
+    fn refuse(self, error: SupervisorError) {
+        match self {
+            Self::Operation(_, reply) => drop(reply.send(Err(error))),
+            Self::Removal(_, reply) => drop(reply.send(Err(error))),
+        }
+    }
 }
 
 /// What waits in line, in the order in which it was asked for.
@@ -140,6 +164,7 @@ enum Done {
     Prepared(Result<Box<Preparation>, SupervisorError>),
     Turn(TurnId, Box<RunEnd>),
     Operation(Box<OperationEnd>, Reply<OperationAnswer>),
+    Removal(Removed, Reply<()>),
     /// Replies, cancelled waiting turns: nothing to take in.
     Nothing,
     /// A waiting turn was cancelled and has its outcome.
@@ -158,6 +183,8 @@ struct Driver {
     queue: VecDeque<InLine>,
     /// A turn or an operation is under way.
     is_running: bool,
+    /// A removal waits or is under way: nothing more is admitted.
+    is_removing: bool,
     is_preparing: bool,
     waiting: Vec<Waiter>,
     work: JoinSet<Done>,
@@ -193,7 +220,7 @@ impl Driver {
     async fn handle(&mut self, request: Request) {
         match request {
             Request::Init(request, reply) => {
-                if self.prepared.is_some() {
+                if self.prepared.is_some() && !self.is_removing {
                     self.answer_init(request, true, reply);
                 } else {
                     self.waiting.push(Waiter::Init(request, reply));
@@ -213,13 +240,8 @@ impl Driver {
                 reply.send(admitted).ok();
                 self.start_next();
             }
-            Request::Operate(request, reply) => {
-                match self.check_line() {
-                    Ok(()) => self.put_in_line(request, reply),
-                    Err(error) => drop(reply.send(Err(error))),
-                }
-                self.start_next();
-            }
+            Request::Operate(request, reply) => self.wish(Wanted::Operation(request, reply)),
+            Request::Remove(removal, reply) => self.wish(Wanted::Removal(removal, reply)),
             Request::Wake => self.drop_cancelled(),
             Request::RestAgent => self.rest_agent(),
             Request::Stop(_) => unreachable!("handled by the loop"),
@@ -229,7 +251,7 @@ impl Driver {
     /// Starts the preparation, unless it is under way. The first waiter's wishes are followed:
     /// a thread's repository and base are chosen once.
     fn prepare(&mut self) {
-        if self.is_preparing || self.inner.draining.is_cancelled() {
+        if self.is_preparing || self.is_removing || self.inner.draining.is_cancelled() {
             return;
         }
         self.is_preparing = true;
@@ -283,19 +305,7 @@ impl Driver {
                 for (accepted, journal) in requeued {
                     self.enqueue(accepted, journal, None);
                 }
-                let mut resumed = resumed;
-                for waiter in std::mem::take(&mut self.waiting) {
-                    match waiter {
-                        Waiter::Init(request, reply) => {
-                            self.answer_init(request, resumed, reply);
-                            // Whoever asked second finds the branch that the first one made.
-                            resumed = true;
-                        }
-                        Waiter::Revive(reply) => {
-                            reply.send(Ok(())).ok();
-                        }
-                    }
-                }
+                self.serve_waiting(resumed);
                 self.start_next();
             }
             Done::Operation(end, reply) => {
@@ -326,6 +336,33 @@ impl Driver {
                 }
                 self.start_next();
             }
+            Done::Removal(removed, reply) => {
+                self.is_running = false;
+                self.is_removing = false;
+                match removed {
+                    Removed::Done => {
+                        self.forget();
+                        reply.send(Ok(())).ok();
+                    }
+                    Removed::Failed(error) => {
+                        reply.send(Err(error)).ok();
+                        self.begin_anew();
+                    }
+                    Removed::Refused(error, agent) => {
+                        reply.send(Err(error)).ok();
+                        if self.prepared.is_none() {
+                            self.prepare();
+                            return;
+                        }
+                        self.agent = *agent;
+                        if self.agent.is_some() {
+                            self.keep_agent();
+                        }
+                        self.serve_waiting(true);
+                        self.start_next();
+                    }
+                }
+            }
             Done::Turn(id, end) => {
                 self.is_running = false;
                 lock(&self.inner.live).remove(&id);
@@ -340,6 +377,22 @@ impl Driver {
                     self.keep_agent();
                 }
                 self.start_next();
+            }
+        }
+    }
+
+    /// Answers those who waited for the thread to be ready.
+    fn serve_waiting(&mut self, mut resumed: bool) {
+        for waiter in std::mem::take(&mut self.waiting) {
+            match waiter {
+                Waiter::Init(request, reply) => {
+                    self.answer_init(request, resumed, reply);
+                    // Whoever asked second finds the branch that the first one made.
+                    resumed = true;
+                }
+                Waiter::Revive(reply) => {
+                    reply.send(Ok(())).ok();
+                }
             }
         }
     }
@@ -363,6 +416,9 @@ impl Driver {
         if self.prepared.is_none() {
             return Err(SupervisorError::BusyElsewhere);
         }
+        if self.is_removing {
+            return Err(SupervisorError::NotFound("this thread is being removed"));
+        }
         let limit = self.inner.settings.max_queued_turns;
         // The running one does not wait.
         if self.queue.len() >= limit + usize::from(!self.is_running) {
@@ -371,14 +427,19 @@ impl Driver {
         Ok(())
     }
 
-    fn put_in_line(&mut self, request: Box<OperationRequest>, reply: Reply<OperationAnswer>) {
+    fn wish(&mut self, what: Wanted) {
+        if let Err(error) = self.check_line() {
+            what.refuse(error);
+            return;
+        }
+        self.is_removing |= matches!(what, Wanted::Removal(..));
         let who = format!("an operation on {}", self.key);
         let guard = self.inner.activity.hold(HolderKind::Queue, who);
         self.queue.push_back(InLine::Wish(Wish {
-            request,
-            reply,
+            what,
             _guard: guard,
         }));
+        self.start_next();
     }
 
     /// Writes a turn into its journal and puts it in line.
@@ -458,32 +519,45 @@ impl Driver {
             match self.queue.pop_front() {
                 None => return,
                 // Whoever wished for it has gone, and was promised nothing.
-                Some(InLine::Wish(wish)) if wish.reply.is_closed() => {}
-                Some(InLine::Wish(wish)) => return self.start_operation(wish, prepared, context),
+                Some(InLine::Wish(wish)) if wish.what.is_abandoned() => {
+                    if matches!(wish.what, Wanted::Removal(..)) {
+                        self.is_removing = false;
+                        self.serve_waiting(true);
+                    }
+                }
+                Some(InLine::Wish(wish)) => return self.start_wish(wish, prepared, context),
                 Some(InLine::Turn(turn)) => return self.start_turn(turn, prepared, context),
             }
         }
     }
 
-    fn start_operation(&mut self, wish: Wish, prepared: Prepared, context: StoredContext) {
+    fn start_wish(&mut self, wish: Wish, prepared: Prepared, context: StoredContext) {
         self.is_running = true;
         let inner = self.inner.clone();
-        let request_id = wish.request.request_id.clone();
-        let span = tracing::info_span!("operation", request_id);
-        let work = async move {
-            let Wish {
-                request,
-                reply,
-                _guard,
-            } = wish;
-            let who = format!("an operation on {}", request.key);
-            let holder = inner.activity.hold(HolderKind::Turn, who);
-            drop(_guard);
-            let end = operation::run(&inner, &prepared, context, &request).await;
-            drop(holder);
-            Done::Operation(Box::new(end), reply)
-        };
-        self.work.spawn(work.instrument(span));
+        let who = format!("an operation on {}", self.key);
+        let holder = inner.activity.hold(HolderKind::Turn, who);
+        match wish.what {
+            Wanted::Operation(request, reply) => {
+                let request_id = request.request_id.clone();
+                let span = tracing::info_span!("operation", request_id);
+                let work = async move {
+                    let end = operation::run(&inner, &prepared, context, &request).await;
+                    drop(holder);
+                    Done::Operation(Box::new(end), reply)
+                };
+                self.work.spawn(work.instrument(span));
+            }
+            Wanted::Removal(removal, reply) => {
+                self.inner.warm.remove(&self.key);
+                let agent = self.agent.take();
+                let work = async move {
+                    let removed = removal::run(&inner, &prepared, agent, removal).await;
+                    drop(holder);
+                    Done::Removal(removed, reply)
+                };
+                self.work.spawn(work.in_current_span());
+            }
+        }
     }
 
     fn start_turn(&mut self, turn: Box<Queued>, prepared: Prepared, context: StoredContext) {
@@ -568,6 +642,27 @@ impl Driver {
         }
     }
 
+    /// The thread was removed. Whoever wants it made anew gets it so.
+    fn forget(&mut self) {
+        tracing::info!("the thread was removed");
+        self.lease = None;
+        self.prepared = None;
+        self.context = None;
+        let (inits, others): (Vec<_>, Vec<_>) = std::mem::take(&mut self.waiting)
+            .into_iter()
+            .partition(|waiter| matches!(waiter, Waiter::Init(..)));
+        for waiter in others {
+            if let Waiter::Revive(reply) = waiter {
+                let gone = SupervisorError::NotFound("there is no such thread");
+                reply.send(Err(gone)).ok();
+            }
+        }
+        self.waiting = inits;
+        if !self.waiting.is_empty() {
+            self.prepare();
+        }
+    }
+
     /// The agent is idle: it stays if the container has a place for it.
     fn keep_agent(&mut self) {
         self.agent_idle_since = Instant::now();
@@ -604,9 +699,10 @@ impl Driver {
         self.lease = None;
         self.prepared = None;
         self.context = None;
+        self.is_removing = false;
         for next in self.queue.drain(..) {
             if let InLine::Wish(wish) = next {
-                wish.reply.send(Err(SupervisorError::BusyElsewhere)).ok();
+                wish.what.refuse(SupervisorError::BusyElsewhere);
             }
         }
         lock(&self.inner.live).retain(|id, _| *id.key() != self.key);
@@ -638,6 +734,16 @@ impl Driver {
                         }
                     }
                     Ok(Done::Operation(end, reply)) => drop(reply.send(end.answer)),
+                    Ok(Done::Removal(removed, reply)) => match removed {
+                        Removed::Done => drop(reply.send(Ok(()))),
+                        Removed::Failed(error) => drop(reply.send(Err(error))),
+                        Removed::Refused(error, agent) => {
+                            reply.send(Err(error)).ok();
+                            if let Some((agent, _)) = *agent {
+                                agent.stop().await;
+                            }
+                        }
+                    },
                     Ok(Done::Prepared(Ok(preparation))) => {
                         if let Some((agent, _)) = preparation.agent {
                             agent.stop().await;

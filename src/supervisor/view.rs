@@ -7,8 +7,12 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::{
-    domain::{Author, Effect, ErrorCode, PreviewState, TurnKind, TurnMode, TurnStatus, Usage},
+    domain::{
+        Author, CommitSummary, Effect, ErrorCode, PreviewState, TurnKind, TurnMode, TurnStatus,
+        Usage,
+    },
     identity::{ClientId, ThreadId, ThreadKey, TurnId, UserId},
+    repository::{LogEntry, RepositoryError, Worktree},
     turn::{Past, PastTurn, Undone},
     workspace::ThreadPaths,
 };
@@ -95,7 +99,7 @@ pub struct TurnSummary {
     #[schema(value_type = String)]
     pub started_at: Timestamp,
     pub duration_ms: u64,
-    pub commit: Option<crate::domain::CommitSummary>,
+    pub commit: Option<CommitSummary>,
     pub usage: Usage,
     #[serde(flatten)]
     pub effect: Effect,
@@ -109,28 +113,100 @@ pub struct TurnSummary {
     pub code: Option<ErrorCode>,
 }
 
-/// At most `limit` of the thread's turns, newest first, from the one before `before` on.
-/// Blocking.
-pub(super) fn read_history(
-    past: Past,
-    limit: usize,
-    before: Option<&TurnId>,
-    running: &[TurnId],
-) -> Vec<TurnSummary> {
-    let mut undone = Undone::default();
-    let mut turns = Vec::new();
-    for turn in past {
-        let undone_by = undone.by(&turn);
-        // What is newer than the page still tells what of the page is undone.
-        if before.is_some_and(|before| turn.id() >= before) {
-            continue;
+/// A commit of edits that no turn made.
+#[derive(Debug, Clone, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct OutsideEdit {
+    pub commit: CommitSummary,
+    /// When it was committed: before the turn or operation that found the edits.
+    #[schema(value_type = String)]
+    pub at: Timestamp,
+}
+
+/// A page of a thread's history.
+#[derive(Debug, Clone, Default, Serialize, ToSchema)]
+pub struct History {
+    /// Newest first.
+    pub turns: Vec<TurnSummary>,
+    /// Commits from the time of these turns that belong to none of them, newest first.
+    pub edits: Vec<OutsideEdit>,
+}
+
+/// What part of a thread's history is asked for.
+#[derive(Debug, Clone)]
+pub struct HistoryPage {
+    /// Most turns of it.
+    pub limit: usize,
+    /// Begin with the turn before this one.
+    pub before: Option<TurnId>,
+}
+
+impl History {
+    /// Reads a page. Blocking.
+    pub(super) fn read(
+        past: Past,
+        worktree: &Worktree,
+        page: &HistoryPage,
+        running: &[TurnId],
+    ) -> Self {
+        let mut undone = Undone::default();
+        let mut turns = Vec::new();
+        let mut end = None;
+        for turn in past {
+            let undone_by = undone.by(&turn);
+            // What is newer than the page still tells what of the page is undone.
+            if page
+                .before
+                .as_ref()
+                .is_some_and(|before| turn.id() >= before)
+            {
+                end = Some(turn.accepted.accepted_at);
+                continue;
+            }
+            turns.push(TurnSummary::new(turn, undone_by, running));
+            if turns.len() == page.limit {
+                break;
+            }
         }
-        turns.push(TurnSummary::new(turn, undone_by, running));
-        if turns.len() == limit {
-            break;
-        }
+        let oldest = turns.last().filter(|_| turns.len() == page.limit);
+        let begin = oldest.map(|turn| turn.started_at);
+        let edits = outside_edits(worktree, page.limit, begin, end).unwrap_or_else(|error| {
+            tracing::warn!(%error, "outside edits are left out of the history");
+            Vec::new()
+        });
+        Self { turns, edits }
     }
-    turns
+}
+
+fn outside_edits(
+    worktree: &Worktree,
+    limit: usize,
+    begin: Option<Timestamp>,
+    end: Option<Timestamp>,
+) -> Result<Vec<OutsideEdit>, RepositoryError> {
+    // A turn is two commits at most: its own and what was there before it. Commits know seconds
+    // alone.
+    let log = worktree.log(2 * limit + 10)?;
+    let is_in_time = |entry: &LogEntry| {
+        begin.is_none_or(|begin| entry.time.as_second() >= begin.as_second())
+            && end.is_none_or(|end| entry.time < end)
+    };
+    let is_outside = |entry: &LogEntry| {
+        let mut trailers = entry.trailers.iter();
+        trailers.any(|(name, value)| name == "Status" && value == "outside")
+    };
+    let found = log
+        .iter()
+        .filter(|entry| is_in_time(entry) && is_outside(entry));
+    found
+        .take(limit)
+        .map(|entry| {
+            Ok(OutsideEdit {
+                commit: worktree.summary(&entry.id)?,
+                at: entry.time,
+            })
+        })
+        .collect()
 }
 
 impl TurnSummary {

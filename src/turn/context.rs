@@ -72,6 +72,7 @@ impl StoredContext {
         let text = cut(text.unwrap_or(&result.text));
         self.history.push(HistoryEntry {
             turn_id: result.turn_id.clone(),
+            kind: result.kind,
             mode: result.mode,
             status: result.status,
             instruction: cut(&accepted.instruction),

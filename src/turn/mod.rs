@@ -9,6 +9,7 @@ mod context;
 mod history;
 mod journal;
 mod operation;
+mod reconcile;
 mod run;
 
 pub use context::{StoredContext, replay_summary};

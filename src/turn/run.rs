@@ -1,14 +1,21 @@
 //! One turn, from its start to its outcome: outside edits first, then the agent, then the commit,
 //! the context and the journal. Whatever the agent does, this ends with exactly one outcome.
 
-use std::{collections::BTreeSet, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
+use jiff::Timestamp;
 use tokio::{sync::mpsc, time::Instant};
 use tokio_util::sync::CancellationToken;
 
 use super::{
     context::{StoredContext, replay_summary},
     journal::{Accepted, Journal, JournalError},
+    reconcile::reconcile,
 };
 use crate::{
     agent::{
@@ -76,16 +83,19 @@ pub enum RunError {
     Agent(#[from] crate::agent::AgentError),
 }
 
+/// The CLI's own transcript of a session. Blocking.
+pub(super) fn transcript(config_dir: &Path, session: &str) -> Option<PathBuf> {
+    let folders = std::fs::read_dir(config_dir.join("projects")).ok()?;
+    folders
+        .flatten()
+        .map(|folder| folder.path().join(format!("{session}.jsonl")))
+        .find(|file| file.is_file())
+}
+
 impl TurnSite {
     /// Is the CLI's own transcript of this session there? Blocking.
     fn has_transcript(&self, session: &str) -> bool {
-        let projects = self.agent_site.config_dir.join("projects");
-        let Ok(folders) = std::fs::read_dir(projects) else {
-            return false;
-        };
-        folders
-            .flatten()
-            .any(|folder| folder.path().join(format!("{session}.jsonl")).is_file())
+        transcript(&self.agent_site.config_dir, session).is_some()
     }
 
     /// Starts the CLI ahead of its next instruction, which then does not wait for it; `None` if that
@@ -419,7 +429,7 @@ pub async fn run_turn(
     cancel: &CancellationToken,
     preview: impl AsyncFnOnce(Option<&CommitSummary>, Folder) -> TurnPreview,
 ) -> RunEnd {
-    let started = Instant::now();
+    let (started, began) = (Instant::now(), Timestamp::now());
     let mut result = blank_result(accepted, &context);
     let mut slot = agent;
     let mut folder = Folder::Same;
@@ -441,6 +451,7 @@ pub async fn run_turn(
     };
     let failure = match outcome {
         Ok(outcome) => {
+            reconcile(site, Account::turn(&accepted.turn_id), &outcome, began);
             let failure = apply(&outcome, accepted, &mut result);
             match commit(site, accepted, journal, &outcome, &mut result).await {
                 Ok(()) => failure,
@@ -813,7 +824,6 @@ async fn commit(
 pub(super) mod tests {
     use super::*;
     use crate::identity::TurnId;
-    use jiff::Timestamp;
 
     /// A completed turn without any content.
     pub(crate) fn result(id: &TurnId) -> TurnResult {

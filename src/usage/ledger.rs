@@ -14,6 +14,7 @@ use tokio::sync::{Notify, oneshot, watch};
 use super::{
     Tokens,
     budget::{self, Breach, Budgets, Decision, Level, Limit, Purse, Stand, Term, Warning},
+    compare::{self, Counts},
     file::{Look, Place, Tail, Tenants, Writer},
     price::Prices,
     row::{Request, Row},
@@ -102,6 +103,10 @@ pub struct Tally {
     pub over_budget: u64,
     /// Of models that the price table does not know.
     pub unpriced: u64,
+    /// Turns whose usage was compared with the CLI's.
+    pub compared: u64,
+    /// By how many dollars their costs differ, in all.
+    pub difference_usd: f64,
     /// Turns of which the CLI tells another usage than the ledger.
     pub differs_from_cli: u64,
     /// Turns whose transcript tells another usage than the ledger.
@@ -223,6 +228,32 @@ impl Ledger {
     /// What this process did so far.
     pub fn tally(&self) -> Tally {
         lock(&self.0.state).tally
+    }
+
+    /// Compares what was counted of a turn with what the CLI tells of it, and with its transcript.
+    pub fn compare(
+        &self,
+        account: &Account,
+        counted: &Spent,
+        cli: Counts,
+        cli_usd: f64,
+        transcript: Option<Counts>,
+    ) {
+        let ours = Counts::from(counted.tokens);
+        let cost_differs = compare::cost_differs(cli_usd, counted.usd);
+        let by_cli = cli.differs_from(&ours) || cost_differs;
+        let by_transcript = transcript.is_some_and(|told| told.differs_from(&ours));
+        let tally = &mut lock(&self.0.state).tally;
+        tally.compared += 1;
+        tally.differs_from_cli += u64::from(by_cli);
+        tally.differs_from_transcript += u64::from(by_transcript);
+        tally.difference_usd += (cli_usd - counted.usd).abs();
+        if by_cli || by_transcript {
+            tracing::warn!(
+                %account, ledger = ?ours, ledger_usd = counted.usd, ?cli, cli_usd, ?transcript,
+                "the usage of a turn is another one by the ledger than by the CLI"
+            );
+        }
     }
 
     fn now(&self) -> Zoned {

@@ -17,6 +17,7 @@
 
 mod books;
 mod budget;
+mod compare;
 mod file;
 mod ledger;
 mod live;
@@ -32,6 +33,7 @@ use serde::{Deserialize, Serialize};
 
 pub use books::{Books, ReadError};
 pub use budget::{Breach, Budgets, Level, Limit, Term, Warning};
+pub use compare::Counts;
 pub use file::Tenants;
 pub use ledger::{
     Ask, Denied, Ledger, LedgerSettings, Meter, News, Outcome, Reservation, Spent, Tally, Verdict,

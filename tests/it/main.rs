@@ -24,6 +24,7 @@ mod preview_proxy;
 mod process;
 mod publish;
 mod tenants;
+mod upstream;
 mod usage;
 mod warm;
 mod watchdogs;

@@ -196,13 +196,23 @@ async fn every_request_is_counted_once_and_reports_agree() {
     );
     // Of nothing is left anything open.
     assert_eq!(stage.rows("reserved"), stage.rows("settled"));
-    let metrics = greenroom.get("/metrics").await.text;
-    assert!(
-        metrics.contains(&format!(
-            "greenroom_model_requests_total{{status=\"settled\"}} {model_requests}"
-        )),
-        "{metrics}"
-    );
+    let mut metrics = String::new();
+    for _ in 0..600 {
+        metrics = greenroom.get("/metrics").await.text;
+        if metrics.contains("greenroom_usage_compared_total 3\n") {
+            break;
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+    }
+    let settled =
+        format!("greenroom_model_requests_total{{status=\"settled\"}} {model_requests}\n");
+    for line in [
+        settled.as_str(),
+        "greenroom_usage_differences_total{from=\"cli\"} 0\n",
+        "greenroom_usage_differences_total{from=\"transcript\"} 0\n",
+    ] {
+        assert!(metrics.contains(line), "{line}{metrics}");
+    }
 }
 
 #[tokio::test]
@@ -457,4 +467,95 @@ async fn another_container_s_client_is_served_counted_and_limited() {
     assert_eq!(refused.headers["x-should-retry"], "false");
     assert!(refused.headers.contains_key("retry-after"));
     assert_eq!(stage.api.requests().len(), 1);
+}
+
+/// What ccusage makes of the CLI's transcripts: the totals of a report.
+fn ccusage_totals(stage: &Stage, report: &str) -> Value {
+    let sessions = files_below(&stage.folders.workspace())
+        .into_iter()
+        .filter(|file| file.extension().is_some_and(|kind| kind == "jsonl"))
+        .filter_map(|file| {
+            let folder = file
+                .ancestors()
+                .find(|folder| folder.ends_with("projects"))?;
+            Some(folder.parent()?.to_str()?.to_owned())
+        });
+    let folders: std::collections::BTreeSet<String> = sessions.collect();
+    assert!(folders.len() > 1, "{folders:?}");
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "the tool that we are compared with"
+    )]
+    let output = Command::new(crate::support::ccusage())
+        .args([
+            "claude",
+            report,
+            "--json",
+            "--offline",
+            "--timezone",
+            "UTC",
+            "--mode",
+            "calculate",
+        ])
+        .current_dir(stage.folders.join("home"))
+        .env_clear()
+        .env("HOME", stage.folders.join("home"))
+        .env(
+            "CLAUDE_CONFIG_DIR",
+            folders.into_iter().collect::<Vec<_>>().join(","),
+        )
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    report["totals"].clone()
+}
+
+#[tokio::test]
+async fn the_totals_are_those_of_ccusage() {
+    let stage = Stage::new(json!({"rules": [
+        rule("several", &[writes("a.txt", "a\n"), writes("b.txt", "b\n"), writes("c.txt", "c\n")]),
+    ]}))
+    .await;
+    let mut greenroom = None;
+    // A program for each model: a change of model costs a request that is in no transcript.
+    for (model, user, thread) in [
+        ("claude-opus-4-8", "alice", "main"),
+        ("claude-sonnet-4-6", "alice", "two"),
+        ("claude-haiku-4-5-20251001", "bob", "main"),
+        ("claude-opus-4-5-20251101", "bob", "two"),
+    ] {
+        drop(greenroom.take());
+        let options = stage.options().env("CLAUDE_MODEL", model);
+        let program = greenroom.insert(TestGreenroom::start(options).await);
+        let who = who("acme", user, thread);
+        stage.init(program, &who).await;
+        for says in [
+            "Change the heading to One",
+            "several",
+            "Use a tool that fails",
+        ] {
+            program.execute(&who, says).await.ok();
+        }
+    }
+    let greenroom = greenroom.unwrap();
+    for period in ["daily", "weekly", "monthly"] {
+        let path = format!("/api/usage?period={period}&by=model");
+        let ours = greenroom.get(&path).await.ok()["result"]["totals"].take();
+        let theirs = ccusage_totals(&stage, period);
+        for field in [
+            "inputTokens",
+            "outputTokens",
+            "cacheReadTokens",
+            "cacheCreationTokens",
+        ] {
+            assert!(ours[field].as_u64().unwrap() > 100, "{field}: {ours}");
+            assert_eq!(
+                ours[field], theirs[field],
+                "{period} {field}: {ours} {theirs}"
+            );
+        }
+        let cost = ours["costUsd"].as_f64().unwrap() - theirs["totalCost"].as_f64().unwrap();
+        assert!(cost.abs() < 1e-6, "{period}: {ours} {theirs}");
+    }
 }

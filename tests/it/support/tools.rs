@@ -42,6 +42,33 @@ pub(crate) fn tools() -> &'static Tools {
     })
 }
 
+/// The public tool that reads the CLI's transcripts (`CCUSAGE_BIN`, else where scripts/test puts
+/// it). Fails in one line where there is none.
+pub(crate) fn ccusage() -> PathBuf {
+    let named = env::var_os("CCUSAGE_BIN").map(PathBuf::from);
+    let cache = env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    let cache = cache.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cache")));
+    let brought = cache.into_iter().flat_map(|cache| {
+        let tools = cache.join("greenroom-dev/tools");
+        let folders = std::fs::read_dir(tools).into_iter().flatten().flatten();
+        folders.filter_map(|folder| {
+            let arch = folder
+                .file_name()
+                .to_str()?
+                .strip_prefix("ccusage-")?
+                .rsplit_once('-')?
+                .1
+                .to_owned();
+            let package = format!("lib/node_modules/@ccusage/ccusage-linux-{arch}/bin/ccusage");
+            Some(folder.path().join(package))
+        })
+    });
+    let mut found = named.into_iter().chain(brought);
+    found
+        .find(|program| program.is_file())
+        .expect("no ccusage: scripts/test installs it, or set CCUSAGE_BIN")
+}
+
 /// The stand-in for the CLI (`tests/acting`), for `CLAUDE_BIN`. The tests' runner builds it with them.
 pub(crate) fn acting_claude() -> PathBuf {
     let test = env::current_exe().expect("a test is a program");
