@@ -179,7 +179,7 @@ impl Index {
     }
 
     /// A tree's files, vouching for nothing. Not yet that tree's index on disk.
-    fn of_tree(repo: &Repository, tree: &Tree<'_>) -> Result<Self, git2::Error> {
+    pub(super) fn of_tree(repo: &Repository, tree: &Tree<'_>) -> Result<Self, git2::Error> {
         let mut index = Self::default();
         index.add_folder(repo, tree, &mut Vec::new(), 0)?;
         Ok(index)
@@ -196,18 +196,20 @@ impl Index {
         for entry in tree {
             path.truncate(length);
             path.extend_from_slice(entry.name_bytes());
-            let is_next = self
-                .slots
-                .len()
-                .checked_sub(1)
-                .is_none_or(|last| self.name(last) < path.as_slice());
-            if !is_path(path) || !is_next || depth > MAX_DEPTH {
+            let is_path = is_path(path);
+            let is_folder = entry.kind() == Some(ObjectType::Tree);
+            if is_folder {
+                // git's order takes a folder's name with a `/` at its end.
+                path.push(b'/');
+            }
+            let last = self.slots.len().checked_sub(1);
+            let is_next = last.is_none_or(|last| self.name(last) < path.as_slice());
+            if !is_path || !is_next || depth > MAX_DEPTH {
                 return Err(git2::Error::from_str(
                     "the commit holds names that no file can have",
                 ));
             }
-            if entry.kind() == Some(ObjectType::Tree) {
-                path.push(b'/');
+            if is_folder {
                 self.add_folder(repo, &repo.find_tree(entry.id())?, path, depth + 1)?;
                 continue;
             }
@@ -257,6 +259,11 @@ impl Index {
 
     pub(super) fn entry(&self, slot: usize) -> &Entry {
         &self.slots[slot].entry
+    }
+
+    /// Notes what the file looks like on disk, having the entry's content.
+    pub(super) fn know(&mut self, slot: usize, stat: Stat) {
+        self.slots[slot].entry.stat = stat;
     }
 
     /// Does the entry know this state of its file as the one whose content it has?

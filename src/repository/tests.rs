@@ -14,6 +14,7 @@ use crate::{
     lease::Fence,
 };
 
+mod checkout;
 mod drafts;
 
 /// Runs the git program, shut off from the machine's settings.

@@ -334,7 +334,7 @@ impl Worktree {
         let repo = self.read()?;
         let tree = self.tree(&repo, self.tip(&repo)?)?;
         fs::create_dir_all(to).during("make the folder for a copy")?;
-        checkout::fill(&repo, &tree, checkout::Target::Copy(to)).during("copy the site's files")
+        checkout::fill(&repo, &tree, to).map(drop)
     }
 
     /// The branch's commits, newest first, merges seen from their first parent.
@@ -395,8 +395,8 @@ impl Worktree {
         };
         let repo = in_progress.open()?;
         let tree = in_progress.tree(&repo, in_progress.tip(&repo)?)?;
-        checkout::fill(&repo, &tree, checkout::Target::Worktree(&partial))
-            .during("check the site out")?;
+        let index = checkout::fill(&repo, &tree, &partial)?;
+        in_progress.write_index(&index, tree.id(), &BTreeMap::new());
         fs::rename(&partial, &self.path).during("put the worktree in place")
     }
 
