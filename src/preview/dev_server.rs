@@ -26,11 +26,11 @@ use super::{
     PreviewSettings, PreviewSite,
     command::{DevCommand, Proof, plan},
     hmr::{self, Word},
+    notes::Notes,
     output::{Output, Stream, error_from},
     port::is_free,
     probe,
     restart::{Failure, Next, Restarts},
-    touched::LastPage,
 };
 use crate::{
     domain::{PreviewError, PreviewState, PreviewStatus},
@@ -85,7 +85,7 @@ pub(crate) struct DevServer {
     inbox: Inbox,
     publish: watch::Sender<PreviewStatus>,
     restarts: Restarts,
-    last_page: LastPage,
+    notes: Notes,
 }
 
 enum Phase {
@@ -128,7 +128,7 @@ impl DevServer {
         tasks: Tasks,
         inbox: Inbox,
         publish: watch::Sender<PreviewStatus>,
-        last_page: LastPage,
+        notes: Notes,
     ) -> Self {
         let restarts = Restarts::default();
         Self {
@@ -139,7 +139,7 @@ impl DevServer {
             inbox,
             publish,
             restarts,
-            last_page,
+            notes,
         }
     }
 
@@ -325,7 +325,7 @@ impl DevServer {
     /// Nothing says that an error is gone: after a change the pages that it may have been on are
     /// asked for, once what comes late has come.
     fn check(&self, run: &Run) {
-        let (status, last_page) = (self.publish.subscribe(), self.last_page.clone());
+        let (status, notes) = (self.publish.subscribe(), self.notes.clone());
         let (port, tell) = (self.site.port, run.tell.clone());
         let check = async move {
             sleep(probe::LATE).await;
@@ -336,7 +336,7 @@ impl DevServer {
                     .errors
                     .iter()
                     .filter_map(|error| error.file.as_deref());
-                (status.generation, last_page.and_pages_of(files))
+                (status.generation, notes.last_page().and_pages_of(files))
             };
             let answers = probe::pages(port, &pages, probe::PATIENCE).await;
             if answers
@@ -400,7 +400,9 @@ impl DevServer {
 
     async fn launch(&self) -> Result<Run, StartError> {
         let (site, settings) = (self.site.clone(), self.settings.clone());
+        let notes = self.notes.clone();
         let prepared = blocking("preparing the dev server", DISK_DEADLINE, move || {
+            notes.resolve_folders(&site);
             prepare(&site, &settings)
         });
         let (spec, proof) = prepared

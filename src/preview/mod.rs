@@ -11,9 +11,11 @@ mod access;
 mod alarm;
 mod command;
 mod dev_server;
+mod filter;
 mod header_deadline;
 mod headers;
 mod hmr;
+mod notes;
 mod output;
 mod pages;
 mod port;
@@ -46,7 +48,8 @@ use crate::{
     domain::{PreviewError, PreviewState, PreviewStatus},
     preview::{
         dev_server::{DevServer, Intent},
-        touched::LastPage,
+        filter::{Folders, Refusal},
+        notes::Notes,
     },
     process::Launcher,
     task::Tasks,
@@ -177,12 +180,14 @@ impl Previews {
         site: PreviewSite,
         status: watch::Receiver<PreviewStatus>,
     ) -> PreviewHandle {
+        let notes = Notes::default();
+        notes.resolve_folders(&site);
         let handle = PreviewHandle(Arc::new(Handle {
             site: Arc::new(site),
             intents: mpsc::channel(1).0,
             retry: Arc::new(Notify::new()),
             status,
-            last_page: LastPage::default(),
+            notes,
         }));
         self.registry()
             .by_slug
@@ -247,7 +252,7 @@ struct Handle {
     intents: mpsc::Sender<Intent>,
     retry: Arc<Notify>,
     status: watch::Receiver<PreviewStatus>,
-    last_page: LastPage,
+    notes: Notes,
 }
 
 /// The supervisor's thread driver asks a few things per init and turn; the preview's driver is
@@ -265,7 +270,7 @@ impl PreviewHandle {
         let (intents, inbox) = mpsc::channel(INTENTS);
         let (publish, status) = watch::channel(PreviewStatus::off());
         let retry = Arc::new(Notify::new());
-        let last_page = LastPage::default();
+        let notes = Notes::default();
         let driver = DevServer::new(
             site.clone(),
             settings,
@@ -276,7 +281,7 @@ impl PreviewHandle {
                 retry: retry.clone(),
             },
             publish,
-            last_page.clone(),
+            notes.clone(),
         );
         tasks.spawn("preview", driver.drive());
         Self(Arc::new(Handle {
@@ -284,7 +289,7 @@ impl PreviewHandle {
             intents,
             retry,
             status,
-            last_page,
+            notes,
         }))
     }
 
@@ -308,9 +313,18 @@ impl PreviewHandle {
         self.0.status.borrow().upstream
     }
 
+    /// May a dev server be asked for this?
+    ///
+    /// # Errors
+    /// Why not.
+    pub(crate) fn may_ask(&self, path: &str, query: Option<&str>) -> Result<(), Refusal> {
+        static NONE: Folders = Folders::none();
+        filter::judge(path, query, self.0.notes.folders().unwrap_or(&NONE))
+    }
+
     /// Somebody is shown this path.
     pub(crate) fn note_page(&self, path: &str) {
-        self.0.last_page.note(path);
+        self.0.notes.last_page().note(path);
     }
 
     /// The last error of a server that goes on serving: Vite keeps none for a browser that comes
@@ -332,7 +346,8 @@ impl PreviewHandle {
         let mut status = self.status();
         let pages = self
             .0
-            .last_page
+            .notes
+            .last_page()
             .and_pages_of(files.iter().map(String::as_str));
         let word = async {
             let answers = probe::pages(port, &pages, patience).await;

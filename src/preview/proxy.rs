@@ -46,6 +46,7 @@ use super::{
     ActivityGuard, ActivitySink, PreviewHandle, Previews,
     access::{Verdict, hide_cookies},
     alarm::{Alarm, Elapsed},
+    filter::Refusal,
     header_deadline::{HeaderDeadline, InRequest},
     headers, hmr,
     pages::{self, Page},
@@ -299,6 +300,9 @@ impl Downstream {
         } else if path.starts_with(pages::OWN_PREFIX) {
             return Err(self.answer_own(request, &host, &preview));
         }
+        preview
+            .may_ask(path, query)
+            .map_err(|refusal| refused(refusal, as_page))?;
         if as_page && !is_websocket {
             preview.note_page(path);
         }
@@ -664,6 +668,20 @@ fn host_value(request: &Request<Incoming>) -> Result<&HeaderValue, Page> {
         (None, _, None) if request.version() == Version::HTTP_10 => Ok(&LOCALHOST),
         _ => Err(names_no_host()),
     }
+}
+
+fn refused(refusal: Refusal, as_page: bool) -> Page {
+    let (status, text) = match refusal {
+        Refusal::Unclear => (
+            StatusCode::BAD_REQUEST,
+            "This address is spelled in an unusual way. Open the page from the site's own links.",
+        ),
+        Refusal::Private => (
+            StatusCode::FORBIDDEN,
+            "This file is not part of the site that visitors see.",
+        ),
+    };
+    pages::problem(status, "Not shown", text, as_page)
 }
 
 fn names_no_host() -> Page {

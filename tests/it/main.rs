@@ -19,6 +19,7 @@ mod init;
 mod lifecycle;
 mod limits;
 mod owners;
+mod preview_astro;
 mod preview_dev_server;
 mod preview_proxy;
 mod process;

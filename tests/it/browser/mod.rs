@@ -10,7 +10,7 @@ mod life;
 mod site;
 mod studio;
 
-use std::{ffi::OsString, fs, path::Path};
+use std::{fs, path::Path};
 
 use serde_json::json;
 use tokio::sync::{Mutex, MutexGuard};
@@ -49,19 +49,7 @@ impl Room {
     async fn with(more: impl FnOnce(Options) -> Options) -> Self {
         let turn = ONE_AT_A_TIME.lock().await;
         let folders = Folders::new();
-        // Of one file system with the workspaces, and there from test to test: Astro is installed
-        // once. That takes one client and user, since masters are not shared between tenants.
-        let cache =
-            std::env::temp_dir().join(format!("greenroom-test-cache-{}", nix::unistd::getuid()));
-        let mut options = Options::new(&folders)
-            .rehearsal()
-            .previews()
-            .env("CACHE_PATH", cache)
-            // A slow machine is no failure.
-            .env("PREVIEW_READY_SECONDS", "300");
-        for (name, value) in npm_settings() {
-            options = options.env(&name, value);
-        }
+        let options = Options::new(&folders).rehearsal().astro();
         let greenroom = TestGreenroom::start(more(options)).await;
         Self {
             program: greenroom.pid(),
@@ -128,29 +116,6 @@ async fn listen(page: &Page) {
 async fn hears(page: &Page) {
     page.wait_for("window.heard?.some((data) => data.includes('\"connected\"'))")
         .await;
-}
-
-/// What npm was told where the tests were started.
-fn npm_settings() -> Vec<(String, OsString)> {
-    let mut settings: Vec<(String, OsString)> = std::env::vars_os()
-        .filter_map(|(name, value)| Some((name.into_string().ok()?, value)))
-        .filter(|(name, _)| {
-            let name = name.to_ascii_lowercase();
-            name.starts_with("npm_config_")
-                || [
-                    "http_proxy",
-                    "https_proxy",
-                    "no_proxy",
-                    "node_extra_ca_certs",
-                ]
-                .contains(&name.as_str())
-        })
-        .collect();
-    let config = std::env::home_dir().unwrap_or_default().join(".npmrc");
-    if config.is_file() {
-        settings.push(("npm_config_userconfig".to_owned(), config.into()));
-    }
-    settings
 }
 
 /// Process ids and command lines of what works in a folder, or names it.

@@ -106,6 +106,21 @@ impl Options {
         self.env("ASTRO_DEV_MODE", "true")
     }
 
+    /// It runs dev servers, and installs what they need from npm once for all tests.
+    pub(crate) fn astro(mut self) -> Self {
+        // Of one file system with the workspaces, and there from test to test. That takes one
+        // client and user (`demo`, `me`), since masters are not shared between tenants.
+        let cache =
+            std::env::temp_dir().join(format!("greenroom-test-cache-{}", nix::unistd::getuid()));
+        for (name, value) in npm_settings() {
+            self = self.env(&name, value);
+        }
+        self.previews()
+            .env("CACHE_PATH", cache)
+            // A slow machine is no failure.
+            .env("PREVIEW_READY_SECONDS", "300")
+    }
+
     fn spawn(&self) -> Child {
         #[expect(clippy::disallowed_methods, reason = "the program under test")]
         let mut command = Command::new(env!("CARGO_BIN_EXE_greenroom"));
@@ -326,4 +341,27 @@ async fn read_log(stderr: impl AsyncRead + Unpin, log: Arc<Mutex<Vec<String>>>) 
     while let Ok(Some(line)) = lines.next_line().await {
         log.lock().unwrap().push(line);
     }
+}
+
+/// What npm was told where the tests were started.
+fn npm_settings() -> Vec<(String, OsString)> {
+    let mut settings: Vec<(String, OsString)> = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value)))
+        .filter(|(name, _)| {
+            let name = name.to_ascii_lowercase();
+            name.starts_with("npm_config_")
+                || [
+                    "http_proxy",
+                    "https_proxy",
+                    "no_proxy",
+                    "node_extra_ca_certs",
+                ]
+                .contains(&name.as_str())
+        })
+        .collect();
+    let config = std::env::home_dir().unwrap_or_default().join(".npmrc");
+    if config.is_file() {
+        settings.push(("npm_config_userconfig".to_owned(), config.into()));
+    }
+    settings
 }
