@@ -9,6 +9,7 @@
     reason = "a bench starts what it measures by itself"
 )]
 
+mod commit;
 mod hmr;
 mod init;
 mod proxy;
@@ -47,11 +48,12 @@ macro_rules! parts {
     };
 }
 
-const PARTS: [Part; 6] = parts! {
+const PARTS: [Part; 7] = parts! {
     start 60,
     rest 60,
     init 90,
     turn 180,
+    commit 300,
     hmr 90,
     proxy 180,
 };
