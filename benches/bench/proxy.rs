@@ -276,6 +276,7 @@ pub(crate) fn serve(args: &[String]) -> anyhow::Result<()> {
             access: greenroom::preview::Access::open(),
             node: "/nowhere".into(),
             private_root: "/nowhere".into(),
+            most_awake: 3,
         };
         // It starts nothing here.
         let launcher = Launcher::start(Duration::from_secs(5), ConfinementMode::Auto)?;

@@ -66,6 +66,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         PreviewSettings {
             node: programs.node.clone().unwrap_or_else(|| "node".into()),
             private_root: runtime.join("previews"),
+            most_awake: settings.max_previews,
             access: preview_access(settings),
         },
         tasks.clone(),

@@ -1,55 +1,40 @@
 //! The driver of one preview: owns the dev server's process from spawn to exit.
 //!
-//! It is `Idle` (nothing wanted), `Broken` (a start failed or the server ended; perhaps a restart
+//! It is `Idle` (nothing wanted), `Asleep` (another one needed the room), `Broken` (a start failed or the server ended; perhaps a restart
 //! is due) or `Running` (a child lives; live once it has proved itself). Events come from the
 //! handle, the child and the clock; whether a failure is tried again is decided in `restart`.
 
-use std::{
-    ffi::OsString,
-    future::Future,
-    io::{self, Read},
-    net::{Ipv4Addr, SocketAddr},
-    path::{Path, PathBuf},
-    pin::Pin,
-    sync::Arc,
-    time::Duration,
-};
+use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use tokio::{
-    net::TcpStream,
     sync::{Notify, mpsc, oneshot, watch},
     task::JoinHandle,
     time::{Instant, sleep, sleep_until, timeout},
 };
 
 use super::{
-    PreviewSettings, PreviewSite,
-    command::{DevCommand, Proof, plan},
+    Ground, PreviewSite,
     hmr::{self, Word},
+    launch::{StartError, chain, prepare, prove},
     notes::Notes,
     output::{Output, Stream, error_from},
-    port::is_free,
     probe,
     restart::{Failure, Next, Restarts},
+    slots::Slot,
 };
 use crate::{
     domain::{PreviewError, PreviewState, PreviewStatus},
-    process::{Exit, Launcher, Ports, ProcessHandle, Profile, Spec, Stdin},
-    task::{Tasks, blocking},
+    process::{Exit, ProcessHandle},
+    task::blocking,
 };
 
-/// From spawn to proven ready.
-const START_DEADLINE: Duration = Duration::from_secs(120);
 /// From SIGTERM to SIGKILL where the caller names no grace. Astro ends in 30 to 70 ms.
 const GRACE: Duration = Duration::from_secs(5);
-/// How long a fresh start waits for a port that the server before it still holds.
-const PORT_WAIT: Duration = Duration::from_secs(3);
 const DISK_DEADLINE: Duration = Duration::from_secs(20);
 /// Errors that are kept, the newest.
 const MAX_ERRORS: usize = 20;
 /// Words that wait for the driver, which is busy for moments only while a server runs.
 const WORDS: usize = 64;
-const MAX_PACKAGE_JSON: u64 = 1024 * 1024;
 
 /// What a handle asks for.
 #[derive(Debug)]
@@ -79,9 +64,7 @@ pub(crate) struct Inbox {
 /// The driver.
 pub(crate) struct DevServer {
     site: Arc<PreviewSite>,
-    settings: Arc<PreviewSettings>,
-    launcher: Launcher,
-    tasks: Tasks,
+    ground: Ground,
     inbox: Inbox,
     publish: watch::Sender<PreviewStatus>,
     restarts: Restarts,
@@ -90,7 +73,11 @@ pub(crate) struct DevServer {
 
 enum Phase {
     Idle,
-    Broken { restart_at: Option<Instant> },
+    /// Wakes when somebody asks for the site.
+    Asleep,
+    Broken {
+        restart_at: Option<Instant>,
+    },
     Running(Box<Run>),
 }
 
@@ -104,6 +91,7 @@ struct Run {
     /// What the server says of the site, once it listens.
     words: mpsc::Receiver<Word>,
     tell: mpsc::Sender<Word>,
+    slot: Slot,
 }
 
 type ProofFuture = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
@@ -114,6 +102,8 @@ enum Event {
     Ended(Exit),
     Said(Word),
     StartDue,
+    /// Another one needs the room.
+    SleepDue,
     /// Somebody wants to see the site.
     Asked,
     /// No handle is left, or the program ends.
@@ -123,9 +113,7 @@ enum Event {
 impl DevServer {
     pub(crate) fn new(
         site: Arc<PreviewSite>,
-        settings: Arc<PreviewSettings>,
-        launcher: Launcher,
-        tasks: Tasks,
+        ground: Ground,
         inbox: Inbox,
         publish: watch::Sender<PreviewStatus>,
         notes: Notes,
@@ -133,9 +121,7 @@ impl DevServer {
         let restarts = Restarts::default();
         Self {
             site,
-            settings,
-            launcher,
-            tasks,
+            ground,
             inbox,
             publish,
             restarts,
@@ -165,7 +151,9 @@ impl DevServer {
         let Inbox { intents, retry } = &mut self.inbox;
         let child = async {
             match phase {
-                Phase::Idle | Phase::Broken { restart_at: None } => std::future::pending().await,
+                Phase::Idle | Phase::Asleep | Phase::Broken { restart_at: None } => {
+                    std::future::pending().await
+                }
                 Phase::Broken {
                     restart_at: Some(at),
                 } => {
@@ -176,11 +164,13 @@ impl DevServer {
                     Some(proof) => tokio::select! {
                         biased;
                         exit = run.process.wait() => Event::Ended(exit),
+                        () = run.slot.is_wanted() => Event::SleepDue,
                         proved = proof => Event::Proved(proved),
                     },
                     None => tokio::select! {
                         biased;
                         exit = run.process.wait() => Event::Ended(exit),
+                        () = run.slot.is_wanted() => Event::SleepDue,
                         Some(word) = run.words.recv() => Event::Said(word),
                     },
                 },
@@ -188,7 +178,7 @@ impl DevServer {
         };
         tokio::select! {
             biased;
-            () = self.tasks.token().cancelled() => Event::Closing,
+            () = self.ground.tasks.token().cancelled() => Event::Closing,
             intent = intents.recv() => intent.map_or(Event::Closing, Event::Intent),
             event = child => event,
             // Taken in every phase, so that none is left over for a later one.
@@ -200,7 +190,7 @@ impl DevServer {
         match (event, phase) {
             (Event::Intent(Intent::Start), running @ Phase::Running(_)) => running,
             (Event::Intent(Intent::Start) | Event::StartDue, _)
-            | (Event::Asked, Phase::Broken { .. }) => self.start().await,
+            | (Event::Asked, Phase::Broken { .. } | Phase::Asleep) => self.start().await,
             (Event::Intent(Intent::Restart { reason, done }), phase) => {
                 tracing::info!(slug = self.site.slug, reason, "restarting the dev server");
                 self.restarts = Restarts::default();
@@ -232,10 +222,24 @@ impl DevServer {
                 done.send(()).ok();
                 Phase::Idle
             }
-            (Event::Intent(Intent::Progress(text)), Phase::Idle | Phase::Broken { .. }) => {
+            (
+                Event::Intent(Intent::Progress(text)),
+                Phase::Idle | Phase::Asleep | Phase::Broken { .. },
+            ) => {
                 self.set(PreviewState::Starting, Vec::new(), None, &text);
                 // What is prepared will be followed by a start; no restart runs into it.
                 Phase::Idle
+            }
+            (Event::SleepDue, phase @ Phase::Running(_)) => {
+                // First of all: no request is sent to a server that is about to end.
+                self.set(
+                    PreviewState::Asleep,
+                    Vec::new(),
+                    None,
+                    "Asleep while other sites are looked at",
+                );
+                self.end(phase, GRACE).await;
+                Phase::Asleep
             }
             (Event::Proved(Ok(())), Phase::Running(mut run)) => {
                 let elapsed_ms = u64::try_from(run.since.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -248,13 +252,13 @@ impl DevServer {
                 );
                 run.proof = None;
                 self.set(PreviewState::Live, Vec::new(), Some(port), "");
-                let token = self.tasks.token().clone();
-                self.tasks.spawn("preview warm-up", async move {
+                let token = self.ground.tasks.token().clone();
+                self.ground.tasks.spawn("preview warm-up", async move {
                     token.run_until_cancelled(probe::warm_up(port)).await;
                 });
                 let (worktree, tell) = (self.site.worktree.clone(), run.tell.clone());
-                let token = self.tasks.token().clone();
-                self.tasks.spawn("preview listener", async move {
+                let token = self.ground.tasks.token().clone();
+                self.ground.tasks.spawn("preview listener", async move {
                     token
                         .run_until_cancelled(hmr::listen(port, worktree, tell))
                         .await;
@@ -272,6 +276,7 @@ impl DevServer {
             }
             (
                 Event::Asked
+                | Event::SleepDue
                 | Event::Said(_)
                 | Event::Intent(Intent::Progress(_))
                 | Event::Proved(_)
@@ -347,8 +352,8 @@ impl DevServer {
                 tell.send(Word::Fine { generation }).await.ok();
             }
         };
-        let token = self.tasks.token().clone();
-        self.tasks.spawn("preview check", async move {
+        let token = self.ground.tasks.token().clone();
+        self.ground.tasks.spawn("preview check", async move {
             token.run_until_cancelled(check).await;
         });
     }
@@ -399,7 +404,10 @@ impl DevServer {
     }
 
     async fn launch(&self) -> Result<Run, StartError> {
-        let (site, settings) = (self.site.clone(), self.settings.clone());
+        let slot = self.ground.slots.take(&self.notes).await.ok_or_else(|| {
+            StartError::Machine("there was no room for one more dev server".to_owned())
+        })?;
+        let (site, settings) = (self.site.clone(), self.ground.settings.clone());
         let notes = self.notes.clone();
         let prepared = blocking("preparing the dev server", DISK_DEADLINE, move || {
             notes.resolve_folders(&site);
@@ -410,6 +418,7 @@ impl DevServer {
             .map_err(|e| StartError::Machine(e.to_string()))??;
         let since = Instant::now();
         let mut child = self
+            .ground
             .launcher
             .spawn(spec)
             .await
@@ -419,11 +428,11 @@ impl DevServer {
         let (tell, words) = mpsc::channel(WORDS);
         let output = Output::new().telling(&self.site.worktree, tell.clone());
         let readers = vec![
-            self.tasks.spawn(
+            self.ground.tasks.spawn(
                 "dev server stdout",
                 output.clone().read(Stream::Stdout, child.stdout),
             ),
-            self.tasks.spawn(
+            self.ground.tasks.spawn(
                 "dev server stderr",
                 output.clone().read(Stream::Stderr, child.stderr),
             ),
@@ -437,6 +446,7 @@ impl DevServer {
             proof: Some(Box::pin(proof)),
             words,
             tell,
+            slot,
         })
     }
 
@@ -519,205 +529,4 @@ impl Run {
             }
         }
     }
-}
-
-/// Why a server could not be started.
-#[derive(Debug, thiserror::Error)]
-enum StartError {
-    /// Something in the site has to change first.
-    #[error("{0}")]
-    Site(String),
-    /// It may work later.
-    #[error("{0}")]
-    Machine(String),
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
-}
-
-/// Reads the site's script and readies the disk. Blocking.
-fn prepare(site: &PreviewSite, settings: &PreviewSettings) -> Result<(Spec, Proof), StartError> {
-    let machine = |what: &'static str| {
-        move |error: io::Error| StartError::Machine(format!("{what}: {}", error.kind()))
-    };
-    let package = read_small(&site.worktree.join("package.json")).map_err(|error| {
-        StartError::Site(match error.kind() {
-            io::ErrorKind::NotFound => "this site has no package.json".to_owned(),
-            kind => format!("package.json can't be read: {kind}"),
-        })
-    })?;
-    let command = plan(&package).map_err(|error| StartError::Site(error.to_string()))?;
-    // Written by servers that were not told to ignore it, and never removed by any.
-    std::fs::remove_file(site.worktree.join(".astro/dev.json")).ok();
-    let private = settings.private_root.join(&site.slug);
-    let (home, tmp) = (private.join("home"), private.join("tmp"));
-    for folder in [&home, &tmp] {
-        std::fs::create_dir_all(folder).map_err(machine("making the dev server's folders"))?;
-    }
-    let (program, mut args) = program(&command, &site.worktree, &settings.node)?;
-    args.extend(command.args(site.port));
-    await_port(site.port)?;
-    let mut profile = Profile::system();
-    // The program may be a link out of the folder that PATH names.
-    for node in [
-        Some(settings.node.clone()),
-        settings.node.canonicalize().ok(),
-    ] {
-        let folder = node.as_deref().and_then(Path::parent);
-        profile.read.extend(folder.map(Path::to_owned));
-    }
-    profile.read.extend(site.readable.iter().cloned());
-    profile
-        .write
-        .extend([site.worktree.clone(), home.clone(), tmp.clone()]);
-    profile.write.extend(site.writable.iter().cloned());
-    // Sites fetch from APIs while they render; they may ask themselves too.
-    profile.connect = Ports::Only(vec![443, site.port]);
-    profile.bind = Ports::Only(vec![site.port]);
-    let spec = Spec {
-        name: "dev server",
-        program,
-        args,
-        env: environment(site, settings, &home, &tmp),
-        cwd: site.worktree.clone(),
-        stdin: Stdin::Null,
-        profile,
-    };
-    Ok((spec, command.proof()))
-}
-
-/// What is started, and the arguments before the command's own.
-fn program(
-    command: &DevCommand,
-    worktree: &Path,
-    node: &Path,
-) -> Result<(PathBuf, Vec<OsString>), StartError> {
-    let Some(bin) = command.bin() else {
-        return Ok(("/bin/sh".into(), vec!["-c".into()]));
-    };
-    let path = format!("node_modules/.bin/{bin}");
-    let kind = worktree.join(&path).symlink_metadata().map_err(|_| {
-        StartError::Site(format!(
-            "the site's `dev` script runs `{bin}`, which isn't installed: is it among the \
-             dependencies in package.json?"
-        ))
-    })?;
-    // npm and yarn link to the program; pnpm writes a shell script that ends in `exec node`.
-    let interpreter = if kind.is_symlink() {
-        node.to_owned()
-    } else {
-        "/bin/sh".into()
-    };
-    Ok((interpreter, vec![path.into()]))
-}
-
-/// All that a dev server gets to see. Nothing of the supervisor's own environment: variables that
-/// tell of an agent send Astro 7 to the background and turn on Vite's console forwarding.
-fn environment(
-    site: &PreviewSite,
-    settings: &PreviewSettings,
-    home: &Path,
-    tmp: &Path,
-) -> Vec<(OsString, OsString)> {
-    let mut path = site.worktree.join("node_modules/.bin").into_os_string();
-    for folder in settings.node.parent().into_iter().chain([
-        Path::new("/usr/local/bin"),
-        Path::new("/usr/bin"),
-        Path::new("/bin"),
-    ]) {
-        path.push(":");
-        path.push(folder);
-    }
-    let port = site.port.to_string();
-    let mut env: Vec<(OsString, OsString)> = vec![
-        ("PATH".into(), path),
-        ("HOME".into(), home.into()),
-        ("TMPDIR".into(), tmp.into()),
-    ];
-    env.extend(
-        [
-            ("LANG", "C.UTF-8"),
-            ("HOST", "127.0.0.1"),
-            ("PORT", port.as_str()),
-            // With any other value Vite opens the HMR socket and never says a word on it.
-            ("NODE_ENV", "development"),
-            ("NO_COLOR", "1"),
-            ("ASTRO_TELEMETRY_DISABLED", "1"),
-            ("ASTRO_DISABLE_UPDATE_CHECK", "true"),
-        ]
-        .map(|(name, value)| (name.into(), value.into())),
-    );
-    if !site.hosts.is_empty() {
-        env.push((
-            "__VITE_ADDITIONAL_SERVER_ALLOWED_HOSTS".into(),
-            site.hosts.join(",").into(),
-        ));
-    }
-    env
-}
-
-/// Reads a file that the agent may have replaced by anything: only a regular one, only so much.
-fn read_small(path: &Path) -> io::Result<String> {
-    if !path.symlink_metadata()?.is_file() {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    let mut text = String::new();
-    std::fs::File::open(path)?
-        .take(MAX_PACKAGE_JSON)
-        .read_to_string(&mut text)?;
-    Ok(text)
-}
-
-/// Waits for the port, which a server that was just ended may still hold. Blocking.
-fn await_port(port: u16) -> Result<(), StartError> {
-    let deadline = std::time::Instant::now() + PORT_WAIT;
-    while !is_free(port) {
-        if std::time::Instant::now() > deadline {
-            return Err(StartError::Machine(format!(
-                "port {port} of this preview is in use by another program"
-            )));
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
-    Ok(())
-}
-
-/// Ends well once the listener on `port` is our child's and answers; ends badly when it went to
-/// another port or the deadline passed. What it prints is no proof.
-async fn prove(
-    process: ProcessHandle,
-    port: u16,
-    proof: Proof,
-    output: Output,
-) -> Result<(), String> {
-    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, port));
-    let deadline = Instant::now() + START_DEADLINE;
-    while Instant::now() < deadline {
-        if output.moved_port() {
-            return Err(format!("the dev server went to another port than {port}"));
-        }
-        if TcpStream::connect(address).await.is_ok() {
-            let child = process.clone();
-            let ours = blocking(
-                "looking for the listener's owner",
-                DISK_DEADLINE,
-                move || child.owns_listener(address),
-            );
-            if ours.await.unwrap_or(false) && probe::answers(port, proof).await {
-                return Ok(());
-            }
-        }
-        sleep(Duration::from_millis(25)).await;
-    }
-    Err(format!(
-        "the dev server did not answer on port {port} within {} s",
-        START_DEADLINE.as_secs()
-    ))
 }

@@ -9,21 +9,27 @@
 
 mod access;
 mod alarm;
+mod body;
 mod command;
 mod dev_server;
 mod filter;
 mod header_deadline;
 mod headers;
 mod hmr;
+mod launch;
 mod notes;
 mod output;
 mod pages;
 mod port;
 mod probe;
 mod proxy;
+mod refusals;
 mod restart;
 mod routing;
+mod slots;
 mod touched;
+mod tunnel;
+mod upstream;
 
 use std::{
     any::Any,
@@ -41,6 +47,7 @@ use tokio::sync::{Notify, mpsc, oneshot, watch};
 pub use self::{
     access::Access,
     command::{DevCommand, PlanError, plan},
+    notes::InTurn,
     port::pick_port,
     proxy::{Proxy, ProxyKind},
 };
@@ -50,6 +57,7 @@ use crate::{
         dev_server::{DevServer, Intent},
         filter::{Folders, Refusal},
         notes::Notes,
+        slots::Slots,
     },
     process::Launcher,
     task::Tasks,
@@ -75,6 +83,8 @@ pub struct PreviewSettings {
     pub access: Access,
     /// Below it each preview gets a private HOME and TMPDIR. Not readable by other threads.
     pub private_root: PathBuf,
+    /// Dev servers at once; the least recently used one sleeps where another is needed.
+    pub most_awake: usize,
 }
 
 /// One thread's site. Fixed for the life of its handle.
@@ -101,10 +111,17 @@ pub struct Previews {
 }
 
 struct Shared {
+    ground: Ground,
+    registry: Mutex<Registry>,
+}
+
+/// What every preview stands on.
+#[derive(Clone)]
+pub(crate) struct Ground {
     launcher: Launcher,
     settings: Arc<PreviewSettings>,
     tasks: Tasks,
-    registry: Mutex<Registry>,
+    slots: Slots,
 }
 
 #[derive(Default)]
@@ -116,7 +133,7 @@ struct Registry {
 impl fmt::Debug for Previews {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Previews")
-            .field("settings", &self.shared.settings)
+            .field("settings", &self.shared.ground.settings)
             .finish_non_exhaustive()
     }
 }
@@ -124,11 +141,14 @@ impl fmt::Debug for Previews {
 impl Previews {
     /// No previews yet. The drivers run in `tasks`; when those are stopped each ends its child.
     pub fn new(launcher: Launcher, settings: PreviewSettings, tasks: Tasks) -> Self {
-        let settings = Arc::new(settings);
-        let shared = Shared {
+        let ground = Ground {
             launcher,
-            settings,
+            slots: Slots::new(settings.most_awake),
+            settings: Arc::new(settings),
             tasks,
+        };
+        let shared = Shared {
+            ground,
             registry: Mutex::default(),
         };
         Self {
@@ -152,7 +172,7 @@ impl Previews {
     }
 
     pub(crate) fn access(&self) -> &Access {
-        &self.shared.settings.access
+        &self.shared.ground.settings.access
     }
 
     /// The preview of a site: the one that is there, else a new one in the state `Off`.
@@ -161,14 +181,8 @@ impl Previews {
         if let Some(handle) = registry.by_slug.get(&site.slug) {
             return handle.clone();
         }
-        let Shared {
-            launcher,
-            settings,
-            tasks,
-            ..
-        } = &*self.shared;
         let slug = site.slug.clone();
-        let handle = PreviewHandle::spawn(site, settings.clone(), launcher.clone(), tasks);
+        let handle = PreviewHandle::spawn(site, &self.shared.ground);
         registry.by_slug.insert(slug, handle.clone());
         handle
     }
@@ -188,6 +202,7 @@ impl Previews {
             retry: Arc::new(Notify::new()),
             status,
             notes,
+            slots: self.shared.ground.slots.clone(),
         }));
         self.registry()
             .by_slug
@@ -253,6 +268,7 @@ struct Handle {
     retry: Arc<Notify>,
     status: watch::Receiver<PreviewStatus>,
     notes: Notes,
+    slots: Slots,
 }
 
 /// The supervisor's thread driver asks a few things per init and turn; the preview's driver is
@@ -260,12 +276,7 @@ struct Handle {
 const INTENTS: usize = 64;
 
 impl PreviewHandle {
-    fn spawn(
-        site: PreviewSite,
-        settings: Arc<PreviewSettings>,
-        launcher: Launcher,
-        tasks: &Tasks,
-    ) -> Self {
+    fn spawn(site: PreviewSite, ground: &Ground) -> Self {
         let site = Arc::new(site);
         let (intents, inbox) = mpsc::channel(INTENTS);
         let (publish, status) = watch::channel(PreviewStatus::off());
@@ -273,9 +284,7 @@ impl PreviewHandle {
         let notes = Notes::default();
         let driver = DevServer::new(
             site.clone(),
-            settings,
-            launcher,
-            tasks.clone(),
+            ground.clone(),
             dev_server::Inbox {
                 intents: inbox,
                 retry: retry.clone(),
@@ -283,13 +292,14 @@ impl PreviewHandle {
             publish,
             notes.clone(),
         );
-        tasks.spawn("preview", driver.drive());
+        ground.tasks.spawn("preview", driver.drive());
         Self(Arc::new(Handle {
             site,
             intents,
             retry,
             status,
             notes,
+            slots: ground.slots.clone(),
         }))
     }
 
@@ -320,6 +330,25 @@ impl PreviewHandle {
     pub(crate) fn may_ask(&self, path: &str, query: Option<&str>) -> Result<(), Refusal> {
         static NONE: Folders = Folders::none();
         filter::judge(path, query, self.0.notes.folders().unwrap_or(&NONE))
+    }
+
+    /// Somebody asks for something of the site.
+    pub(crate) fn note_used(&self) {
+        self.0.notes.note_used();
+    }
+
+    /// A person has a page of it before them.
+    pub(crate) fn note_person(&self) {
+        self.0.notes.note_person();
+    }
+
+    /// A turn works on the site until the guard is dropped. Its dev server is woken where that
+    /// takes the room from nobody who needs it.
+    pub fn begin_turn(&self) -> InTurn {
+        if self.0.slots.has_room() {
+            self.wake();
+        }
+        self.0.notes.begin_turn()
     }
 
     /// Somebody is shown this path.
@@ -384,6 +413,13 @@ impl PreviewHandle {
             .is_ok()
         {
             started.await.ok();
+        }
+    }
+
+    /// Starts a dev server that sleeps.
+    pub fn wake(&self) {
+        if self.0.status.borrow().state == PreviewState::Asleep {
+            self.0.retry.notify_one();
         }
     }
 

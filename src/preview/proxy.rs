@@ -14,10 +14,9 @@
 use std::{
     convert::Infallible,
     fmt,
-    net::{Ipv4Addr, SocketAddr},
-    pin::{Pin, pin},
+    net::SocketAddr,
+    pin::pin,
     sync::{Arc, Mutex},
-    task::{Context, Poll},
     time::Duration,
 };
 
@@ -29,28 +28,31 @@ use http::{
     uri::PathAndQuery,
 };
 use hyper::{
-    body::{Body, Frame, Incoming, SizeHint},
-    client::conn::http1::SendRequest,
+    body::{Body, Incoming},
     server::conn::http1,
     service::service_fn,
-    upgrade::OnUpgrade,
 };
 use hyper_util::rt::TokioIo;
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
-    time::{Instant, sleep, timeout, timeout_at},
+    time::{sleep, timeout},
 };
 
 use super::{
-    ActivityGuard, ActivitySink, PreviewHandle, Previews,
+    ActivitySink, PreviewHandle, Previews,
     access::{Verdict, hide_cookies},
-    alarm::{Alarm, Elapsed},
-    filter::Refusal,
-    header_deadline::{HeaderDeadline, InRequest},
-    headers, hmr,
+    body::{RequestBody, ResponseBody},
+    header_deadline::HeaderDeadline,
+    headers,
     pages::{self, Page},
+    refusals::{
+        UpstreamError, bad_request, names_no_host, not_yet, refused, upgrade_required,
+        upstream_problem,
+    },
     routing::{Host, SameSite, is_own_origin},
+    tunnel::tunnel,
+    upstream::Upstream,
 };
 use crate::{domain::PreviewState, task::Tasks};
 
@@ -61,15 +63,10 @@ const MAX_CONNECTIONS: usize = 1024;
 const MAX_HEAD: usize = 64 * 1024;
 /// How long a request that can't be shown a page waits for a server that starts.
 const WAIT_FOR_LIVE: Duration = Duration::from_secs(30);
-/// A server that restarts itself in place refuses connections for about a second.
-const CONNECT_PATIENCE: Duration = Duration::from_secs(3);
-/// From request to the answer's head; a broken configuration alone blocks Vite for 6 s.
-const HEAD_DEADLINE: Duration = Duration::from_secs(300);
 /// Vite leaves handshakes that it doesn't know without an answer.
 const UPGRADE_DEADLINE: Duration = Duration::from_secs(15);
 /// For requests in flight when the program stops.
 const LAST_REQUESTS: Duration = Duration::from_secs(5);
-const TUNNEL_BUFFER: usize = 32 * 1024;
 /// The Host of a request that needs none.
 static LOCALHOST: HeaderValue = HeaderValue::from_static("localhost");
 
@@ -153,11 +150,11 @@ impl Proxy {
         let stream = HeaderDeadline::new(stream);
         let switch = stream.switch();
         let downstream = Arc::new(Downstream {
+            upstream: Upstream::new(self.tasks.clone()),
             proxy: self,
             peer: headers::forwarded_for(peer.ip()),
             permit: Arc::new(permit),
             last_host: Mutex::default(),
-            pinned: Mutex::default(),
         });
         let service = service_fn(move |request| {
             let downstream = downstream.clone();
@@ -202,8 +199,7 @@ struct Downstream {
     permit: Arc<OwnedSemaphorePermit>,
     /// The last request's, most likely also the next one's.
     last_host: Mutex<Option<Arc<Host>>>,
-    /// The upstream connection of the last request, for the next one.
-    pinned: Mutex<Option<Pinned>>,
+    upstream: Upstream,
 }
 
 /// Where a request goes that may pass.
@@ -214,29 +210,6 @@ struct Destination {
     /// A person looks at the answer, and can be shown another page meanwhile.
     as_page: bool,
     is_websocket: bool,
-}
-
-struct Pinned {
-    port: u16,
-    sender: SendRequest<RequestBody>,
-    /// For answers that don't come.
-    alarm: Alarm,
-}
-
-/// Why the dev server gave no answer.
-#[derive(Debug)]
-enum UpstreamError {
-    /// No connection: it is down or restarts.
-    Unreachable,
-    /// The connection ended before an answer.
-    Closed,
-    TimedOut,
-}
-
-impl From<Elapsed> for UpstreamError {
-    fn from(_: Elapsed) -> Self {
-        Self::TimedOut
-    }
 }
 
 impl Downstream {
@@ -303,6 +276,9 @@ impl Downstream {
         preview
             .may_ask(path, query)
             .map_err(|refusal| refused(refusal, as_page))?;
+        if !headers::is_vite_ping(request.headers()) {
+            preview.note_used();
+        }
         if as_page && !is_websocket {
             preview.note_page(path);
         }
@@ -334,7 +310,11 @@ impl Downstream {
         preview: &PreviewHandle,
     ) -> Page {
         match (request.method(), request.uri().path()) {
-            (&Method::GET, pages::STATUS) => pages::status(&preview.status().borrow()),
+            (&Method::GET, pages::STATUS) => {
+                // A holding page, which has a person before it.
+                preview.wake();
+                pages::status(&preview.status().borrow())
+            }
             (&Method::GET, pages::PRESENCE_SCRIPT) => pages::presence_script(),
             (&Method::GET, pages::HOLDING_SCRIPT) => pages::holding_script(),
             (&Method::POST, pages::PRESENCE) => {
@@ -342,6 +322,7 @@ impl Downstream {
                 match self.check_origin(request.headers(), host) {
                     Ok(()) => {
                         self.proxy.activity.person(preview.slug());
+                        preview.note_person();
                         pages::empty(StatusCode::NO_CONTENT)
                     }
                     Err(refused) => refused,
@@ -390,7 +371,12 @@ impl Downstream {
             None if to.as_page => return Err(hold(&to.preview)),
             None => Box::pin(await_upstream(&to.preview)).await?,
         };
-        let response = match self.exchange(head, body, to, port).await {
+        // RFC 9110 9.2.2.
+        let is_repeatable = head.method.is_idempotent() && body.is_end_stream();
+        let request = self.to_upstream(head, RequestBody::Streamed(body), to, port);
+        let again =
+            is_repeatable.then_some(|| self.to_upstream(head, RequestBody::Empty, to, port));
+        let response = match self.upstream.exchange(port, request, again).await {
             Ok(response) => response,
             Err(UpstreamError::Unreachable) if to.as_page => return Err(hold(&to.preview)),
             Err(error) => return Err(upstream_problem(&error, to.as_page)),
@@ -440,104 +426,6 @@ impl Downstream {
         request
     }
 
-    /// One request and its answer's head, over the pinned connection if it still lives. What
-    /// never left, and what may be repeated (RFC 9110 9.2.2) and has no body, goes out once more
-    /// over a fresh one: the dev server may close an idle connection at any time.
-    async fn exchange(
-        &self,
-        head: &Parts,
-        body: Incoming,
-        to: &Destination,
-        port: u16,
-    ) -> Result<Response<Incoming>, UpstreamError> {
-        let deadline = Instant::now() + HEAD_DEADLINE;
-        let is_repeatable = head.method.is_idempotent() && body.is_end_stream();
-        let pinned = self.take_pinned(port).await;
-        let mut request = self.to_upstream(head, RequestBody::Streamed(body), to, port);
-        if let Some(mut pinned) = pinned {
-            let sent = pin!(pinned.sender.try_send_request(request));
-            match pinned.alarm.limit(deadline, sent).await? {
-                Ok(response) => {
-                    self.pin(pinned);
-                    return Ok(response);
-                }
-                Err(mut error) => {
-                    let again = || self.to_upstream(head, RequestBody::Empty, to, port);
-                    request = error
-                        .take_message()
-                        .or_else(|| is_repeatable.then(again))
-                        .ok_or(UpstreamError::Closed)?;
-                }
-            }
-        }
-        Box::pin(self.exchange_afresh(port, request, deadline)).await
-    }
-
-    /// The same over a fresh connection.
-    async fn exchange_afresh(
-        &self,
-        port: u16,
-        request: Request<RequestBody>,
-        deadline: Instant,
-    ) -> Result<Response<Incoming>, UpstreamError> {
-        let mut fresh = Pinned {
-            port,
-            sender: self.connect(port).await?,
-            alarm: Alarm::default(),
-        };
-        let sent = pin!(fresh.sender.send_request(request));
-        let response = fresh.alarm.limit(deadline, sent).await?;
-        let response = response.map_err(|_| UpstreamError::Closed)?;
-        self.pin(fresh);
-        Ok(response)
-    }
-
-    async fn take_pinned(&self, port: u16) -> Option<Pinned> {
-        let mut pinned = self
-            .pinned
-            .lock()
-            .expect("no panic while it is held")
-            .take()?;
-        if pinned.port != port || pinned.sender.is_closed() {
-            return None;
-        }
-        if !pinned.sender.is_ready() {
-            // The last answer has been passed on; its connection is about to notice. One whose
-            // request body is still on its way never becomes ready.
-            let ready = timeout(Duration::from_millis(20), pinned.sender.ready());
-            Box::pin(ready).await.ok()?.ok()?;
-        }
-        Some(pinned)
-    }
-
-    fn pin(&self, pinned: Pinned) {
-        *self.pinned.lock().expect("no panic while it is held") = Some(pinned);
-    }
-
-    /// A fresh connection to the dev server, with patience for one that restarts in place.
-    async fn connect(&self, port: u16) -> Result<SendRequest<RequestBody>, UpstreamError> {
-        let deadline = Instant::now() + CONNECT_PATIENCE;
-        let stream = loop {
-            match timeout_at(deadline, TcpStream::connect((Ipv4Addr::LOCALHOST, port))).await {
-                Ok(Ok(stream)) => break stream,
-                Ok(Err(_)) if Instant::now() < deadline => sleep(Duration::from_millis(50)).await,
-                Ok(Err(_)) | Err(_) => return Err(UpstreamError::Unreachable),
-            }
-        };
-        stream.set_nodelay(true).ok();
-        // One buffer, one plain write: nearly all requests have no body, and bodies cost no more.
-        let handshake = hyper::client::conn::http1::Builder::new()
-            .writev(false)
-            .handshake(TokioIo::new(stream))
-            .await;
-        let (sender, connection) = handshake.map_err(|_| UpstreamError::Unreachable)?;
-        // Ends when the sender and the bodies are dropped: with the downstream connection.
-        self.proxy.tasks.spawn("preview upstream", async move {
-            connection.with_upgrades().await.ok();
-        });
-        Ok(sender)
-    }
-
     async fn upgrade(
         &self,
         mut request: Request<Incoming>,
@@ -566,7 +454,7 @@ impl Downstream {
             }
         }
         let exchange = async {
-            let mut sender = self.connect(port).await?;
+            let mut sender = self.upstream.connect(port).await?;
             sender
                 .send_request(asked)
                 .await
@@ -612,35 +500,6 @@ impl Downstream {
     }
 }
 
-/// Carries bytes both ways until one side is done or the program stops; `first` is told to the
-/// browser after the dev server's greeting.
-async fn tunnel(
-    on_downstream: OnUpgrade,
-    on_upstream: OnUpgrade,
-    first: Option<String>,
-    tasks: Tasks,
-    permit: Arc<OwnedSemaphorePermit>,
-) {
-    let carry = async {
-        let both = async { tokio::try_join!(on_downstream, on_upstream) };
-        let Ok(Ok((down, up))) = timeout(UPGRADE_DEADLINE, both).await else {
-            return;
-        };
-        let (mut down, mut up) = (TokioIo::new(down), TokioIo::new(up));
-        if let Some(first) = first {
-            let greeted = timeout(UPGRADE_DEADLINE, hmr::greet(&mut up, &mut down, &first));
-            if !matches!(greeted.await, Ok(Ok(()))) {
-                return;
-            }
-        }
-        tokio::io::copy_bidirectional_with_sizes(&mut down, &mut up, TUNNEL_BUFFER, TUNNEL_BUFFER)
-            .await
-            .ok();
-    };
-    tasks.token().run_until_cancelled(carry).await;
-    drop(permit);
-}
-
 /// The one host that a request names (RFC 9112 3.2): a request that is unclear about it could be
 /// routed by one name and served by another.
 fn host_value(request: &Request<Incoming>) -> Result<&HeaderValue, Page> {
@@ -670,30 +529,13 @@ fn host_value(request: &Request<Incoming>) -> Result<&HeaderValue, Page> {
     }
 }
 
-fn refused(refusal: Refusal, as_page: bool) -> Page {
-    let (status, text) = match refusal {
-        Refusal::Unclear => (
-            StatusCode::BAD_REQUEST,
-            "This address is spelled in an unusual way. Open the page from the site's own links.",
-        ),
-        Refusal::Private => (
-            StatusCode::FORBIDDEN,
-            "This file is not part of the site that visitors see.",
-        ),
-    };
-    pages::problem(status, "Not shown", text, as_page)
-}
-
-fn names_no_host() -> Page {
-    bad_request("the request names no host")
-}
-
 /// Waits for a server that starts, wakes or is being repaired.
 async fn await_upstream(preview: &PreviewHandle) -> Result<u16, Page> {
     let mut status = preview.status();
     if status.borrow().state == PreviewState::Off {
         return Err(not_yet(false));
     }
+    preview.wake();
     let live = async {
         status
             .wait_for(|status| status.upstream.is_some())
@@ -708,50 +550,14 @@ async fn await_upstream(preview: &PreviewHandle) -> Result<u16, Page> {
         .ok_or_else(|| not_yet(false))
 }
 
-/// The holding page; a server that failed is tried once more, because somebody looks.
+/// The holding page; a server that sleeps wakes, and one that failed is tried once more, because somebody looks.
 fn hold(preview: &PreviewHandle) -> Page {
     let status = preview.status();
     let status = status.borrow();
-    if status.state == PreviewState::Error {
+    if matches!(status.state, PreviewState::Error | PreviewState::Asleep) {
         preview.retry();
     }
     pages::holding(&status)
-}
-
-fn not_yet(as_page: bool) -> Page {
-    let text = "the dev server of this site is not running yet";
-    pages::problem(StatusCode::SERVICE_UNAVAILABLE, "Not ready", text, as_page)
-}
-
-fn upstream_problem(error: &UpstreamError, as_page: bool) -> Page {
-    let (status, text) = match error {
-        UpstreamError::Unreachable => return not_yet(as_page),
-        UpstreamError::Closed => (
-            StatusCode::BAD_GATEWAY,
-            "The site's dev server broke off before it answered.",
-        ),
-        UpstreamError::TimedOut => (
-            StatusCode::GATEWAY_TIMEOUT,
-            "The site's dev server did not answer in time.",
-        ),
-    };
-    pages::problem(status, "The preview has a problem", text, as_page)
-}
-
-fn bad_request(text: &str) -> Page {
-    pages::problem(StatusCode::BAD_REQUEST, "Bad request", text, false)
-}
-
-fn upgrade_required() -> Page {
-    let text = "this port speaks WebSocket alone";
-    let mut response = pages::problem(
-        StatusCode::UPGRADE_REQUIRED,
-        "Upgrade required",
-        text,
-        false,
-    );
-    headers::ask_for_websocket(response.headers_mut());
-    response
 }
 
 fn local_host(port: u16) -> HeaderValue {
@@ -765,114 +571,4 @@ fn root_of(uri: &Uri) -> Uri {
         None => Ok(PathAndQuery::from_static("/")),
     };
     root.expect("the query was part of a valid target").into()
-}
-
-/// A request's body on its way up.
-enum RequestBody {
-    Streamed(Incoming),
-    Empty,
-}
-
-impl Body for RequestBody {
-    type Data = Bytes;
-    type Error = hyper::Error;
-
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        match self.get_mut() {
-            Self::Streamed(body) => Pin::new(body).poll_frame(cx),
-            Self::Empty => Poll::Ready(None),
-        }
-    }
-
-    fn is_end_stream(&self) -> bool {
-        match self {
-            Self::Streamed(body) => body.is_end_stream(),
-            Self::Empty => true,
-        }
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        match self {
-            Self::Streamed(body) => body.size_hint(),
-            Self::Empty => SizeHint::with_exact(0),
-        }
-    }
-}
-
-/// An answer's body on its way down: the upstream's, then perhaps some bytes of ours.
-struct ResponseBody {
-    stream: Option<Incoming>,
-    tail: Option<Bytes>,
-    /// Dropped with the body, when the last byte was handed over or the browser is gone.
-    guard: Option<ActivityGuard>,
-    in_request: Option<InRequest>,
-}
-
-impl ResponseBody {
-    fn whole(body: Bytes) -> Self {
-        let tail = (!body.is_empty()).then_some(body);
-        Self {
-            stream: None,
-            tail,
-            guard: None,
-            in_request: None,
-        }
-    }
-
-    fn streamed(stream: Incoming) -> Self {
-        Self {
-            stream: Some(stream),
-            tail: None,
-            guard: None,
-            in_request: None,
-        }
-    }
-}
-
-impl Body for ResponseBody {
-    type Data = Bytes;
-    type Error = hyper::Error;
-
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        let this = self.get_mut();
-        if let Some(stream) = &mut this.stream {
-            match Pin::new(stream).poll_frame(cx) {
-                Poll::Ready(None) => this.stream = None,
-                // Trailers would come before our bytes; no server sends them with a page.
-                Poll::Ready(Some(Ok(frame))) if frame.is_trailers() && this.tail.is_some() => {
-                    this.stream = None;
-                }
-                other => return other,
-            }
-        }
-        Poll::Ready(this.tail.take().map(|tail| Ok(Frame::data(tail))))
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.tail.is_none() && self.stream.as_ref().is_none_or(Body::is_end_stream)
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        let mut hint = self
-            .stream
-            .as_ref()
-            .map_or(SizeHint::with_exact(0), Body::size_hint);
-        if let Some(tail) = &self.tail {
-            let more = tail.len() as u64;
-            let exact = hint.upper();
-            let lower = hint.lower() + more;
-            hint = SizeHint::new();
-            hint.set_lower(lower);
-            if let Some(upper) = exact {
-                hint.set_upper(upper + more);
-            }
-        }
-        hint
-    }
 }

@@ -414,6 +414,9 @@ pub(super) async fn answer(
     let started = Instant::now();
     prepared.attach.done().await?;
     timings.insert("dependenciesMs", started.elapsed());
+    if let Some(preview) = inner.previews.get(&slug) {
+        preview.wake();
+    }
     let waited = Instant::now();
     if request.wait_for_preview && inner.settings.runs_previews {
         wait_for_preview(inner, &slug).await;

@@ -39,6 +39,7 @@ pub(super) async fn with_news<T>(
     let Some(preview) = inner.previews.get(&key.slug()) else {
         return work.await;
     };
+    let _in_turn = preview.begin_turn();
     let mut status = preview.status();
     let news = async {
         let mut known = status.borrow_and_update().clone();
@@ -93,8 +94,10 @@ pub(super) async fn word_on(
             .any(|file| DEPENDENCIES.contains(&file.as_str()))
         {
             prepared.attach.again();
-        } else if preview.status().borrow().state != PreviewState::Off
-            && let Some(file) = files.iter().find(|file| is_configuration(file))
+        } else if !matches!(
+            preview.status().borrow().state,
+            PreviewState::Off | PreviewState::Asleep
+        ) && let Some(file) = files.iter().find(|file| is_configuration(file))
         {
             preview.restart(&format!("{file} changed")).await;
         } else if is_down() {

@@ -169,3 +169,42 @@ async fn files_that_are_nobodys_business_stay_where_they_are() {
     }
     assert_eq!(room.preview(&main).await["state"], "live");
 }
+
+#[tokio::test]
+async fn of_two_threads_with_room_for_one_the_other_sleeps_and_wakes() {
+    let room = Room::with(|options| options.env("MAX_PREVIEWS", "1")).await;
+    let (red, blue) = (thread("red"), thread("blue"));
+    let red_host = room.init(&red).await;
+    let blue_host = room.init(&blue).await;
+    assert_ne!(red_host, blue_host);
+    assert_eq!(room.preview(&red).await["state"], "asleep");
+    let threads = room
+        .greenroom
+        .get("/api/threads?clientId=demo&userId=me")
+        .await;
+    assert!(threads.text.contains("\"asleep\""), "{}", threads.text);
+
+    // Nobody needs the other one: the turn wakes its own preview, whose word is in its result.
+    let turn = room
+        .greenroom
+        .execute(&red, "Change the heading to “Red pots”")
+        .await
+        .ok();
+    let said = turn["preview"]["state"].as_str().unwrap();
+    assert!(["starting", "live"].contains(&said), "{turn}");
+    let page = room.ask(&red_host, "/", "").await;
+    assert!(page.status == 200 && page.body.contains("Red pots"));
+    assert_eq!(room.preview(&blue).await["state"], "asleep");
+
+    // A page that is opened is told to wait, and is there a moment later at the same address.
+    let waiting = room.ask(&blue_host, "/", "Accept: text/html\r\n").await;
+    assert_eq!(waiting.status, 503);
+    assert!(waiting.body.contains("holding.js"), "{}", waiting.body);
+    let page = room.ask(&blue_host, "/about", "").await;
+    assert_eq!(page.status, 200, "{}", page.body);
+    assert_eq!(room.preview(&red).await["state"], "asleep");
+
+    // So does an init.
+    assert_eq!(room.init(&red).await, red_host);
+    assert_eq!(room.preview(&blue).await["state"], "asleep");
+}

@@ -81,6 +81,7 @@ impl Bench {
             access: greenroom::preview::Access::open(),
             node: node(),
             private_root: disk.path().join("private"),
+            most_awake: 3,
         };
         let tasks = Tasks::new();
         let previews = Previews::new(launcher(), settings, tasks.clone());
@@ -352,6 +353,117 @@ async fn preparations_show_before_the_start() {
     );
 }
 
+/// What a browser asks of a thread by its name.
+async fn ask(proxy: u16, slug: &str, line: &str, accept: &str) -> String {
+    let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, proxy))
+        .await
+        .unwrap();
+    let request = format!(
+        "{line} HTTP/1.1\r\nHost: {slug}.localhost:{proxy}\r\nAccept: {accept}\r\nContent-Length: 0\r\n\
+         Connection: close\r\n\r\n"
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = Vec::new();
+    timeout(SOON * 2, stream.read_to_end(&mut answer))
+        .await
+        .unwrap()
+        .unwrap();
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+#[tokio::test]
+async fn the_least_recently_used_server_sleeps_and_wakes_when_it_is_asked() {
+    let bench = Bench::new(Some("node server.cjs"));
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let proxy = listener.local_addr().unwrap().port();
+    let settings = PreviewSettings {
+        access: greenroom::preview::Access::open(),
+        node: node(),
+        private_root: bench.disk.path().join("private"),
+        most_awake: 2,
+    };
+    let previews = Previews::new(launcher(), settings, bench.tasks.clone());
+    Proxy::serve(
+        listener,
+        ProxyKind::Preview,
+        previews.clone(),
+        Arc::new(Nobody),
+        &bench.tasks,
+    );
+    let names = ["a", "b", "c"].map(|name| format!("acme-alice-{name}-0123456789ab"));
+    let mut taken = std::collections::HashSet::new();
+    let handles: Vec<PreviewHandle> = names
+        .iter()
+        .map(|slug| {
+            let port = pick_port(None, &taken, &format!("{slug}{}", std::process::id()));
+            taken.insert(port);
+            previews.ensure(PreviewSite {
+                slug: slug.clone(),
+                ..site(&bench.disk.path().join("site"), port)
+            })
+        })
+        .collect();
+    let [a, b, c] = handles.as_slice() else {
+        unreachable!()
+    };
+    let state = |handle: &PreviewHandle| handle.status().borrow().state;
+    for handle in [a, b] {
+        handle.start();
+        until(handle, |s| s.state == PreviewState::Live).await;
+    }
+    // A was used after B, so B gives its room to C.
+    assert!(
+        ask(proxy, a.slug(), "GET /", "*/*")
+            .await
+            .starts_with("HTTP/1.1 200")
+    );
+    c.start();
+    until(c, |s| s.state == PreviewState::Live).await;
+    let asleep = until(b, |s| s.state == PreviewState::Asleep).await;
+    assert_eq!((asleep.upstream, state(a)), (None, PreviewState::Live));
+    assert!(is_free(b.site().port));
+
+    // Vite's question whether it is back wakes nobody; a page that is opened does, and others wait.
+    let ping = "*/*\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+                Sec-WebSocket-Protocol: vite-ping\r\nSec-WebSocket-Version: 13\r\n\
+                Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==";
+    let refused = ask(proxy, b.slug(), "GET /", ping).await;
+    assert!(refused.starts_with("HTTP/1.1 503"), "{refused}");
+    assert_eq!(state(b), PreviewState::Asleep);
+    let page = ask(proxy, b.slug(), "GET /", "text/html").await;
+    assert!(page.starts_with("HTTP/1.1 503") && page.contains("holding.js"));
+    until(a, |s| s.state == PreviewState::Asleep).await;
+    let back = until(b, |s| s.state == PreviewState::Live).await;
+    assert_eq!(back.upstream, Some(b.site().port), "where it was before");
+    assert!(
+        ask(proxy, b.slug(), "GET /", "text/html")
+            .await
+            .starts_with("HTTP/1.1 200")
+    );
+
+    // With a person before C and a turn in B, the person is left in peace.
+    let person = ask(proxy, c.slug(), "POST /__greenroom/presence", "*/*").await;
+    assert!(person.starts_with("HTTP/1.1 204"), "{person}");
+    let turn = b.begin_turn();
+    let waited = ask(proxy, a.slug(), "GET /data.json", "*/*").await;
+    assert!(waited.starts_with("HTTP/1.1 200"), "{waited}");
+    assert_eq!(
+        (state(b), state(c)),
+        (PreviewState::Asleep, PreviewState::Live)
+    );
+    drop(turn);
+    // A new turn in B would wake it, but for the two that are needed.
+    let other = a.begin_turn();
+    let _turn = b.begin_turn();
+    ask(proxy, a.slug(), "GET /", "*/*").await;
+    assert_eq!(state(b), PreviewState::Asleep);
+    drop(other);
+    let _again = b.begin_turn();
+    until(b, |s| s.state == PreviewState::Live).await;
+    until(a, |s| s.state == PreviewState::Asleep).await;
+    previews.stop_all(SOON).await;
+}
+
 /// Needs the network, a Node of at least 22.12 (`GREENROOM_TEST_NODE`), npm on PATH and an Astro
 /// site with a lockfile (`GREENROOM_TEST_SITE`).
 #[tokio::test]
@@ -394,6 +506,7 @@ async fn an_astro_site_is_installed_served_and_updated() {
         access: greenroom::preview::Access::open(),
         node: node(),
         private_root: disk.path().join("private"),
+        most_awake: 3,
     };
     let tasks = Tasks::new();
     let previews = Previews::new(launcher(), settings, tasks.clone());

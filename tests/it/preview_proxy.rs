@@ -86,6 +86,7 @@ impl Bench {
             access: greenroom::preview::Access::open(),
             node: "/nowhere/node".into(),
             private_root: "/nowhere".into(),
+            most_awake: 3,
         };
         let previews = Previews::new(launcher(), settings, tasks.clone());
         let seen = Arc::new(Seen::default());
