@@ -17,7 +17,8 @@ use greenroom::{
     identity::ThreadKey,
     lease::Fence,
     repository::{
-        CommitRequest, CommitText, Remotes, Strangers, UserRepository, Worktree, parse_source,
+        CommitRequest, CommitText, Committed, Remotes, Scope, Strangers, UserRepository, Watch,
+        Worktree, parse_source,
     },
 };
 
@@ -30,6 +31,7 @@ use crate::{
 const SIZES: [(usize, usize, usize); 3] = [(1_000, 20, 7), (10_000, 15, 3), (100_000, 7, 1)];
 const FILES_PER_FOLDER: usize = 100;
 
+#[expect(clippy::unused_async, reason = "a part like the others")]
 pub(crate) async fn measure(world: &World) -> anyhow::Result<Table> {
     let mut table = Table::default();
     for (files, commits, checkouts) in SIZES {
@@ -37,8 +39,9 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Table> {
         size(world, &mut table, files, commits, checkouts)?;
     }
     table.note(
-        "Files of 150 bytes in folders of 100. A commit of greenroom looks at every file, asks the \
-         gate, and ends when git's own `status` is empty; it stands when the branch has moved.",
+        "Files of 150 bytes in folders of 100. A commit stands when the branch has moved, and is \
+         whole when git's own `status` is empty. A turn looks at all files before it begins, and \
+         commits what the kernel says has changed since.",
     );
     Ok(table)
 }
@@ -104,6 +107,8 @@ fn size(
     let worktree = repository.worktree(&key("t0")?, &tree(0));
     let hand = folder.join("hand0");
     let (mut stands, mut whole, mut rival) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut look, mut status) = (Vec::new(), Vec::new());
+    let watch = Watch::default();
     for round in 0..=commits {
         let path = format!(
             "d{}/f{}.txt",
@@ -111,9 +116,15 @@ fn size(
             round % 90
         );
         let content = format!("round {round}\n{}", "x".repeat(130));
+        let started = Instant::now();
+        commit(&worktree, &who, &folder, Scope::AllAndWatch(&watch))?;
+        let looked = ms(started);
+        let started = Instant::now();
+        ensure!(is_clean(&hand)?, "git's worktree is not clean");
+        let asked = ms(started);
         fs::write(tree(0).join(&path), &content)?;
         fs::write(hand.join(&path), &content)?;
-        let (stood, all) = commit(&worktree, &who, &folder)?;
+        let (stood, all) = timed(&worktree, &who, &folder, &watch)?;
         let started = Instant::now();
         git(&hand, &["add", "-A"])?;
         git(&hand, &["commit", "-q", "-m", "An edit"])?;
@@ -123,6 +134,8 @@ fn size(
             stands.push(stood);
             whole.push(all);
             rival.push(by_hand);
+            look.push(looked);
+            status.push(asked);
         }
     }
     for (folder, what) in [(tree(0), "greenroom's"), (hand, "git's")] {
@@ -158,26 +171,25 @@ fn size(
         "a quarter of git's",
     );
     table.rival("`git add -A && git commit`", Unit::Ms, rival, base);
+    let base = table.own(
+        format!("{grouped} files: a look at all of them before a turn"),
+        Unit::Ms,
+        look,
+        "",
+    );
+    table.rival("`git status`", Unit::Ms, status, base);
     fs::remove_dir_all(&folder)?;
     Ok(())
 }
 
 /// Milliseconds until the branch has moved, and until everything is done.
-fn commit(worktree: &Worktree, who: &Signature, folder: &Path) -> anyhow::Result<(f64, f64)> {
+fn timed(
+    worktree: &Worktree,
+    who: &Signature,
+    folder: &Path,
+    watch: &Watch,
+) -> anyhow::Result<(f64, f64)> {
     let before = worktree.head()?;
-    let held = folder.join("held");
-    let fence = Fence::open();
-    let request = CommitRequest {
-        text: CommitText {
-            instruction: "An edit",
-            trailers: &[],
-            author: who,
-            committer: who,
-        },
-        strangers: Strangers::Keep,
-        held_dir: &held,
-        fence: &fence,
-    };
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let started = Instant::now();
@@ -191,13 +203,33 @@ fn commit(worktree: &Worktree, who: &Signature, folder: &Path) -> anyhow::Result
             }
             ms(started)
         });
-        let committed = worktree.commit(&request);
+        let committed = commit(worktree, who, folder, Scope::Since(watch));
         let whole = ms(started);
         done.store(true, Ordering::Release);
         let stood = watcher.join().ok().context("the watcher ended")?;
         ensure!(committed?.commit.is_some(), "nothing was committed");
         Ok((stood.min(whole), whole))
     })
+}
+
+fn commit(
+    worktree: &Worktree,
+    who: &Signature,
+    folder: &Path,
+    scope: Scope<'_>,
+) -> anyhow::Result<Committed> {
+    Ok(worktree.commit(&CommitRequest {
+        text: CommitText {
+            instruction: "An edit",
+            trailers: &[],
+            author: who,
+            committer: who,
+        },
+        scope,
+        strangers: Strangers::Keep,
+        held_dir: &folder.join("held"),
+        fence: &Fence::open(),
+    })?)
 }
 
 /// A repository made by the git program: `files` small files, one commit.

@@ -10,6 +10,7 @@
 )]
 
 mod commit;
+mod history;
 mod hmr;
 mod init;
 mod proxy;
@@ -48,12 +49,13 @@ macro_rules! parts {
     };
 }
 
-const PARTS: [Part; 7] = parts! {
+const PARTS: [Part; 8] = parts! {
     start 60,
     rest 60,
     init 90,
     turn 180,
     commit 300,
+    history 120,
     hmr 90,
     proxy 180,
 };

@@ -38,6 +38,7 @@ mod tests;
 mod tree;
 mod uplink;
 mod user;
+mod watch;
 mod worktree;
 
 use std::{io, sync::Once};
@@ -55,7 +56,8 @@ pub use publish::{Destination, Mover, Origin, PublishRequest, Published, PushedB
 pub use remote::{RemoteError, RemoteErrorKind, RemoteUse, Remotes};
 pub use source::{Source, SourceError, TemplateFile, parse_source};
 pub use user::{ThreadState, UserRepository};
-pub use worktree::{CommitRequest, CommitText, Committed, LogEntry, Worktree};
+pub use watch::Watch;
+pub use worktree::{CommitRequest, CommitText, Committed, LogEntry, Scope, Worktree};
 
 /// Why something with a repository did not work.
 #[derive(Debug, thiserror::Error)]

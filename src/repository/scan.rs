@@ -5,6 +5,7 @@
 //! worktree can lead the scan outside by swapping one.
 
 use std::{
+    collections::BTreeSet,
     ffi::{CStr, CString, OsStr},
     io,
     ops::Range,
@@ -16,7 +17,7 @@ use std::{
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
 };
 
-use git2::{Oid, Repository};
+use git2::{ErrorCode, ObjectType, Oid, Repository, Tree};
 use nix::{
     dir::{Dir, Type},
     errno::Errno,
@@ -25,8 +26,12 @@ use nix::{
 };
 
 use super::{
+    Operation as _, Result,
+    files::Root,
     gate,
     index::{self, Entry, Index, LINK_MODE, Moment, SUBMODULE_MODE, Stat},
+    stage::in_tree,
+    watch::Changed,
 };
 
 /// Most paths that a scan takes up. A turn that leaves more untracked files than this is
@@ -50,6 +55,8 @@ pub(super) struct Scan {
     pub(super) submodules: Vec<PathBuf>,
     /// Read-only files and folders that can be written now.
     pub(super) loosened: usize,
+    /// Folders that the index does not know and that are not ignored; not those in them.
+    pub(super) folders: Vec<PathBuf>,
     /// New files and folders, as far as they are known: whether they are ignored is not.
     new: Vec<(PathBuf, bool)>,
 }
@@ -106,6 +113,75 @@ pub(super) fn scan(
     Ok(scan)
 }
 
+/// Compares only what a watch names with the commit's tree. `None` if that does not do: something has
+/// to be made writable first.
+pub(super) fn look(
+    root: &Path,
+    repo: &Repository,
+    head: &Tree<'_>,
+    mut changed: Changed,
+) -> Result<Option<Scan>> {
+    const WHAT: &str = "look at the changed files";
+    let folder = Root::open(root).during(WHAT)?;
+    let mut scan = Scan::default();
+    for path in changed.folders {
+        list_committed(repo, head, &path, &mut changed.files)?;
+        match folder.stat(&path).during(WHAT)? {
+            Some(stat) if kind(&stat) == SFlag::S_IFDIR => scan.new.push((path, true)),
+            _ => drop(changed.files.insert(path)),
+        }
+    }
+    for path in changed.files {
+        let is_committed = in_tree(head, &path)?.is_some();
+        let stat = folder.stat(&path).during(WHAT)?;
+        if let Some(stat) = &stat
+            && kind(stat) == SFlag::S_IFREG
+            && stat.st_mode & 0o600 != 0o600
+        {
+            return Ok(None);
+        }
+        match stat.as_ref().map(kind) {
+            _ if is_committed => scan.paths.push(path),
+            Some(SFlag::S_IFREG | SFlag::S_IFLNK) => scan.new.push((path, false)),
+            Some(SFlag::S_IFDIR) => scan.new.push((path, true)),
+            _ => {}
+        }
+    }
+    scan.list_new(root, repo);
+    scan.paths.sort_unstable();
+    scan.paths.dedup();
+    Ok(Some(scan))
+}
+
+/// The files that the commit has at `path` and below.
+fn list_committed(
+    repo: &Repository,
+    head: &Tree<'_>,
+    path: &Path,
+    files: &mut BTreeSet<PathBuf>,
+) -> Result<()> {
+    const WHAT: &str = "read the committed tree";
+    let entry = match head.get_path(path) {
+        Ok(entry) => entry,
+        Err(error) if error.code() == ErrorCode::NotFound => return Ok(()),
+        Err(error) => return Err(error).during(WHAT),
+    };
+    let mut open = vec![(path.to_owned(), entry.id(), entry.kind())];
+    while let Some((path, id, kind)) = open.pop() {
+        match kind {
+            Some(ObjectType::Blob) => drop(files.insert(path)),
+            Some(ObjectType::Tree) => {
+                for entry in &repo.find_tree(id).during(WHAT)? {
+                    let path = path.join(OsStr::from_bytes(entry.name_bytes()));
+                    open.push((path, entry.id(), entry.kind()));
+                }
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
 impl Scan {
     fn add(&mut self, other: Self) {
         self.paths.extend(other.paths);
@@ -120,6 +196,10 @@ impl Scan {
     /// folder like others.
     fn list_new(&mut self, root: &Path, repo: &Repository) {
         let mut new = std::mem::take(&mut self.new);
+        let folders = new.iter().filter(|(_, is_folder)| *is_folder);
+        let folders = folders.map(|(path, _)| path);
+        let is_seen = |path: &&PathBuf| !repo.is_path_ignored(path.join("")).unwrap_or(false);
+        self.folders = folders.filter(is_seen).cloned().collect();
         while let Some((path, is_folder)) = new.pop() {
             // git takes a path for a folder's by its last character.
             let asked = if is_folder {

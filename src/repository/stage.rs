@@ -43,7 +43,7 @@ pub(super) struct Stage<'a> {
     gone: OnceCell<Vec<Oid>>,
     edits: tree::Edits,
     changes: BTreeMap<Vec<u8>, Option<Entry>>,
-    held_back: BTreeMap<String, String>,
+    held_back: BTreeMap<PathBuf, String>,
 }
 
 impl<'a> Stage<'a> {
@@ -100,17 +100,22 @@ impl<'a> Stage<'a> {
     pub(super) fn held_back(&self) -> Vec<HeldBack> {
         let held = self.held_back.iter();
         held.map(|(path, reason)| HeldBack {
-            path: path.clone(),
+            path: path.to_string_lossy().into_owned(),
             reason: reason.clone(),
         })
         .collect()
+    }
+
+    /// The paths of the same.
+    pub(super) fn left_out(&self) -> impl Iterator<Item = PathBuf> {
+        self.held_back.keys().cloned()
     }
 
     fn take(&mut self, path: &Path) -> Result<()> {
         let key = path.as_os_str().as_bytes().to_vec();
         self.edits.remove(&key);
         self.changes.remove(&key);
-        self.held_back.remove(path.to_string_lossy().as_ref());
+        self.held_back.remove(path);
         let committed = in_tree(self.head, path)?;
         if committed.is_none() && gate::packages_folder(path).is_some() {
             // Not copied: there may be a gigabyte of it, and installing brings it back.
@@ -295,9 +300,8 @@ impl<'a> Stage<'a> {
         let entry = committed.map(|(id, mode)| Entry::blank(id, mode));
         self.changes
             .insert(path.as_os_str().as_bytes().to_vec(), entry);
-        let path = path.to_string_lossy().into_owned();
         self.held_back
-            .insert(path, format!("Not committed: {reason}."));
+            .insert(path.to_owned(), format!("Not committed: {reason}."));
     }
 
     /// Reports what lies in a submodule's place: the commit has room for a pointer there and for no
@@ -326,9 +330,8 @@ impl<'a> Stage<'a> {
                 }
             }
         }
-        let path = path.to_string_lossy().into_owned();
         let reason = "Not committed: it is a submodule, a repository of its own.";
-        self.held_back.insert(path, reason.into());
+        self.held_back.insert(path.to_owned(), reason.into());
     }
 }
 

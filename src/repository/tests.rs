@@ -160,6 +160,15 @@ impl Site {
     }
 
     fn try_commit(&self, instruction: &str, strangers: Strangers) -> Result<Committed> {
+        self.commit_in(Scope::All, instruction, strangers)
+    }
+
+    fn commit_in(
+        &self,
+        scope: Scope<'_>,
+        instruction: &str,
+        strangers: Strangers,
+    ) -> Result<Committed> {
         let home = self.dir.parent().unwrap().parent().unwrap();
         self.worktree.commit(&CommitRequest {
             text: CommitText {
@@ -174,6 +183,7 @@ impl Site {
                 },
                 committer: &greenroom(),
             },
+            scope,
             strangers,
             held_dir: &home.join(".greenroom/held/1"),
             fence: &Fence::open(),
@@ -1043,3 +1053,4 @@ mod damage;
 mod publishing;
 /// What a scan has to find.
 mod scanning;
+mod watching;

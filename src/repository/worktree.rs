@@ -20,9 +20,10 @@ use super::{
     guard::{Repair, Strangers},
     index::{Entry, Index, LINK_MODE, Moment},
     message,
-    scan::scan,
+    scan::{look, scan},
     stage::{Stage, in_tree},
     user,
+    watch::Watch,
 };
 use crate::{
     domain::{CommitSummary, HeldBack, Signature},
@@ -54,10 +55,22 @@ pub struct CommitText<'a> {
     pub committer: &'a Signature,
 }
 
+/// How much of the worktree a commit looks at.
+#[derive(Debug, Clone, Copy)]
+pub enum Scope<'a> {
+    /// Every file.
+    All,
+    /// Every file, and what changes after that is watched.
+    AllAndWatch(&'a Watch),
+    /// What the watch has seen; every file if it does not know. It ends with this.
+    Since(&'a Watch),
+}
+
 /// How to commit what is in the worktree.
 #[derive(Debug)]
 pub struct CommitRequest<'a> {
     pub text: CommitText<'a>,
+    pub scope: Scope<'a>,
     /// What becomes of commits that others made on the branch since the last one of ours.
     pub strangers: Strangers,
     /// Folder of this turn for copies of what is held back; made when needed.
@@ -157,6 +170,7 @@ impl Worktree {
                 author: &who,
                 committer: &who,
             },
+            scope: Scope::All,
             strangers: Strangers::Keep,
             held_dir: &self.path.with_file_name("held"),
             fence: &Fence::open(),
@@ -171,7 +185,8 @@ impl Worktree {
         request: &CommitRequest<'_>,
     ) -> Result<Committed> {
         let head_tree = self.tree(repo, head)?;
-        let mut found = self.stage(repo, &head_tree, Keeper::new(request.held_dir))?;
+        let keeper = Keeper::new(request.held_dir);
+        let mut found = self.stage_in(repo, &head_tree, keeper, request.scope)?;
         let tree = found.stage.tree()?;
         let commit = if tree == head_tree.id() {
             None
@@ -180,11 +195,22 @@ impl Worktree {
             self.move_branch(repo, head, id, request.fence)?;
             Some(summarise(repo, id)?)
         };
+        if let Scope::AllAndWatch(watch) = request.scope {
+            watch.count_from(tree);
+        }
         // After the branch: an index that is behind is mended by the next commit, one that is
         // ahead would show work that is in no commit.
         let changes = found.stage.changes();
-        if !changes.is_empty() || !found.index.is_of(tree) {
-            self.write_index(&found.index, tree, changes);
+        match found.index {
+            Some(index) if !changes.is_empty() || !index.is_of(tree) => {
+                self.write_index(&index, tree, changes);
+            }
+            None if !changes.is_empty() => {
+                let index = Index::load(&self.index_file(), repo, &head_tree);
+                let (index, _) = index.during("read the index")?;
+                self.write_index(&index, tree, changes);
+            }
+            _ => {}
         }
         Ok(Committed {
             commit,
@@ -200,10 +226,35 @@ impl Worktree {
         head: &'a Tree<'a>,
         keeper: Keeper<'a>,
     ) -> Result<Staged<'a>> {
+        self.stage_in(repo, head, keeper, Scope::All)
+    }
+
+    fn stage_in<'a>(
+        &self,
+        repo: &'a Repository,
+        head: &'a Tree<'a>,
+        keeper: Keeper<'a>,
+        scope: Scope<'_>,
+    ) -> Result<Staged<'a>> {
         const WHAT: &str = "scan the worktree";
         let mut stage = Stage::new(repo, head, &self.path, self.now()?, keeper)?;
+        if let Scope::Since(watch) = scope
+            && let Some(changed) = watch.take(head.id())
+            && let Some(scan) = look(&self.path, repo, head, changed)?
+            && scan.unreadable.is_empty()
+        {
+            stage.take_all(scan.paths)?;
+            return Ok(Staged {
+                stage,
+                index: None,
+                repairs: Vec::new(),
+            });
+        }
         let (index, damage) =
             Index::load(&self.index_file(), repo, head).during("read the index")?;
+        if let Scope::AllAndWatch(watch) = scope {
+            watch.begin(&self.path, &index);
+        }
         let now = || self.now().map_err(io::Error::other);
         let scan = scan(&self.path, &index, repo, &now).during(WHAT)?;
         stage.take_all(scan.paths)?;
@@ -220,6 +271,9 @@ impl Worktree {
                 ..*index.entry(slot)
             };
             stage.changes().entry(name).or_insert(Some(known));
+        }
+        if let Scope::AllAndWatch(watch) = scope {
+            watch.add(stage.left_out(), scan.folders);
         }
         let mut repairs = Vec::new();
         if let Some(damage) = damage {
@@ -240,7 +294,7 @@ impl Worktree {
         }
         Ok(Staged {
             stage,
-            index,
+            index: Some(index),
             repairs,
         })
     }
@@ -555,8 +609,8 @@ impl Worktree {
 /// What [`Worktree::stage`] found.
 pub(super) struct Staged<'a> {
     pub(super) stage: Stage<'a>,
-    /// Of the commit's tree.
-    index: Index,
+    /// Of the commit's tree, if it was needed.
+    index: Option<Index>,
     repairs: Vec<Repair>,
 }
 
