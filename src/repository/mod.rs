@@ -38,6 +38,7 @@ mod tests;
 mod tree;
 mod uplink;
 mod user;
+mod vet;
 mod watch;
 mod worktree;
 

@@ -18,7 +18,7 @@ use super::{
     files::{Found, Root},
     gate::{self, Keeper},
     index::{Entry, LINK_MODE, Moment, Stat},
-    tree,
+    tree, vet,
 };
 use crate::domain::HeldBack;
 
@@ -255,9 +255,8 @@ impl<'a> Stage<'a> {
 
     /// May a file have this path? Content that is not there is no answer for libgit2.
     fn is_allowed(&mut self, path: &Path, id: Oid, mode: u32) -> bool {
-        self.names
-            .add(&raw_entry(path, &Entry::blank(id, mode)))
-            .is_ok()
+        let entry = raw_entry(path, &Entry::blank(id, mode));
+        vet::is_allowed(path) && self.names.add(&entry).is_ok()
     }
 
     fn stage(&mut self, path: &Path, committed: Option<(Oid, u32)>, id: Oid, stat: &FileStat) {
