@@ -12,7 +12,9 @@ mod alarm;
 mod body;
 mod command;
 mod dev_server;
+mod eyes;
 mod filter;
+mod frames;
 mod header_deadline;
 mod headers;
 mod hmr;
@@ -26,6 +28,7 @@ mod proxy;
 mod refusals;
 mod restart;
 mod routing;
+mod served;
 mod slots;
 mod touched;
 mod tunnel;
@@ -50,13 +53,14 @@ pub use self::{
     notes::InTurn,
     port::pick_port,
     proxy::{Proxy, ProxyKind},
+    touched::is_configuration,
 };
 use crate::{
     domain::{PreviewError, PreviewState, PreviewStatus},
     preview::{
         dev_server::{DevServer, Intent},
         filter::{Folders, Refusal},
-        notes::Notes,
+        notes::{HmrSocket, Notes},
         slots::Slots,
     },
     process::Launcher,
@@ -351,8 +355,19 @@ impl PreviewHandle {
         self.0.notes.begin_turn()
     }
 
+    /// A browser hears the dev server until this is dropped.
+    pub(crate) fn open_socket(&self) -> HmrSocket {
+        self.0.notes.open_socket()
+    }
+
+    /// Has no browser heard of changes for a while, though some did?
+    pub(crate) fn has_lost_its_sockets(&self) -> bool {
+        self.upstream().is_some() && self.0.notes.has_lost_its_sockets()
+    }
+
     /// Somebody is shown this path.
     pub(crate) fn note_page(&self, path: &str) {
+        self.0.notes.note_document();
         self.0.notes.last_page().note(path);
     }
 

@@ -323,6 +323,14 @@ impl Downstream {
                     Ok(()) => {
                         self.proxy.activity.person(preview.slug());
                         preview.note_person();
+                        let wants_socket = request
+                            .headers()
+                            .get("x-greenroom-hears")
+                            .is_some_and(|hears| hears == "1");
+                        if wants_socket && preview.has_lost_its_sockets() {
+                            // The script loads the page again.
+                            return pages::empty(StatusCode::RESET_CONTENT);
+                        }
                         pages::empty(StatusCode::NO_CONTENT)
                     }
                     Err(refused) => refused,
@@ -480,7 +488,8 @@ impl Downstream {
             .headers
             .get(SEC_WEBSOCKET_PROTOCOL)
             .is_some_and(|protocol| protocol == "vite-hmr");
-        let first = is_hmr.then(|| to.preview.error_to_replay()).flatten();
+        let late = is_hmr.then(|| to.preview.error_to_replay()).flatten();
+        let hmr = is_hmr.then(|| to.preview.open_socket());
         if is_bridged {
             // A client that named none must not be given one (RFC 6455 4.1).
             head.headers.remove(SEC_WEBSOCKET_PROTOCOL);
@@ -488,7 +497,8 @@ impl Downstream {
         let tunnel = tunnel(
             on_downstream,
             on_upstream,
-            first,
+            hmr,
+            late,
             self.proxy.tasks.clone(),
             self.permit.clone(),
         );

@@ -110,6 +110,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("clap", &["cli"]),
     ("git2", &["repository"]),
     ("landlock", &["process"]),
+    ("notify", &["preview"]),
     ("ratatui", &["cli"]),
     (
         "nix",
