@@ -38,6 +38,8 @@ const LATE: Duration = Duration::from_secs(2);
 /// A change so soon after a page was shown may be the page's own doing.
 const OWN_DOING: Duration = Duration::from_secs(2);
 const DISK_DEADLINE: Duration = Duration::from_secs(20);
+/// A server may be quicker than greenroom to see a change, and have spoken already.
+const HEAD_START: Duration = Duration::from_millis(500);
 const MOST_FILES: usize = 64;
 
 /// What is known of one run's honesty.
@@ -47,6 +49,7 @@ pub(super) struct Truth {
     is_heard: bool,
     /// How often it said anything of the site.
     words: u64,
+    last_word: Option<Instant>,
     last_update: Option<Instant>,
     /// Files that changed and that it has said nothing of.
     unheard: BTreeSet<String>,
@@ -69,6 +72,7 @@ impl Truth {
 
     fn said_something(&mut self) {
         self.words += 1;
+        self.last_word = Some(Instant::now());
         self.unheard.clear();
         self.unheard_due = None;
     }
@@ -207,7 +211,11 @@ impl DevServer {
             if !is_own {
                 truth.reload_due = Some(now + SETTLE);
             }
-        } else if *kind == Kind::Changed && truth.is_heard && truth.unheard.len() < MOST_FILES {
+        } else if *kind == Kind::Changed
+            && truth.is_heard
+            && truth.last_word.is_none_or(|at| at.elapsed() > HEAD_START)
+            && truth.unheard.len() < MOST_FILES
+        {
             truth.unheard.insert(path.clone());
             truth.unheard_due.get_or_insert(now + QUIET);
         }
