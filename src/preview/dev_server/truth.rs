@@ -33,8 +33,9 @@ const QUIET: Duration = Duration::from_millis(1800);
 const SETTLE: Duration = Duration::from_millis(300);
 /// A broken configuration alone keeps Vite from answering for 6 s.
 const ANSWER: Duration = Duration::from_secs(8);
-/// An error is told so much after what it is about, and may be over by then.
-const LATE: Duration = Duration::from_secs(2);
+/// Looks at the pages after one change: an error may be told late, of what is mended by then, and
+/// each look may bring another.
+const MOST_CHECKS: u32 = 4;
 /// A change so soon after a page was shown may be the page's own doing.
 const OWN_DOING: Duration = Duration::from_secs(2);
 const DISK_DEADLINE: Duration = Duration::from_secs(20);
@@ -50,7 +51,8 @@ pub(super) struct Truth {
     /// How often it said anything of the site.
     words: u64,
     last_word: Option<Instant>,
-    last_update: Option<Instant>,
+    /// Since the last update.
+    checks: u32,
     /// Files that changed and that it has said nothing of.
     unheard: BTreeSet<String>,
     unheard_due: Option<Instant>,
@@ -105,7 +107,7 @@ impl DevServer {
                 }
                 Word::Updated => {
                     truth.said_something();
-                    truth.last_update = Some(Instant::now());
+                    truth.checks = 0;
                     status.updates += 1;
                     is_to_check = matches!(status.state, PreviewState::Error | PreviewState::Stale);
                 }
@@ -117,7 +119,7 @@ impl DevServer {
                         return false;
                     }
                     // Of what was mended meanwhile?
-                    is_to_check = truth.last_update.is_some_and(|at| at.elapsed() < LATE);
+                    is_to_check = true;
                     status.told_at = status.updates;
                     status.errors.retain(|known| known.file != error.file);
                     status.errors.push(error);
@@ -164,7 +166,10 @@ impl DevServer {
                         status.state = PreviewState::Live;
                     }
                 }
-                Word::Fine { .. } => return false,
+                Word::Fine { .. } => {
+                    is_to_check = matches!(status.state, PreviewState::Error | PreviewState::Stale);
+                    return false;
+                }
             }
             status.generation += 1;
             true
@@ -174,7 +179,8 @@ impl DevServer {
             self.notes.reload();
             self.wait_for_a_word(words, run.tell.clone());
         }
-        if is_to_check {
+        if is_to_check && run.truth.checks < MOST_CHECKS {
+            run.truth.checks += 1;
             self.check(run);
         }
         if reason.is_some() {
