@@ -9,11 +9,12 @@ use axum::{
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use super::publish::PublishView;
 use crate::{
     domain::{Between, Conflict, ErrorCode, TurnResult},
     identity::{InvalidId, TurnId},
     repository::{RemoteError, RemoteErrorKind, RemoteUse, RepositoryError, SourceError},
-    supervisor::SupervisorError,
+    supervisor::{PublishAnswer, SupervisorError},
     usage::ReadError,
 };
 
@@ -60,6 +61,9 @@ struct Details {
     /// `network`; the last may succeed later.
     #[serde(skip_serializing_if = "Option::is_none")]
     reason: Option<&'static str>,
+    /// With `pull_request_failed`: what was published before, as the `result` of a publication.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    published: Option<PublishView>,
     /// With `stale_head`: the commit that the thread is at now.
     #[serde(skip_serializing_if = "Option::is_none")]
     head: Option<String>,
@@ -224,6 +228,15 @@ impl From<SupervisorError> for ApiError {
             }
             E::Refused(why) => Self::invalid(why),
             E::NoPullRequests(why) => Self::invalid(why.to_string()),
+            E::PullRequest {
+                error: ref failed,
+                ref published,
+            } => {
+                let mut refused = Self::remote(failed);
+                refused.message = error.to_string();
+                refused.details.published = Some(PublishAnswer::clone(published).into());
+                refused
+            }
             E::Lease(error) => Self::internal(&*error),
             E::Source(missing @ SourceError::LocalMissing) => Self::new(
                 StatusCode::UNPROCESSABLE_ENTITY,

@@ -19,6 +19,7 @@ use super::{
 };
 use crate::{
     domain::{Author, Effect, FileChange, TurnKind, TurnResult, TurnStatus},
+    identity::TurnId,
     supervisor::{DryRun, Operation, OperationAnswer, OperationRequest},
 };
 
@@ -35,6 +36,14 @@ pub(super) struct UndoBody {
     dry_run: Option<bool>,
     /// The author of the commit.
     author: Option<Author>,
+}
+
+impl UndoBody {
+    fn unpack(self, state: &Shared) -> Result<(Option<TurnId>, Wishes), ApiError> {
+        let turn = self.turn_id.map(|id| turn_id(state, &id)).transpose()?;
+        let wishes = Wishes::new(self.expected_head, self.dry_run, self.author)?;
+        Ok((turn, wishes))
+    }
 }
 
 #[derive(Debug, Default, Deserialize, ToSchema)]
@@ -99,8 +108,7 @@ pub(super) async fn undo(
     headers: HeaderMap,
     JsonOrNothing(body): JsonOrNothing<UndoBody>,
 ) -> Result<Response, ApiError> {
-    let turn = body.turn_id.map(|id| turn_id(&state, &id)).transpose()?;
-    let wishes = Wishes::new(body.expected_head, body.dry_run, body.author)?;
+    let (turn, wishes) = body.unpack(&state)?;
     operate(&state, &path, &headers, wishes, Operation::Undo { turn }).await
 }
 
@@ -120,8 +128,7 @@ pub(super) async fn redo(
     headers: HeaderMap,
     JsonOrNothing(body): JsonOrNothing<UndoBody>,
 ) -> Result<Response, ApiError> {
-    let turn = body.turn_id.map(|id| turn_id(&state, &id)).transpose()?;
-    let wishes = Wishes::new(body.expected_head, body.dry_run, body.author)?;
+    let (turn, wishes) = body.unpack(&state)?;
     operate(&state, &path, &headers, wishes, Operation::Redo { turn }).await
 }
 
@@ -169,14 +176,15 @@ pub(super) fn commit_id(field: &str, text: String) -> Result<String, ApiError> {
 }
 
 /// What may be said about any operation.
-struct Wishes {
+#[derive(Debug, Default)]
+pub(super) struct Wishes {
     expected_head: Option<String>,
     dry_run: bool,
     author: Option<Author>,
 }
 
 impl Wishes {
-    fn new(
+    pub(super) fn new(
         expected_head: Option<String>,
         dry_run: Option<bool>,
         author: Option<Author>,
@@ -191,6 +199,26 @@ impl Wishes {
     }
 }
 
+/// Asks for an operation. `headers` are those of one that is done once for each idempotency key.
+pub(super) async fn ask(
+    state: &Shared,
+    path: &ThreadPath,
+    headers: Option<&HeaderMap>,
+    wishes: Wishes,
+    operation: Operation,
+) -> Result<OperationAnswer, ApiError> {
+    let request = OperationRequest {
+        key: path_key(state, path)?,
+        operation,
+        expected_head: wishes.expected_head,
+        dry_run: wishes.dry_run,
+        author: wishes.author,
+        idempotency_key: headers.map(idempotency_key).transpose()?.flatten(),
+        request_id: request_id(),
+    };
+    Ok(state.supervisor.operate(request).await?)
+}
+
 async fn operate(
     state: &Shared,
     path: &ThreadPath,
@@ -198,16 +226,7 @@ async fn operate(
     wishes: Wishes,
     operation: Operation,
 ) -> Result<Response, ApiError> {
-    let request = OperationRequest {
-        key: path_key(state, path)?,
-        operation,
-        expected_head: wishes.expected_head,
-        dry_run: wishes.dry_run,
-        author: wishes.author,
-        idempotency_key: idempotency_key(headers)?,
-        request_id: request_id(),
-    };
-    match state.supervisor.operate(request).await? {
+    match ask(state, path, Some(headers), wishes, operation).await? {
         OperationAnswer::Done(result) if result.status == TurnStatus::Failed => {
             Err(ApiError::turn(*result))
         }

@@ -13,16 +13,13 @@ use utoipa::ToSchema;
 use super::{
     ApiError, Shared,
     body::JsonOrNothing,
-    error::request_id,
-    operations::commit_id,
-    threads::{ThreadPath, check_author, idempotency_key, not_empty, path_key},
+    operations::{Wishes, ask},
+    threads::{ThreadPath, not_empty},
 };
 use crate::{
     domain::{Author, HeldBack, MergeStep, TurnKind, TurnResult, TurnStatus},
     repository::{Destination, PullRequest, PushedBranch},
-    supervisor::{
-        Operation, OperationAnswer, OperationRequest, PublishAnswer, PublishWish, PullRequestWish,
-    },
+    supervisor::{Operation, OperationAnswer, PublishAnswer, PublishWish, PullRequestWish},
 };
 
 /// How far up the work goes.
@@ -169,7 +166,7 @@ pub(super) struct SyncView {
               (status = 400, description = "`invalid_request`: also a site without an origin, or pullRequest without GitHub or a token"),
               (status = 404, description = "`not_found`: no such thread"),
               (status = 409, description = "`merge_conflict` with `from`, `to` and `files` (each with `kind`; of kind `silent_loss` with `lines`), `stale_head`, `thread_busy_elsewhere`"),
-              (status = 422, description = "`push_failed`, `fetch_failed`, `pull_request_failed` with `reason` `auth` or `rejected`: the origin says no"),
+              (status = 422, description = "`push_failed`, `fetch_failed`, `pull_request_failed` with `reason` `auth` or `rejected`: the origin says no; the last with `published`"),
               (status = 429, description = "`queue_full`"),
               (status = 502, description = "the same codes with `reason` `network`: try again")))]
 pub(super) async fn publish(
@@ -200,17 +197,10 @@ pub(super) async fn publish(
         accepts_loss: body.accept_loss.unwrap_or(false),
         pull_request,
     };
-    let request = OperationRequest {
-        key: path_key(&state, &path)?,
-        operation: Operation::Publish(Box::new(wish)),
-        expected_head: expected(body.expected_head)?,
-        dry_run: false,
-        author: None,
-        // Asking again does nothing anew.
-        idempotency_key: None,
-        request_id: request_id(),
-    };
-    match state.supervisor.operate(request).await? {
+    let wishes = Wishes::new(body.expected_head, None, None)?;
+    let operation = Operation::Publish(Box::new(wish));
+    // Asking again does nothing anew, so there are no keys.
+    match ask(&state, &path, None, wishes, operation).await? {
         OperationAnswer::Published(answer) => {
             let view = PublishView::from(*answer);
             Ok(Answer(json!({"success": true, "result": view})).into_response())
@@ -238,16 +228,9 @@ pub(super) async fn sync(
     headers: HeaderMap,
     JsonOrNothing(body): JsonOrNothing<SyncBody>,
 ) -> Result<Response, ApiError> {
-    let request = OperationRequest {
-        key: path_key(&state, &path)?,
-        operation: Operation::Sync,
-        expected_head: expected(body.expected_head)?,
-        dry_run: false,
-        author: body.author.map(check_author).transpose()?,
-        idempotency_key: idempotency_key(&headers)?,
-        request_id: request_id(),
-    };
-    let (merged, turn) = match state.supervisor.operate(request).await? {
+    let wishes = Wishes::new(body.expected_head, None, body.author)?;
+    let asked = ask(&state, &path, Some(&headers), wishes, Operation::Sync);
+    let (merged, turn) = match asked.await? {
         OperationAnswer::Synced(merged, turn) => (merged, turn),
         // Of an earlier call with this key.
         OperationAnswer::Done(turn) => (Vec::new(), Some(turn)),
@@ -279,8 +262,4 @@ fn lines(field: &str, value: Option<String>, longest: usize) -> Result<Option<St
         .map(|text| text.replace(['\n', '\r', '\t'], " "));
     not_empty(field, plain, longest)?;
     Ok(value)
-}
-
-fn expected(head: Option<String>) -> Result<Option<String>, ApiError> {
-    head.map(|id| commit_id("expectedHead", id)).transpose()
 }

@@ -10,7 +10,7 @@ use std::{
         fd::{AsFd, OwnedFd},
         unix::ffi::OsStringExt,
     },
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 use nix::{
@@ -42,13 +42,16 @@ impl Root {
         Ok(Self(nix::fcntl::open(path, flags, Mode::empty())?))
     }
 
-    /// Opens the folder that `path` (relative, without `..`) lies in; with `make` what is missing
-    /// of it is made. `None` if there is none, or something else stands in the way: a symlink is
-    /// never followed.
+    /// Opens the folder that `path` lies in; with `make` what is missing of it is made. `None` if
+    /// there is none, or something else stands in the way: a symlink is never followed, nor is a
+    /// path that leads out (absolute, or with `..`), which a tree that means harm may hold.
     pub(super) fn folder_of(&self, path: &Path, make: bool) -> io::Result<Option<OwnedFd>> {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let mut at = self.0.try_clone()?;
-        for folder in path.parent().unwrap_or(Path::new("")) {
+        for folder in path.parent().unwrap_or(Path::new("")).components() {
+            let Component::Normal(folder) = folder else {
+                return Ok(None);
+            };
             let mut next = openat(at.as_fd(), folder, flags, Mode::empty());
             if make && matches!(next, Err(Errno::ENOENT)) {
                 match mkdirat(at.as_fd(), folder, Mode::from_bits_truncate(0o777)) {
@@ -66,11 +69,16 @@ impl Root {
         Ok(Some(at))
     }
 
-    /// Looks at `path` (relative, without `..`). A path through a symlink is nothing: git has no
-    /// such path.
+    /// Looks at `path`. A path through a symlink, or one that leads out, is nothing: git has no such
+    /// path.
     pub(super) fn look(&self, path: &Path) -> io::Result<Found> {
         let Some(name) = path.file_name() else {
-            return Ok(Found::Directory);
+            let is_root = path.as_os_str().is_empty();
+            return Ok(if is_root {
+                Found::Directory
+            } else {
+                Found::Nothing
+            });
         };
         let Some(at) = self.folder_of(path, false)? else {
             return Ok(Found::Nothing);
@@ -259,6 +267,21 @@ mod tests {
         };
         assert!(matches!(look("link/secret"), Found::Nothing));
         assert!(matches!(look("folder/file/x"), Found::Nothing));
+        let out = format!(
+            "../{}/secret",
+            outside.path().file_name().unwrap().display()
+        );
+        let absolute = outside.path().join("secret");
+        for path in [
+            &out,
+            "folder/..",
+            "..",
+            "folder/../folder/file",
+            absolute.to_str().unwrap(),
+        ] {
+            assert!(matches!(look(path), Found::Nothing), "{path}");
+        }
+        assert!(matches!(look(""), Found::Directory));
         assert!(matches!(look("none"), Found::Nothing));
         assert!(matches!(look("link"), Found::Link(..)));
         assert!(matches!(look("folder"), Found::Directory));

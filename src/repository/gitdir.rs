@@ -4,10 +4,11 @@
 //! libgit2 runs no hooks, filters or other programs, but it obeys what it reads:
 //! `core.worktree`, `url.*.insteadOf`, alternates, a replaced `.git`, symlinked refs. So the
 //! configuration is compared with ours and rewritten, the working directory is set by us, links
-//! between worktree and git directory are rewritten, and symlinks and alternates are refused.
+//! between worktree and git directory are rewritten, what bends history or contents is set aside,
+//! and symlinks and alternates are refused.
 
 use std::{
-    fs,
+    fs, io,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -38,6 +39,7 @@ impl GitDir {
     /// Opens it with `workdir` as the working directory.
     pub(super) fn open(&self, workdir: &Path) -> Result<Repository> {
         self.check()?;
+        self.check_below()?;
         self.open_at(&self.0, workdir)
     }
 
@@ -50,10 +52,12 @@ impl GitDir {
 
     /// Refuses a worktree entry that leads elsewhere.
     pub(super) fn check_entry(&self, admin: &Path) -> Result<()> {
+        // (With a `.` at its end a path is looked at through a link.)
+        let name = admin.strip_prefix(&self.0).unwrap_or(admin);
+        refuse_links(&self.0, &[&name.to_string_lossy()])?;
         refuse_links(
             admin,
             &[
-                ".",
                 "HEAD",
                 "index",
                 "commondir",
@@ -119,13 +123,16 @@ impl GitDir {
                 "it borrows objects from another repository",
             ),
             ("commondir", "it points to another git directory"),
-            ("info/grafts", "its history is rewritten by grafts"),
         ] {
-            if files::kind_of(&dir.join(file))
-                .during("look at the repository")?
-                .is_some()
-            {
+            if self.has(file)? {
                 return Err(tampered(what));
+            }
+        }
+        for file in BENDING {
+            if self.has(file)? {
+                let aside = dir.join(format!("{file}.{}", uuid::Uuid::now_v7().simple()));
+                tracing::warn!(file, "what steers git was found in a repository; set aside");
+                fs::rename(dir.join(file), aside).during("set aside what steers git")?;
             }
         }
         let config = dir.join("config");
@@ -134,6 +141,40 @@ impl GitDir {
         if present != expected {
             tracing::warn!("the configuration of a repository was changed; put right");
             files::put(&config, expected.as_bytes()).during("write the configuration")?;
+        }
+        let exclude = || {
+            fs::create_dir_all(dir.join("info"))?;
+            files::put(&dir.join("info/exclude"), EXCLUDE.as_bytes())
+        };
+        exclude().during("write the exclusions")
+    }
+
+    fn has(&self, file: &str) -> Result<bool> {
+        let found = files::kind_of(&self.0.join(file)).during("look at the repository")?;
+        Ok(found.is_some())
+    }
+
+    /// Refuses links, pipes and the like among the objects and references, wherever they are: an
+    /// object would be read from, or written to, another place, and a pipe is waited for.
+    fn check_below(&self) -> Result<()> {
+        let mut folders: Vec<_> = ["objects", "objects/info", "objects/pack"]
+            .map(|name| (PathBuf::from(name), false))
+            .into();
+        folders.push(("refs".into(), true));
+        while let Some((folder, is_deep)) = folders.pop() {
+            let entries = match fs::read_dir(self.0.join(&folder)) {
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                entries => entries.during("look at the repository")?,
+            };
+            for entry in entries {
+                let entry = entry.during("look at the repository")?;
+                let path = folder.join(entry.file_name());
+                match entry.file_type().during("look at the repository")? {
+                    kind if kind.is_dir() && is_deep => folders.push((path, true)),
+                    kind if kind.is_dir() || kind.is_file() => {}
+                    kind => return Err(strange(&path.to_string_lossy(), kind)),
+                }
+            }
         }
         Ok(())
     }
@@ -162,22 +203,45 @@ fn tampered(what: impl Into<String>) -> RepositoryError {
     RepositoryError::Tampered { what: what.into() }
 }
 
+/// Of a symlink, or of a pipe and the like: reading that would wait for ever.
+fn strange(name: &str, kind: fs::FileType) -> RepositoryError {
+    let is = match kind.is_symlink() {
+        true => "is a symlink",
+        false => "is no file",
+    };
+    tampered(format!("{} {is}", super::message::one_line(name, 200)))
+}
+
 fn refuse_links(dir: &Path, names: &[&str]) -> Result<()> {
     for name in names {
         match files::kind_of(&dir.join(name)).during("look at the repository")? {
-            Some(kind) if kind.is_symlink() => {
-                return Err(tampered(format!("{name} is a symlink")));
-            }
-            // Reading a pipe would wait for ever.
-            Some(kind) if !kind.is_file() && !kind.is_dir() => {
-                return Err(tampered(format!("{name} is no file")));
-            }
+            Some(kind) if !kind.is_file() && !kind.is_dir() => return Err(strange(name, kind)),
             _ => {}
         }
     }
     Ok(())
 }
 
+/// Files by which git (and libgit2) sees another history, other contents or fewer files than there
+/// are. Ours has none of them.
+const BENDING: [&str; 4] = [
+    "info/attributes",
+    "info/grafts",
+    "info/sparse-checkout",
+    "shallow",
+];
+
+/// The whole of `info/exclude`, for all threads: what greenroom itself puts into worktrees, so that
+/// installing a site's dependencies shows nowhere in git. (`node_modules/` in a site's `.gitignore`
+/// does not match a symlink, and a new tree of packages has a name of its own until it is complete.)
+const EXCLUDE: &str = "\
+# Written by greenroom, which puts it back as it is.
+/node_modules
+/.node_modules-*
+";
+
+/// Hooks and replaced objects are the git program's alone: whoever uses that here shall see what we
+/// see, and start nothing.
 const CONFIG: &str = "\
 # Written by greenroom, which puts it back as it is: what stands here steers git.
 [core]
@@ -186,6 +250,8 @@ const CONFIG: &str = "\
 \tfilemode = true
 \tsymlinks = true
 \tlogallrefupdates = true
+\thooksPath = /dev/null
+\tuseReplaceRefs = false
 \tautocrlf = false
 \tprotectNTFS = true
 \tprotectHFS = true

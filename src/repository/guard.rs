@@ -16,12 +16,12 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use git2::{ErrorCode, Oid, Repository};
+use git2::{ErrorCode, Oid, ReferenceType, Repository};
 
 use super::{
     Operation as _, RepositoryError, Result,
     files::{self, Found, Root},
-    gitdir,
+    gitdir, vet,
     worktree::Worktree,
 };
 use crate::lease::Fence;
@@ -240,12 +240,21 @@ impl Worktree {
         let branch = format!("refs/heads/{}", self.branch);
         let tip = read_ref(repo, &branch);
         let known = read_ref(repo, &self.known()).ok().flatten();
+        // One that leads to another branch would move with that, and never by itself.
+        let is_symbolic = repo
+            .find_reference(&branch)
+            .is_ok_and(|found| found.kind() == Some(ReferenceType::Symbolic));
         let descends = |a, b| repo.graph_descendant_of(a, b).unwrap_or(false);
         let (tip, known) = match (tip, known) {
-            (Ok(Some(tip)), Some(known)) if tip == known => return Ok((tip, None)),
+            (Ok(Some(tip)), Some(known)) if tip == known && !is_symbolic => {
+                return Ok((tip, None));
+            }
             (Ok(Some(tip)), None) => {
                 fence.check()?;
                 self.remember(repo, tip)?;
+                if is_symbolic {
+                    make_ref(repo, &branch, tip)?;
+                }
                 return Ok((tip, None));
             }
             (Ok(Some(tip)), Some(known)) => (tip, known),
@@ -266,15 +275,16 @@ impl Worktree {
             }
         };
         fence.check()?;
-        if strangers == Strangers::Keep && descends(tip, known) {
+        let is_fit = || vet::check(repo, tip, Some(known)).is_ok();
+        if strangers == Strangers::Keep && !is_symbolic && descends(tip, known) && is_fit() {
             self.remember(repo, tip)?;
             return Ok((tip, None));
         }
-        if !descends(known, tip) {
+        if tip != known && !descends(known, tip) {
             self.rescue(repo, tip)?;
         }
         make_ref(repo, &branch, known)?;
-        let repair = if descends(tip, known) {
+        let repair = if strangers == Strangers::Fold && descends(tip, known) {
             Repair::Folded
         } else {
             Repair::Rewritten

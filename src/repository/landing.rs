@@ -20,7 +20,7 @@ use std::{
     fs::{self, File},
     io::{self, Read as _, Seek as _},
     os::unix::ffi::OsStrExt as _,
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
 };
 
 use git2::{Delta, Index, IndexEntry, ObjectType, Oid, Repository, Tree};
@@ -90,6 +90,14 @@ pub(super) fn steps(
         if delta.status() != Delta::Deleted {
             steps.entry(path_of(&new)).or_default().new = blob(&new);
         }
+    }
+    let is_path = |path: &Path| {
+        path.components()
+            .all(|part| matches!(part, Component::Normal(_)))
+    };
+    if let Some(path) = steps.keys().find(|path| !is_path(path)) {
+        let what = format!("a commit has a file at {}", path.display());
+        return Err(RepositoryError::Tampered { what });
     }
     let is_submodule = |blob: Option<Blob>| blob.is_some_and(|(_, mode)| mode == SUBMODULE_MODE);
     steps.retain(|_, step| !is_submodule(step.old) && !is_submodule(step.new));

@@ -35,6 +35,7 @@ mod tests;
 mod tree;
 mod uplink;
 mod user;
+mod vet;
 mod worktree;
 
 use std::{io, sync::Once};

@@ -1031,8 +1031,6 @@ fn what_cannot_be_put_right_is_refused() {
 fn what_we_put_into_worktrees_is_not_seen() {
     let place = Place::new();
     let (_, site) = place.thread("alice", "main");
-    let repository = place.create("alice");
-    repository.exclude(&["/node_modules"]).unwrap();
     symlink("/usr", site.dir.join("node_modules")).unwrap();
     assert_eq!(site.status(), "");
     assert_eq!(
@@ -1047,4 +1045,5 @@ fn what_we_put_into_worktrees_is_not_seen() {
 
 /// The twelve kinds of damage, done by the git program or by hand.
 mod damage;
+mod hostile;
 mod publishing;

@@ -27,6 +27,7 @@ use super::{
     Operation as _, RemoteError, RemoteErrorKind, RemoteUse, Remotes, Result, Source, files,
     gitdir::GitDir,
     remote::{Link, words},
+    vet,
 };
 
 const CONFIG: &str = "\
@@ -50,6 +51,8 @@ pub(super) struct Uplink<'a> {
     git: &'a GitDir,
     origin: &'a Source,
     remotes: &'a Remotes,
+    /// A commit of the user's, whose files were looked at before.
+    known: Option<Oid>,
     /// No further try begins after it.
     deadline: Instant,
 }
@@ -75,7 +78,8 @@ pub(super) enum Pushed {
 
 impl<'a> Uplink<'a> {
     /// Makes the git directory below `folder` (what is there is removed). `have` are commits of the
-    /// user's repository that the origin may know: what they lead to is not fetched again.
+    /// user's repository that the origin may know: what they lead to is not fetched again; the first
+    /// is one whose files are fine.
     pub(super) fn open(
         folder: &Path,
         git: &'a GitDir,
@@ -100,12 +104,7 @@ impl<'a> Uplink<'a> {
             let mut alternates = git.path().join("objects").as_os_str().as_bytes().to_vec();
             alternates.push(b'\n');
             fs::create_dir_all(place.join("objects/info"))?;
-            files::put(&place.join("objects/info/alternates"), &alternates)?;
-            let shallow = git.path().join("shallow");
-            if files::kind_of(&shallow)?.is_some_and(|kind| kind.is_file()) {
-                fs::copy(shallow, place.join("shallow"))?;
-            }
-            Ok(())
+            files::put(&place.join("objects/info/alternates"), &alternates)
         };
         write().during("make an isolated git directory")?;
         let open = || -> Result<_, git2::Error> {
@@ -125,12 +124,14 @@ impl<'a> Uplink<'a> {
             git,
             origin,
             remotes,
+            known: have.first().copied(),
             deadline,
         })
     }
 
     /// Brings the client's branch and the base branch (`base_branch`, where the origin has one of
-    /// that name, else its default one) into the user's repository.
+    /// that name, else its default one) into the user's repository, unless their files cannot be
+    /// had (see `vet`).
     pub(super) fn fetch(&self, client_branch: &str, base_branch: Option<&str>) -> Result<Upstream> {
         let upstream = self.persistently(|| {
             self.session(RemoteUse::Fetch, |link| {
@@ -167,6 +168,11 @@ impl<'a> Uplink<'a> {
                 Ok(Upstream { client, base })
             })
         })?;
+        let tips = upstream.base.iter().map(|(_, tip)| tip);
+        for tip in upstream.client.iter().chain(tips) {
+            let judged = vet::check(&self.repo, *tip, self.known);
+            judged.map_err(|unfit| unfit.during(RemoteUse::Fetch))?;
+        }
         self.hand_over().during("keep what was fetched")?;
         Ok(upstream)
     }

@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeMap,
-    fmt::Write as _,
     fs,
     path::{Path, PathBuf},
 };
@@ -18,7 +17,7 @@ use super::{
     guard::Strangers,
     message,
     remote::{Link, RemoteUse},
-    tree,
+    tree, vet,
 };
 use crate::{
     domain::Signature,
@@ -136,9 +135,10 @@ impl UserRepository {
                     Some(tip) => Some(tip),
                     None => remote_tip(&repo, &legacy)?,
                 };
+                let users = self.ensure_user_branch(&repo, &key.user_key())?;
                 let start = match earlier {
-                    Some(tip) => tip,
-                    None => self.ensure_user_branch(&repo, &key.user_key())?,
+                    Some(tip) => vetted(&repo, tip, Some(users))?,
+                    None => users,
                 };
                 fence.check()?;
                 make_branch(&repo, &branch, start)?;
@@ -177,18 +177,6 @@ impl UserRepository {
         Ok(())
     }
 
-    /// Keeps git from seeing what we put into worktrees ourselves: `patterns` are the whole of
-    /// the repository's `info/exclude`, for all threads. Written only where it differs.
-    pub fn exclude(&self, patterns: &[&str]) -> Result<()> {
-        let info = self.git.path().join("info");
-        fs::create_dir_all(&info).during("write the exclusions")?;
-        let mut text = "# Written by greenroom, which puts it back as it is.\n".to_owned();
-        for pattern in patterns {
-            writeln!(text, "{pattern}").expect("a String takes everything");
-        }
-        files::put(&info.join("exclude"), text.as_bytes()).during("write the exclusions")
-    }
-
     /// The commit of the user's branch; the branch, and the client's, are made if missing.
     pub(super) fn ensure_user_branch(&self, repo: &Repository, key: &UserKey) -> Result<Oid> {
         let (client, user) = (key.client_branch(), key.user_branch());
@@ -203,6 +191,7 @@ impl UserRepository {
                     None => default_tip(repo)?.or(user_tip),
                 };
                 let start = start.ok_or(RepositoryError::NoDefaultBranch)?;
+                let start = vetted(repo, start, user_tip)?;
                 make_branch(repo, &client, start)?;
                 start
             }
@@ -239,13 +228,13 @@ fn build(
         Source::Template(site) => commit_template(&repo, site, committer)?,
         Source::Remote(url) => {
             remotes.session(url, RemoteUse::Clone, |link| fetch(&repo, link))?;
-            first_commit(&repo, key, base_branch)?
+            vetted(&repo, first_commit(&repo, key, base_branch)?, None)?
         }
         Source::Local(path) => {
             let path = path.to_string_lossy();
             fetch(&repo, &Link::local(&path))
                 .map_err(|source| RepositoryError::Local { source })?;
-            first_commit(&repo, key, base_branch)?
+            vetted(&repo, first_commit(&repo, key, base_branch)?, None)?
         }
     };
     make_branch(&repo, &key.client_branch(), start)?;
@@ -300,6 +289,14 @@ fn first_commit(repo: &Repository, key: &UserKey, base_branch: Option<&str>) -> 
             branch: name.to_owned(),
         }),
         None => default_tip(repo)?.ok_or(RepositoryError::NoDefaultBranch),
+    }
+}
+
+/// A commit that came from outside, if it can be had as files.
+fn vetted(repo: &Repository, commit: Oid, known: Option<Oid>) -> Result<Oid> {
+    match vet::check(repo, commit, known) {
+        Ok(()) => Ok(commit),
+        Err(unfit) => Err(unfit.during(RemoteUse::Clone).into()),
     }
 }
 

@@ -21,7 +21,7 @@ use super::{
     gate::{self, Keeper},
     gitdir::GitDir,
     guard::{Repair, Strangers},
-    message, tree, user,
+    message, tree, user, vet,
 };
 use crate::{
     domain::{CommitSummary, FileStatus, HeldBack, Signature},
@@ -760,7 +760,7 @@ impl Stage<'_> {
         let mode = entry.mode;
         self.forget(path);
         // Also the judge of names: it refuses `.git` in every spelling.
-        if self.index.add(&entry).is_err() {
+        if !vet::is_allowed(path) || self.index.add(&entry).is_err() {
             self.leave_out(path, committed, "git does not allow a file of this name");
         } else if committed != Some((id, mode)) {
             let mode = i32::try_from(mode).expect("git's modes have 16 bits");

@@ -110,6 +110,12 @@ pub enum SupervisorError {
     Refused(&'static str),
     #[error(transparent)]
     NoPullRequests(#[from] NoPullRequests),
+    #[error("{error}; all else was published, and publishing again goes on from there")]
+    PullRequest {
+        error: RemoteError,
+        /// What was done before.
+        published: Box<PublishAnswer>,
+    },
     #[error(transparent)]
     Lease(Arc<LeaseError>),
     #[error(transparent)]
@@ -236,6 +242,10 @@ impl Clone for SupervisorError {
             },
             Self::Refused(why) => Self::Refused(why),
             Self::NoPullRequests(why) => Self::NoPullRequests(*why),
+            Self::PullRequest { error, published } => Self::PullRequest {
+                error: error.clone(),
+                published: published.clone(),
+            },
             Self::Lease(error) => Self::Lease(error.clone()),
             Self::Source(error) => Self::Source(error.clone()),
             Self::Repository(error) => Self::Repository(error.clone()),
@@ -503,7 +513,7 @@ impl Supervisor {
 
     /// Does something to a thread in its turn's place: after what was asked for before, never
     /// beside a turn. Nothing is accepted until its time comes: a caller that goes away before
-    /// that takes its wish along.
+    /// that takes its wish along. An idempotency key seen before answers with that turn's outcome.
     ///
     /// # Errors
     /// See [`SupervisorError`]; then nothing was changed, but for outside edits being committed.
@@ -513,8 +523,13 @@ impl Supervisor {
     ) -> Result<OperationAnswer, SupervisorError> {
         let key = request.key.clone();
         self.revive(&key).await?;
-        self.ask(&key, |reply| Request::Operate(Box::new(request), reply))
-            .await
+        let asked = self.ask(&key, |reply| Request::Operate(Box::new(request), reply));
+        match asked.await? {
+            OperationAnswer::Seen(turn) => {
+                Ok(OperationAnswer::Done(Box::new(turn.outcome().await?)))
+            }
+            answer => Ok(answer),
+        }
     }
 
     /// Takes a thread away, after what was asked of it before; nothing more is admitted

@@ -68,6 +68,8 @@ pub enum OperationAnswer {
     /// The merges of a sync, and its turn, if the thread changed by it.
     Synced(Vec<MergeStep>, Option<Box<TurnResult>>),
     Published(Box<PublishAnswer>),
+    /// The turn that was asked for with the same idempotency key before.
+    Seen(TurnRecord),
 }
 
 /// What an operation would do.
@@ -136,8 +138,10 @@ async fn run_into(
     if let Some(mark) = &mark
         && let Some(id) = mark.turn(&request.key).await?
     {
-        let record = TurnRecord::at_rest(TurnFile::new(&site.paths, id));
-        return Ok(OperationAnswer::Done(Box::new(record.outcome().await?)));
+        // Not waited for here: it may stand in line behind this very request.
+        let live = lock(&inner.live).get(&id).map(|live| live.record.clone());
+        let at_rest = || TurnRecord::at_rest(TurnFile::new(&site.paths, id));
+        return Ok(OperationAnswer::Seen(live.unwrap_or_else(at_rest)));
     }
     if let Some(expected) = &request.expected_head {
         let head = site.on_disk("reading the head", |tree| tree.head()).await?;

@@ -28,8 +28,8 @@ use crate::{
     task,
     turn::{Accepted, Journal, StoredContext, TurnFile, TurnSite},
     workspace::{
-        DependencyRequest, GIT_EXCLUDES, InstallError, Metadata, PreviewPlace, ThreadPaths,
-        linked_folder, make_private_dir, read_bounded, template_files, write_atomic,
+        DependencyRequest, InstallError, Metadata, PreviewPlace, ThreadPaths, linked_folder,
+        make_private_dir, read_bounded, template_files, write_atomic,
     },
 };
 
@@ -219,7 +219,6 @@ fn check_out(
     repository.finish_publication(&user, fence)?;
     let state = repository.ensure_thread(key, &paths.worktree(), fence)?;
     lap(&mut timings, "worktreeMs");
-    repository.exclude(GIT_EXCLUDES)?;
     let worktree = repository.worktree(key, &paths.worktree());
     let notes = read_notes(&worktree);
     let context = StoredContext::load(&paths.context(), key)?;

@@ -173,8 +173,14 @@ pub(super) async fn publish(
     if let Some(pushed) = pushed.as_ref().filter(|pushed| !pushed.up_to_date) {
         tracing::info!(branch = pushed.branch, commit = pushed.commit, "pushed");
     }
-    let mut pull_request = None;
-    if let (Some(hub), Some(asked), Some(pushed)) = (hub, &wish.pull_request, &pushed) {
+    let mut answer = PublishAnswer {
+        to,
+        merged,
+        pushed,
+        pull_request: None,
+        held_back: outside.held_back,
+    };
+    if let (Some(hub), Some(asked), Some(pushed)) = (hub, &wish.pull_request, &answer.pushed) {
         let first_line = |text: &String| text.lines().next().map(str::to_owned);
         let title = asked
             .title
@@ -185,15 +191,17 @@ pub(super) async fn publish(
             body: asked.body.clone().unwrap_or_default(),
             base: asked.base.clone().or(base_branch),
         };
-        pull_request = hub.open_pull_request(&pushed.branch, &text).await?;
+        match hub.open_pull_request(&pushed.branch, &text).await {
+            Ok(found) => answer.pull_request = found,
+            Err(error) => {
+                return Err(SupervisorError::PullRequest {
+                    error,
+                    published: Box::new(answer),
+                });
+            }
+        }
     }
-    Ok(PublishAnswer {
-        to,
-        merged,
-        pushed,
-        pull_request,
-        held_back: outside.held_back,
-    })
+    Ok(answer)
 }
 
 /// Brings others' work down as far as the user's branch, and drafts what the thread, being at

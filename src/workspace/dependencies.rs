@@ -31,11 +31,6 @@ use crate::{
     text::Tail,
 };
 
-/// Patterns for `info/exclude` of a worktree's repository, so that installing shows nowhere in
-/// git: `node_modules/` in a site's `.gitignore` does not match a symlink, and a new tree has a
-/// name of its own until it is complete.
-pub const GIT_EXCLUDES: &[&str] = &["/node_modules", "/.node_modules-*"];
-
 /// For one run of the package manager.
 const INSTALL_DEADLINE: Duration = Duration::from_secs(600);
 /// Node starts in 40 ms, on a busy machine in seconds.

@@ -12,8 +12,7 @@ mod metadata;
 mod template;
 
 pub use dependencies::{
-    Attached, AttachedKind, Dependencies, DependencyRequest, GIT_EXCLUDES, InstallError, NodeTools,
-    linked_folder,
+    Attached, AttachedKind, Dependencies, DependencyRequest, InstallError, NodeTools, linked_folder,
 };
 pub use files::{append_line, make_private_dir, read_bounded, write_atomic};
 pub use layout::{Cache, ThreadPaths, UserPaths};

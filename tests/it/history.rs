@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::support::{
     Answer, Folders, Options, SITE, Sent, StandIn, TestGreenroom, Who, git, request, rule, runs,
-    wait_for, who, writes,
+    wait_for, wait_for_async, who, writes,
 };
 
 /// A file of twelve lines that are far enough apart to be changed one by one.
@@ -391,6 +391,44 @@ async fn any_turn_with_a_commit_can_be_undone_after_a_restart_and_once() {
     assert!(!file.exists());
 }
 
+/// A key names one turn, whatever it is asked for with the second time: also a turn that stands in
+/// line behind the very operation that asks.
+#[tokio::test]
+async fn a_key_that_a_waiting_turn_has_answers_with_that_turn() {
+    let stage = Stage::new(&[
+        rule(
+            "first",
+            &[runs("until [ -e go ]; do sleep 0.05; done; rm go")],
+        ),
+        rule("second", &[writes("second.txt", "second\n")]),
+    ])
+    .await;
+    let port = stage.greenroom.api_port;
+    let first = stage.greenroom.begin(&stage.alice, "first").await;
+    let undo = Sent::new("POST", &format!("{}/undo", stage.alice.path()), &json!({}));
+    let undo = undo.header("idempotency-key", "shared");
+    #[expect(clippy::disallowed_methods, reason = "awaited below")]
+    let undo = tokio::spawn(request(port, undo));
+    wait_for_async("the undo waits in line", async || {
+        let idle = stage.greenroom.get("/api/idle").await.text;
+        idle.contains("an operation on").then_some(())
+    })
+    .await;
+    let body = stage
+        .alice
+        .body(json!({"instruction": "second", "async": true}));
+    let second = Sent::new("POST", "/api/execute", &body).header("idempotency-key", "shared");
+    let second = stage.greenroom.send(second).await;
+    assert_eq!(second.status, 202, "{}", second.text);
+    std::fs::write(stage.at("go"), "").unwrap();
+    let answered = undo.await.unwrap().unwrap().ok();
+    assert_eq!(answered["result"]["turnId"], second.body["turnId"]);
+    assert_eq!(answered["result"]["status"], "completed", "{answered}");
+    assert_eq!(stage.file("second.txt"), "second\n");
+    assert_eq!(stage.greenroom.turn(&first).await["status"], "completed");
+    stage.is_sound();
+}
+
 #[tokio::test]
 async fn renames_binaries_modes_and_long_diffs_are_shown_as_what_they_are() {
     let stage = Stage::new(&[
@@ -486,13 +524,8 @@ async fn renames_binaries_modes_and_long_diffs_are_shown_as_what_they_are() {
     );
 
     // All of it is taken back, and brought again; what git knows nothing of stays.
-    fs::write(stage.at("mine.local"), "mine").unwrap();
-    let ignores = stage
-        .folders
-        .user(&stage.alice)
-        .join("project/.git/info/exclude");
-    let text = fs::read_to_string(&ignores).unwrap();
-    fs::write(&ignores, format!("{text}*.local\n")).unwrap();
+    fs::create_dir(stage.at("dist")).unwrap();
+    fs::write(stage.at("dist/mine.local"), "mine").unwrap();
     stage.does("undo", json!({})).await;
     stage.does("undo", json!({})).await;
     assert_eq!(stage.git(&["diff", "--stat", &begin, "HEAD"]), "");
@@ -516,7 +549,7 @@ async fn renames_binaries_modes_and_long_diffs_are_shown_as_what_they_are() {
     let undo = stage.does("undo", json!({})).await;
     assert_eq!(undo["undone"], restore["turnId"]);
     assert_eq!(stage.git(&["diff", "--stat", &turn, "HEAD"]), "");
-    assert_eq!(stage.file("mine.local"), "mine");
+    assert_eq!(stage.file("dist/mine.local"), "mine");
 }
 
 #[tokio::test]

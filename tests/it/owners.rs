@@ -163,6 +163,17 @@ async fn a_beating_owner_keeps_its_thread_and_others_may_look() {
     let cancel = second.api("POST", &path, Value::Null).await;
     cancel.error(409, "thread_busy_elsewhere");
     assert_eq!(second.turn(&turn).await["status"], "running");
+    for (operation, body) in [
+        ("undo", json!({"dryRun": true})),
+        ("redo", json!({})),
+        ("restore", json!({"commit": "abcd"})),
+        ("sync", json!({})),
+        ("publish", json!({"to": "user"})),
+    ] {
+        let path = format!("{}/{operation}", alice.path());
+        let refused = second.api("POST", &path, body).await;
+        refused.error(409, "thread_busy_elsewhere");
+    }
 
     // Another thread of the same user, in the other container: they share the repository.
     let beside = who("acme", "alice", "beside");

@@ -464,6 +464,8 @@ async fn a_push_that_fails_says_why_and_leaves_no_half() {
             )
             .await;
         assert_eq!(asked.body["reason"], reason, "{}", asked.text);
+        let pushed = &asked.body["published"]["pushed"];
+        assert_eq!(pushed["commit"], stage.at_origin("client/acme"));
         let retry = asked.headers.contains_key("retry-after");
         assert_eq!(retry, reason == "network");
         let sentence = asked.error(code, "pull_request_failed");

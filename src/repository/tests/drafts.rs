@@ -506,6 +506,10 @@ fn edit(dir: &Path, act: &Act) {
         }
         Act::Remove { file } => {
             fs::remove_file(path(file)).ok();
+            // git knows no empty folders, so nothing is promised of them.
+            for folder in ["deep/er", "deep"] {
+                fs::remove_dir(dir.join(folder)).ok();
+            }
         }
         Act::Swap { file } => {
             let path = path(file);

@@ -218,29 +218,6 @@ fn a_fetch_asks_for_what_is_missing_only() {
 }
 
 #[test]
-fn a_shallow_repository_pushes_to_its_origin() {
-    let server = Server::start();
-    git(
-        &server.site(),
-        &["commit", "-qm", "second", "--allow-empty"],
-    );
-    let root = tempfile::tempdir().unwrap();
-    let from = format!("file://{}", server.site().display());
-    git(
-        root.path(),
-        &["clone", "-q", "--depth", "1", &from, "project"],
-    );
-    let home = Home {
-        git: GitDir::of_project(&root.path().join("project")),
-        root,
-    };
-    let commit = home.commit("ours.txt", "ours").to_string();
-    assert_eq!(home.push(&server, "/site"), Ok(Pushed::Done));
-    assert_eq!(tip(&server.site()), Some(commit));
-    git(&server.site(), &["fsck", "--strict"]);
-}
-
-#[test]
 fn nothing_in_the_users_repository_leads_elsewhere() {
     let server = Server::start();
     let home = Home::of(&server);

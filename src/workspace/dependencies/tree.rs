@@ -17,7 +17,8 @@ const MARKER: &str = ".greenroom-key";
 const COMMITTED: &str = "committed";
 /// Where a `node_modules` that isn't ours is kept, inside the one that replaces it.
 const ASIDE: &str = ".before-greenroom";
-/// Beginning of the names of trees that are being made or removed; see `GIT_EXCLUDES`.
+/// Beginning of the names of trees that are being made or removed; git is told to
+/// leave such names out.
 const TEMPORARY: &str = ".node_modules-";
 
 /// What could not be done.
