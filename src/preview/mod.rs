@@ -18,9 +18,11 @@ mod frames;
 mod header_deadline;
 mod headers;
 mod hmr;
+mod last_good;
 mod launch;
 mod notes;
 mod output;
+mod pace;
 mod pages;
 mod port;
 mod probe;
@@ -60,6 +62,7 @@ use crate::{
     preview::{
         dev_server::{DevServer, Intent},
         filter::{Folders, Refusal},
+        last_good::LastGood,
         notes::{HmrSocket, Notes},
         slots::Slots,
     },
@@ -89,6 +92,9 @@ pub struct PreviewSettings {
     pub private_root: PathBuf,
     /// Dev servers at once; the least recently used one sleeps where another is needed.
     pub most_awake: usize,
+    /// A broken page is shown as it was before, with a line that says so, instead of under Vite's
+    /// overlay.
+    pub shows_banner: bool,
 }
 
 /// One thread's site. Fixed for the life of its handle.
@@ -173,6 +179,10 @@ impl Previews {
     pub fn with_token(&self, url: &str, slug: &str) -> String {
         self.access()
             .link(url, slug, jiff::Timestamp::now().as_second())
+    }
+
+    pub(crate) fn shows_banner(&self) -> bool {
+        self.shared.ground.settings.shows_banner
     }
 
     pub(crate) fn access(&self) -> &Access {
@@ -353,6 +363,11 @@ impl PreviewHandle {
             self.wake();
         }
         self.0.notes.begin_turn()
+    }
+
+    /// Its pages as they were when they were whole.
+    pub(crate) fn last_good(&self) -> &LastGood {
+        self.0.notes.last_good()
     }
 
     /// A browser hears the dev server until this is dropped.

@@ -11,7 +11,7 @@ use std::{
 
 use tokio::{sync::watch, time::Instant};
 
-use super::{PreviewSite, filter::Folders, touched::LastPage};
+use super::{PreviewSite, filter::Folders, last_good::LastGood, touched::LastPage};
 
 /// A visible page says so every 30 s; it counts for half as long again.
 const PERSON_STAYS: Duration = Duration::from_secs(45);
@@ -32,6 +32,7 @@ struct Inner {
     person_until: Mutex<Option<Instant>>,
     turns: AtomicUsize,
     last_page: LastPage,
+    last_good: LastGood,
     /// When a page was asked for last, as `last_used`.
     last_document: AtomicU64,
     /// Grows when browsers are to load their page again.
@@ -50,6 +51,7 @@ impl Default for Inner {
             person_until: Mutex::default(),
             turns: AtomicUsize::new(0),
             last_page: LastPage::default(),
+            last_good: LastGood::default(),
             last_document: AtomicU64::new(0),
             reloads: watch::channel(0).0,
             sockets: AtomicUsize::new(0),
@@ -128,6 +130,11 @@ impl Notes {
 
     pub(crate) fn has_turn(&self) -> bool {
         self.0.turns.load(Ordering::Relaxed) > 0
+    }
+
+    /// Its pages as they were when they were whole.
+    pub(crate) fn last_good(&self) -> &LastGood {
+        &self.0.last_good
     }
 
     /// Somebody asks for a page.
