@@ -111,6 +111,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("git2", &["repository"]),
     ("landlock", &["process"]),
     ("notify", &["preview"]),
+    ("zstd", &["workspace"]),
     ("ratatui", &["cli"]),
     (
         "nix",
