@@ -82,6 +82,10 @@ mod tests {
             tokio::time::sleep(Duration::from_secs(25)).await;
         }
         let wait = std::future::poll_fn(|cx| pace.poll_too_slow(cx));
-        assert!(tokio::time::timeout(Duration::from_secs(29), wait).await.is_err());
+        assert!(
+            tokio::time::timeout(Duration::from_secs(29), wait)
+                .await
+                .is_err()
+        );
     }
 }

@@ -18,6 +18,8 @@ pub(crate) enum UpstreamError {
     /// The connection ended before an answer.
     Closed,
     TimedOut,
+    /// The request's body is none.
+    BrokenBody,
     /// The browser took too long to send its body.
     SlowBody,
 }
@@ -27,6 +29,7 @@ impl From<hyper::Error> for UpstreamError {
         let source = std::error::Error::source(&error);
         match source.and_then(|source| source.downcast_ref()) {
             Some(BodyError::TooSlow) => Self::SlowBody,
+            Some(BodyError::Broken(_)) => Self::BrokenBody,
             _ => Self::Closed,
         }
     }
@@ -68,6 +71,7 @@ pub(crate) fn upstream_problem(error: &UpstreamError, as_page: bool) -> Page {
             StatusCode::BAD_GATEWAY,
             "The site's dev server broke off before it answered.",
         ),
+        UpstreamError::BrokenBody => return bad_request("the body can't be read"),
         UpstreamError::SlowBody => (
             StatusCode::REQUEST_TIMEOUT,
             "The upload came too slowly. Try it again.",

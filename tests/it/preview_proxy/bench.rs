@@ -91,7 +91,11 @@ impl Bench {
     }
 
     /// Starts an upstream and a live, default preview before it.
-    pub(super) async fn upstream<F, Fut>(&self, slug: &str, serve: F) -> watch::Sender<PreviewStatus>
+    pub(super) async fn upstream<F, Fut>(
+        &self,
+        slug: &str,
+        serve: F,
+    ) -> watch::Sender<PreviewStatus>
     where
         F: Fn(TcpStream) -> Fut + Send + Sync + 'static,
         Fut: Future<Output = ()> + Send + 'static,

@@ -13,7 +13,7 @@ enum Fate {
 }
 use Fate::{Once, Refused, RefusedOrOnce};
 
-/// A site that notes what reaches it on each connection, and answers when a connection is silent.
+/// A site that notes what reaches it on each connection, and answers each whole request.
 struct Origin(Arc<Mutex<Vec<Vec<u8>>>>);
 
 impl Origin {
@@ -21,46 +21,18 @@ impl Origin {
         let all: Arc<Mutex<Vec<Vec<u8>>>> = Arc::default();
         let noted = all.clone();
         bench
-            .upstream(A, move |mut stream| {
-                let noted = noted.clone();
-                async move {
-                    let number = {
-                        let mut noted = noted.lock().unwrap();
-                        noted.push(Vec::new());
-                        noted.len() - 1
-                    };
-                    let mut buffer = vec![0; 65536];
-                    let mut has_answered = false;
-                    loop {
-                        let read = timeout(Duration::from_millis(100), stream.read(&mut buffer));
-                        match read.await {
-                            Ok(Ok(0) | Err(_)) => return,
-                            Ok(Ok(length)) => {
-                                has_answered = false;
-                                noted.lock().unwrap()[number].extend(&buffer[..length]);
-                            }
-                            Err(_) if has_answered || noted.lock().unwrap()[number].is_empty() => {}
-                            Err(_) => {
-                                has_answered = true;
-                                let answer = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
-                                stream.write_all(answer.as_bytes()).await.ok();
-                            }
-                        }
-                    }
-                }
-            })
+            .upstream(A, move |stream| note_and_answer(stream, noted.clone()))
             .await;
         Self(all)
     }
 
-    /// The whole requests that came, by a strict reader; what it can't read fails the test.
+    /// The whole requests that came, by a strict reader; what it can't read fails the test. One
+    /// that was cut off is none.
     fn requests(&self) -> Vec<Vec<u8>> {
         let mut found = Vec::new();
-        for bytes in self.0.lock().unwrap().drain(..) {
+        for bytes in self.0.lock().unwrap().iter_mut().map(std::mem::take) {
             let mut rest = &bytes[..];
-            while !rest.is_empty() {
-                let length = request_length(rest)
-                    .unwrap_or_else(|| panic!("unclear: {:?}", String::from_utf8_lossy(rest)));
+            while let Some(length) = first_request(rest) {
                 found.push(rest[..length].to_vec());
                 rest = &rest[length..];
             }
@@ -69,51 +41,90 @@ impl Origin {
     }
 }
 
-/// The length of the first request, by RFC 9112 without any tolerance.
-fn request_length(bytes: &[u8]) -> Option<usize> {
-    let end = bytes.windows(4).position(|four| four == b"\r\n\r\n")? + 4;
-    let head = std::str::from_utf8(&bytes[..end]).ok()?.to_ascii_lowercase();
+async fn note_and_answer(mut stream: TcpStream, noted: Arc<Mutex<Vec<Vec<u8>>>>) {
+    let number = {
+        let mut noted = noted.lock().unwrap();
+        noted.push(Vec::new());
+        noted.len() - 1
+    };
+    let mut buffer = vec![0; 65536];
+    let mut unanswered = Vec::new();
+    while let Ok(length @ 1..) = stream.read(&mut buffer).await {
+        noted.lock().unwrap()[number].extend(&buffer[..length]);
+        unanswered.extend(&buffer[..length]);
+        while let Some(length) = first_request(&unanswered) {
+            unanswered.drain(..length);
+            let answer = "HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok";
+            stream.write_all(answer.as_bytes()).await.ok();
+        }
+    }
+}
+
+/// The length of the first request, if there is a whole one; what is none fails the test.
+fn first_request(bytes: &[u8]) -> Option<usize> {
+    let read = request_length(bytes);
+    read.unwrap_or_else(|why| panic!("{why}: {:?}", String::from_utf8_lossy(bytes)))
+}
+
+/// The same by RFC 9112 without any tolerance.
+fn request_length(bytes: &[u8]) -> Result<Option<usize>, &'static str> {
+    let Some(end) = bytes.windows(4).position(|four| four == b"\r\n\r\n") else {
+        return Ok(None);
+    };
+    let end = end + 4;
+    let head = std::str::from_utf8(&bytes[..end]).map_err(|_| "no text")?;
+    let head = head.to_ascii_lowercase();
     let mut lines = head.trim_end().split("\r\n");
-    let line: Vec<&str> = lines.next()?.split(' ').collect();
+    let line: Vec<&str> = lines.next().unwrap_or_default().split(' ').collect();
     if line.len() != 3 || line[2] != "http/1.1" {
-        return None;
+        return Err("no request line");
     }
-    let fields: Vec<(&str, &str)> = lines.map(|line| line.split_once(": ")).collect::<Option<_>>()?;
+    let fields = lines.map(|line| line.split_once(": "));
+    let fields: Option<Vec<(&str, &str)>> = fields.collect();
+    let fields = fields.ok_or("a field without a colon")?;
     let is_odd = |byte: u8| byte < b' ' || byte == 127;
-    if fields.iter().any(|(name, value)| name.contains([' ', '(', '\t']) || value.bytes().any(is_odd)) {
-        return None;
+    if fields
+        .iter()
+        .any(|(name, value)| name.contains([' ', '(', '\t']) || value.bytes().any(is_odd))
+    {
+        return Err("an odd field");
     }
-    let all = |name: &str| fields.iter().filter(|(n, _)| *n == name).map(|(_, v)| *v).collect();
-    let (lengths, codings): (Vec<&str>, Vec<&str>) =
-        (all("content-length"), all("transfer-encoding"));
-    let hosts: Vec<&str> = all("host");
-    if hosts.len() != 1 {
-        return None;
+    let all = |name: &str| -> Vec<&str> {
+        let named = fields.iter().filter(|(other, _)| *other == name);
+        named.map(|(_, value)| *value).collect()
+    };
+    if all("host").len() != 1 {
+        return Err("not one host");
     }
-    match (lengths.as_slice(), codings.as_slice()) {
-        ([], []) => Some(end),
-        ([length], []) => {
-            let is_number = length.bytes().all(|byte| byte.is_ascii_digit());
-            let whole = end + is_number.then(|| length.parse::<usize>().ok())??;
-            (bytes.len() >= whole).then_some(whole)
+    match (
+        all("content-length").as_slice(),
+        all("transfer-encoding").as_slice(),
+    ) {
+        ([], []) => Ok(Some(end)),
+        ([length], []) if length.bytes().all(|byte| byte.is_ascii_digit()) => {
+            let whole = end + length.parse::<usize>().map_err(|_| "no length")?;
+            Ok((bytes.len() >= whole).then_some(whole))
         }
-        ([], ["chunked"]) => {
-            let mut at = end;
-            loop {
-                let line = bytes[at..].windows(2).position(|two| two == b"\r\n")?;
-                let size = std::str::from_utf8(&bytes[at..at + line]).ok()?;
-                let size = usize::from_str_radix(size, 16).ok()?;
-                at += line + 2 + size;
-                if bytes.get(at..at + 2)? != b"\r\n" {
-                    return None;
-                }
-                at += 2;
-                if size == 0 {
-                    return Some(at);
-                }
-            }
+        ([], ["chunked"]) => chunked_length(bytes, end),
+        _ => Err("an unclear length"),
+    }
+}
+
+fn chunked_length(bytes: &[u8], mut at: usize) -> Result<Option<usize>, &'static str> {
+    loop {
+        let rest = bytes.get(at..).unwrap_or_default();
+        let Some(line) = rest.windows(2).position(|two| two == b"\r\n") else {
+            return Ok(None);
+        };
+        let size = std::str::from_utf8(&rest[..line]).map_err(|_| "no size")?;
+        let size = usize::from_str_radix(size, 16).map_err(|_| "no size")?;
+        at += line + 2 + size;
+        match bytes.get(at..at + 2) {
+            None => return Ok(None),
+            Some(b"\r\n") if size == 0 => return Ok(Some(at + 2)),
+            Some(b"\r\n") => at += 2,
+            Some(_) => return Err("a chunk without an end"),
         }
-        _ => None,
     }
 }
 
@@ -134,6 +145,7 @@ async fn exchange(bench: &Bench, bytes: &[u8]) -> Vec<u16> {
         .split("HTTP/1.1 ")
         .skip(1)
         .map(|answer| answer[..3].parse().unwrap())
+        .filter(|status| *status >= 200)
         .collect()
 }
 
@@ -154,7 +166,10 @@ async fn check(cases: &[(&str, String, Fate)]) {
             Once => is_once,
             RefusedOrOnce => is_refused || is_once,
         };
-        assert!(is_right, "{name}: {fate:?}, not {statuses:?} with {shown:?}");
+        assert!(
+            is_right,
+            "{name}: {fate:?}, not {statuses:?} with {shown:?}"
+        );
     }
 }
 
@@ -202,16 +217,48 @@ async fn chunks_that_are_none() {
     let whole = "5\r\nabcde\r\n0\r\n\r\n";
     check(&[
         ("as it should be", chunked(whole.to_owned()), Once),
-        ("capital digits", chunked(format!("A\r\n0123456789\r\n{whole}")), Once),
+        (
+            "capital digits",
+            chunked(format!("A\r\n0123456789\r\n{whole}")),
+            Once,
+        ),
         ("+5", chunked(format!("+{whole}")), RefusedOrOnce),
         ("0x5", chunked(format!("0x{whole}")), RefusedOrOnce),
-        ("17 digits", chunked(format!("0000000000000000{whole}")), RefusedOrOnce),
-        ("17 digits that count", chunked("10000000000000005\r\nabcde\r\n0\r\n\r\n".to_owned()), RefusedOrOnce),
-        ("a bare LF after the size", chunked("5\nabcde\r\n0\r\n\r\n".to_owned()), RefusedOrOnce),
-        ("a bare LF in an extension", chunked(format!("5;a\n{SMUGGLED}\r\nabcde\r\n0\r\n\r\n")), RefusedOrOnce),
-        ("an extension of 64 kB", chunked(format!("5;{}\r\nabcde\r\n0\r\n\r\n", "x".repeat(65536))), RefusedOrOnce),
-        ("no CRLF after the data", chunked("5\r\nabcde0\r\n\r\n".to_owned()), RefusedOrOnce),
-        ("trailers", chunked("5\r\nabcde\r\n0\r\nContent-Length: 9\r\nX: y\r\n\r\n".to_owned()), RefusedOrOnce),
+        (
+            "17 digits",
+            chunked(format!("0000000000000000{whole}")),
+            RefusedOrOnce,
+        ),
+        (
+            "17 digits that count",
+            chunked("10000000000000005\r\nabcde\r\n0\r\n\r\n".to_owned()),
+            RefusedOrOnce,
+        ),
+        (
+            "a bare LF after the size",
+            chunked("5\nabcde\r\n0\r\n\r\n".to_owned()),
+            RefusedOrOnce,
+        ),
+        (
+            "a bare LF in an extension",
+            chunked(format!("5;a\n{SMUGGLED}\r\nabcde\r\n0\r\n\r\n")),
+            RefusedOrOnce,
+        ),
+        (
+            "an extension of 64 kB",
+            chunked(format!("5;{}\r\nabcde\r\n0\r\n\r\n", "x".repeat(65536))),
+            RefusedOrOnce,
+        ),
+        (
+            "no CRLF after the data",
+            chunked("5\r\nabcde0\r\n\r\n".to_owned()),
+            RefusedOrOnce,
+        ),
+        (
+            "trailers",
+            chunked("5\r\nabcde\r\n0\r\nContent-Length: 9\r\nX: y\r\n\r\n".to_owned()),
+            RefusedOrOnce,
+        ),
     ])
     .await;
 }
@@ -283,7 +330,7 @@ async fn what_follows_an_error_is_not_read() {
 #[tokio::test]
 async fn a_body_that_never_comes_is_not_waited_for() {
     let bench = Bench::new().await;
-    bench.upstream(A, echo_heads).await;
+    let _origin = Origin::before(&bench).await;
     let mut client = bench.connect().await;
     client
         .send("POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\nabc")

@@ -34,11 +34,12 @@ use tokio_tungstenite::tungstenite::{
 };
 
 mod bench;
+mod conformance;
 mod framing;
 mod pages;
 mod sockets;
 
-use bench::{Answer, Bench, Client, Seen, echo_heads, eventually, live, say, starting};
+use bench::{Bench, Client, echo_heads, eventually, live, say, starting};
 
 const SOON: Duration = Duration::from_secs(10);
 const A: &str = "acme-alice-main-0123456789ab";

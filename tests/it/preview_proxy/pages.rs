@@ -234,7 +234,11 @@ async fn a_broken_page_is_shown_as_it_was() {
     assert_eq!(shown.status, 500, "it is broken all the same");
     assert!(shown.body.starts_with("<p>good</p>"), "{}", shown.body);
     assert!(shown.body.contains("data-last-good") && shown.body.contains("presence.js"));
-    for (path, dest) in [("/?q=2", "document"), ("/private", "document"), ("/?q=1", "empty")] {
+    for (path, dest) in [
+        ("/?q=2", "document"),
+        ("/private", "document"),
+        ("/?q=1", "empty"),
+    ] {
         let shown = get(path, dest).await;
         assert_eq!(shown.body, "<title>CompilerError</title>", "{path} {dest}");
     }
