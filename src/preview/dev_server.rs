@@ -395,7 +395,11 @@ impl DevServer {
                 eyes::watch(self.site.worktree.clone(), tell),
             );
         }
-        let slot = self.ground.slots.take(&self.notes).await.ok_or_else(|| {
+        let take = self.ground.slots.take(&self.notes);
+        let token = self.ground.tasks.token();
+        // Nobody waits for room when the program ends.
+        let slot = token.run_until_cancelled(take).await.flatten();
+        let slot = slot.ok_or_else(|| {
             StartError::Machine("there was no room for one more dev server".to_owned())
         })?;
         let (site, settings) = (self.site.clone(), self.ground.settings.clone());

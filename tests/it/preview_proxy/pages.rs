@@ -256,3 +256,56 @@ async fn a_broken_page_is_shown_as_it_was() {
     status.send_replace(starting("soon"));
     assert!(get("/?q=1", "document").await.body.contains("holding.js"));
 }
+
+/// Greets on the HMR socket, and then says nothing.
+async fn greet(stream: TcpStream) {
+    #[expect(clippy::result_large_err, reason = "tungstenite's own type")]
+    let answer = |request: &WsRequest, mut response: WsResponse| {
+        let protocol = request.headers()["sec-websocket-protocol"].clone();
+        response
+            .headers_mut()
+            .insert("sec-websocket-protocol", protocol);
+        Ok(response)
+    };
+    let socket = tokio_tungstenite::accept_hdr_async(stream, answer).await;
+    let Ok(mut socket) = socket else { return };
+    let greeting = Message::text(r#"{"type":"connected"}"#);
+    socket.send(greeting).await.ok();
+    while let Some(Ok(_)) = socket.next().await {}
+}
+
+#[tokio::test]
+async fn a_page_that_has_been_deaf_for_a_while_is_loaded_again() {
+    let bench = Bench::new().await;
+    bench.upstream(A, greet).await;
+    let say = async |hears: &str| {
+        let text = format!(
+            "POST /__greenroom/presence HTTP/1.1\r\nHost: localhost\r\nX-Greenroom-Hears: {hears}\r\n\
+             Content-Length: 0\r\n\r\n"
+        );
+        bench.ask(&text).await.status
+    };
+    assert_eq!(say("1").await, 204, "none has heard anything yet");
+    let url = format!("ws://{}/", bench.proxy);
+    let mut request = url.into_client_request().unwrap();
+    let protocol = "vite-hmr".parse().unwrap();
+    request
+        .headers_mut()
+        .insert("sec-websocket-protocol", protocol);
+    let stream = TcpStream::connect(bench.proxy).await.unwrap();
+    let (mut socket, _) = tokio_tungstenite::client_async(request, stream)
+        .await
+        .unwrap();
+    let greeting = timeout(SOON, socket.next()).await.unwrap();
+    assert!(greeting.unwrap().unwrap().to_text().unwrap().contains("connected"));
+    assert_eq!(say("1").await, 204, "it hears");
+    drop(socket);
+    assert_eq!(say("1").await, 204, "it may be on its way to another");
+    let begun = std::time::Instant::now();
+    while say("1").await != 205 {
+        assert!(begun.elapsed() < SOON * 3);
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    assert!(begun.elapsed() > Duration::from_secs(9));
+    assert_eq!(say("0").await, 204, "a page without Vite's client wants none");
+}
