@@ -30,7 +30,8 @@ use crate::{
     lease::{Fence, LeaseLost},
     process::Launcher,
     repository::{
-        CommitRequest, CommitText, Committed, Repair, RepositoryError, Strangers, Worktree,
+        CommitRequest, CommitText, Committed, Repair, RepositoryError, Scope, Strangers, Watch,
+        Worktree,
     },
     task::{self, Tasks},
     usage::{Denied, Spent},
@@ -46,6 +47,8 @@ pub struct TurnSite {
     pub key: ThreadKey,
     pub paths: ThreadPaths,
     pub worktree: Arc<Worktree>,
+    /// Sees what a turn changes.
+    pub watch: Watch,
     pub agent_site: AgentSite,
     /// `None`: the CLI is missing.
     pub agent_settings: Option<Arc<AgentSettings>>,
@@ -214,6 +217,12 @@ impl TurnSite {
     /// # Errors
     /// If the repository cannot be written.
     pub async fn commit_outside_edits(&self) -> Result<Committed, RunError> {
+        self.commit_what_is_there(false).await
+    }
+
+    /// As [`TurnSite::commit_outside_edits`]; with `watch` what changes after that is watched, for the
+    /// turn's own commit.
+    async fn commit_what_is_there(&self, watch: bool) -> Result<Committed, RunError> {
         let trailers = vec![
             ("Thread", self.key.to_string()),
             ("Status", "outside".to_owned()),
@@ -221,6 +230,7 @@ impl TurnSite {
         let committer = self.committer.clone();
         let held_dir = self.paths.held_outside();
         let fence = self.fence.clone();
+        let watch = watch.then(|| self.watch.clone());
         let committed = self
             .on_disk("committing outside edits", move |tree| {
                 tree.commit(&CommitRequest {
@@ -230,6 +240,7 @@ impl TurnSite {
                         author: &committer,
                         committer: &committer,
                     },
+                    scope: watch.as_ref().map_or(Scope::All, Scope::AllAndWatch),
                     strangers: Strangers::Keep,
                     held_dir: &held_dir,
                     fence: &fence,
@@ -237,6 +248,7 @@ impl TurnSite {
             })
             .await?;
         if let Some(commit) = &committed.commit {
+            metrics::counter!("greenroom_commits_total", "of" => "outside").increment(1);
             tracing::info!(
                 commit = commit.id,
                 files = commit.files.len(),
@@ -256,6 +268,9 @@ impl TurnSite {
             ("Turn-Id", accepted.turn_id.to_string()),
             ("Thread", self.key.to_string()),
         ];
+        if accepted.kind != TurnKind::Turn {
+            trailers.push(("Kind", accepted.kind.as_str().to_owned()));
+        }
         trailers.extend(outcome.session_id.clone().map(|id| ("Session-Id", id)));
         trailers.extend(outcome.model.clone().map(|model| ("Model", model)));
         trailers.push(("Cost-USD", format!("{:.6}", outcome.usage.cost_usd)));
@@ -265,6 +280,7 @@ impl TurnSite {
         let instruction = accepted.instruction.clone();
         let held_dir = self.paths.held(&accepted.turn_id);
         let fence = self.fence.clone();
+        let watch = self.watch.clone();
         self.on_disk("committing a turn", move |tree| {
             tree.commit(&CommitRequest {
                 text: CommitText {
@@ -273,6 +289,7 @@ impl TurnSite {
                     author: &author,
                     committer: &committer,
                 },
+                scope: Scope::Since(&watch),
                 strangers: Strangers::Fold,
                 held_dir: &held_dir,
                 fence: &fence,
@@ -292,7 +309,7 @@ impl TurnSite {
         journal: &Journal,
         mut context: StoredContext,
     ) -> Result<StoredContext, RunError> {
-        if accepted.kind != TurnKind::Turn {
+        if !accepted.kind.is_run() {
             let text = format!("{} (finished after an interruption)", accepted.instruction);
             let off = async |_: Option<&CommitSummary>| TurnPreview {
                 state: PreviewState::Off,
@@ -358,6 +375,13 @@ impl TurnSite {
         self.save_context(context).await?;
         journal.append(TurnEvent::terminal(result.clone())).await?;
         journal.flush().await?;
+        let kind = result.kind.as_str();
+        metrics::counter!("greenroom_turns_total", "kind" => kind, "status" => result.status.as_str())
+            .increment(1);
+        if result.status != TurnStatus::Recovered {
+            metrics::histogram!("greenroom_turn_duration_seconds", "kind" => kind)
+                .record(result.duration_ms as f64 / 1e3);
+        }
         Ok(())
     }
 }
@@ -368,7 +392,8 @@ impl RunOutcome {
         self.session_id.is_none() && matches!(self.ending, Ending::Failed(_))
     }
 
-    fn nothing() -> Self {
+    /// Of a run in which nothing happened.
+    pub fn nothing() -> Self {
         Self {
             ending: Ending::Cancelled,
             text: String::new(),
@@ -460,6 +485,7 @@ pub async fn run_turn(
         }
         Err(error) => Some(internal(&error)),
     };
+    site.watch.end();
     if let Some(failure) = failure {
         result.status = TurnStatus::Failed;
         result.error = Some(failure.message);
@@ -559,7 +585,7 @@ async fn begin(
     result: &mut TurnResult,
 ) -> Result<Folder, RunError> {
     journal.append(TurnEvent::Started {}).await?;
-    let repairs = site.commit_outside_edits().await?.repairs;
+    let repairs = site.commit_what_is_there(true).await?.repairs;
     result.repairs = sentences(&repairs);
     if !repairs.contains(&Repair::Folder) {
         return Ok(Folder::Same);
@@ -606,6 +632,12 @@ async fn drive(
         slot.as_ref().is_some_and(|(agent, _)| agent.is_usable())
     };
     let mut was_waiting = is_ready(slot);
+    let process = match slot {
+        Some((agent, _)) if was_waiting && agent.has_served() => "warm",
+        Some(_) if was_waiting => "waiting",
+        _ => "cold",
+    };
+    metrics::counter!("greenroom_agent_runs_total", "process" => process).increment(1);
     loop {
         if !is_ready(slot) {
             *slot = Some(site.start_agent(context).await?);
@@ -719,7 +751,7 @@ const LEFT_RUNNING: &str = "Something that the turn had started could not be end
                             run; the operator has to look after it.";
 
 /// Takes what the agent's run says into the result.
-fn apply(
+pub(super) fn apply(
     outcome: &RunOutcome,
     accepted: &Accepted,
     result: &mut TurnResult,
@@ -776,7 +808,7 @@ fn apply(
     }
 }
 
-async fn commit(
+pub(super) async fn commit(
     site: &TurnSite,
     accepted: &Accepted,
     journal: &Journal,
@@ -798,6 +830,7 @@ async fn commit(
     result.held_back = committed.held_back;
     result.repairs.extend(sentences(&committed.repairs));
     if let Some(commit) = committed.commit {
+        metrics::counter!("greenroom_commits_total", "of" => accepted.kind.as_str()).increment(1);
         let told: BTreeSet<String> = outcome.touched.iter().map(|p| site.relative(p)).collect();
         for file in commit
             .files
