@@ -9,6 +9,8 @@
     reason = "a bench starts what it measures by itself"
 )]
 
+mod commit;
+mod history;
 mod hmr;
 mod init;
 mod proxy;
@@ -47,11 +49,13 @@ macro_rules! parts {
     };
 }
 
-const PARTS: [Part; 6] = parts! {
+const PARTS: [Part; 8] = parts! {
     start 60,
     rest 60,
     init 90,
     turn 180,
+    commit 300,
+    history 120,
     hmr 90,
     proxy 180,
 };

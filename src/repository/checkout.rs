@@ -1,40 +1,236 @@
 //! The one place that writes a tree's files to disk.
+//!
+//! A whole tree is written by several threads: on a local disk every core unpacks and copies, and
+//! on a network disk, where each file costs some round trips, the waits overlap. libgit2 uses one
+//! thread; it is left what only it can do, the files that git changes on their way to disk.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeSet,
+    ffi::OsStr,
+    fs::File,
+    io::Write as _,
+    ops::Range,
+    os::unix::ffi::OsStrExt as _,
+    path::{Path, PathBuf},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+};
 
-use git2::{Repository, Tree, build::CheckoutBuilder};
+use git2::{AttrCheckFlags, Odb, Repository, Tree, build::CheckoutBuilder};
+use nix::{
+    fcntl::{AtFlags, OFlag, openat},
+    sys::stat::{Mode, fstat, fstatat, mkdirat},
+    unistd::symlinkat,
+};
 
-/// Where the files go and whether git follows them there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Target<'a> {
-    /// The folder becomes the repository's working directory; its index is written to match.
-    Worktree(&'a Path),
-    /// A plain copy, which git knows nothing of.
-    Copy(&'a Path),
+use super::{
+    Operation as _, Result,
+    files::Root,
+    index::{Index, LINK_MODE, SUBMODULE_MODE, Stat},
+};
+
+/// Most threads that write at once, and for how many files each. More than there are cores: where
+/// the disk is slow they wait for it nearly all the time.
+const MAX_THREADS: usize = 32;
+const FILES_PER_THREAD: usize = 8;
+/// Most files that a thread takes on at a time; they are of one folder.
+const FILES_AT_ONCE: usize = 32;
+/// Larger contents, in bytes, are held in memory one at a time.
+const LARGE: usize = 4 << 20;
+/// What stands in a `.gitattributes` that makes git change files on their way to disk, on Linux and
+/// by our configuration.
+const CONVERTING: [&str; 2] = ["crlf", "ident"];
+
+/// Writes all files of `tree` into `folder`, which holds none (a `.git` at most) and is ours alone,
+/// and becomes the repository's working directory. Returns the tree's index, which knows the files
+/// as they are on disk now; it has to be written before others can reach the folder.
+pub(super) fn fill(repo: &Repository, tree: &Tree<'_>, folder: &Path) -> Result<Index> {
+    const WHAT: &str = "check the site out";
+    repo.set_workdir(folder, false).during(WHAT)?;
+    let mut index = Index::of_tree(repo, tree).during(WHAT)?;
+    let writer = Writer {
+        index: &index,
+        root: Root::open(folder).during(WHAT)?,
+        repository: repo.commondir(),
+        large: Mutex::new(()),
+    };
+    let path = |slot| Path::new(OsStr::from_bytes(index.name(slot)));
+    let (attributes, others): (BTreeSet<_>, BTreeSet<_>) =
+        (0..index.len()).partition(|slot| path(*slot).ends_with(".gitattributes"));
+    // First, because they say what becomes of the others.
+    let mut stats = writer.write_all(&attributes)?;
+    let (converted, others) = match converts(repo, &index, &attributes)? {
+        false => (BTreeSet::new(), others),
+        true => others
+            .into_iter()
+            .partition(|slot| is_converted(repo, path(*slot))),
+    };
+    stats.extend(writer.write_all(&others)?);
+    let converted: Vec<_> = converted
+        .into_iter()
+        .map(|slot| path(slot).to_owned())
+        .collect();
+    fill_some(repo, tree, converted.iter(), folder).during(WHAT)?;
+    for (slot, stat) in stats {
+        index.know(slot, stat);
+    }
+    Ok(index)
 }
 
-/// Writes all files of `tree` into a folder that holds none (a `.git` at most) and is ours alone.
-pub(super) fn fill(
-    repo: &Repository,
-    tree: &Tree<'_>,
-    target: Target<'_>,
-) -> Result<(), git2::Error> {
-    let mut options = CheckoutBuilder::new();
-    // "Force" overwrites nothing in an empty folder; the safe way would compare with HEAD first
-    // and take the files that are missing for deleted on purpose.
-    options.force();
-    match target {
-        Target::Worktree(folder) => {
-            repo.set_workdir(folder, false)?;
-            let mut index = repo.index()?;
-            index.clear()?;
-            index.write()?;
+/// May any of these files' lines make git change others?
+fn converts(repo: &Repository, index: &Index, attributes: &BTreeSet<usize>) -> Result<bool> {
+    for slot in attributes {
+        if index.entry(*slot).mode == SUBMODULE_MODE {
+            continue;
         }
-        Target::Copy(folder) => {
-            options.target_dir(folder).update_index(false);
+        let blob = repo
+            .find_blob(index.entry(*slot).id)
+            .during("read the site's attributes")?;
+        let text = String::from_utf8_lossy(blob.content());
+        if CONVERTING.iter().any(|word| text.contains(word)) {
+            return Ok(true);
         }
     }
-    repo.checkout_tree(tree.as_object(), Some(&mut options))
+    Ok(false)
+}
+
+fn is_converted(repo: &Repository, path: &Path) -> bool {
+    let attribute = |name| {
+        let value = repo.get_attr(path, name, AttrCheckFlags::FILE_THEN_INDEX);
+        value.ok().flatten().map(str::to_owned)
+    };
+    attribute("eol").is_some_and(|eol| eol == "crlf") || attribute("ident").is_some()
+}
+
+struct Writer<'a> {
+    index: &'a Index,
+    root: Root,
+    /// The git directory with the objects: each thread opens it for itself.
+    repository: &'a Path,
+    /// Held by whoever holds a large content.
+    large: Mutex<()>,
+}
+
+impl Writer<'_> {
+    /// Writes these files; what they look like on disk after that.
+    fn write_all(&self, slots: &BTreeSet<usize>) -> Result<Vec<(usize, Stat)>> {
+        let slots: Vec<usize> = slots.iter().copied().collect();
+        let jobs = self.jobs(&slots);
+        let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
+        let work = || {
+            let done = self.work(&slots, &jobs, &next, &failed);
+            if done.is_err() {
+                failed.store(true, Ordering::Relaxed);
+            }
+            done
+        };
+        let threads = (slots.len() / FILES_PER_THREAD).min(jobs.len());
+        std::thread::scope(|scope| {
+            let others: Vec<_> = (1..threads.min(MAX_THREADS))
+                .map(|_| scope.spawn(work))
+                .collect();
+            let mut outcome = work();
+            for other in others {
+                let done = other
+                    .join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+                match (&mut outcome, done) {
+                    (Ok(stats), Ok(more)) => stats.extend(more),
+                    (Ok(_), failed) => outcome = failed,
+                    (Err(_), _) => {}
+                }
+            }
+            outcome
+        })
+    }
+
+    /// Cuts the files into pieces of one folder each.
+    fn jobs(&self, slots: &[usize]) -> Vec<Range<usize>> {
+        let folder = |at: usize| {
+            let name = self.index.name(slots[at]);
+            &name[..name.iter().rposition(|&b| b == b'/').unwrap_or(0)]
+        };
+        let mut jobs: Vec<Range<usize>> = Vec::new();
+        for at in 0..slots.len() {
+            match jobs.last_mut() {
+                Some(job) if job.len() < FILES_AT_ONCE && folder(job.start) == folder(at) => {
+                    job.end = at + 1;
+                }
+                _ => jobs.push(at..at + 1),
+            }
+        }
+        jobs
+    }
+
+    fn work(
+        &self,
+        slots: &[usize],
+        jobs: &[Range<usize>],
+        next: &AtomicUsize,
+        failed: &AtomicBool,
+    ) -> Result<Vec<(usize, Stat)>> {
+        let mut stats = Vec::new();
+        let repo = Repository::open_bare(self.repository).during("open the repository")?;
+        let objects = repo.odb().during("open the repository")?;
+        while let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed))
+            && !failed.load(Ordering::Relaxed)
+        {
+            self.write_folder(&objects, &slots[job.clone()], &mut stats)?;
+        }
+        Ok(stats)
+    }
+
+    /// Writes files of one folder.
+    fn write_folder(
+        &self,
+        objects: &Odb<'_>,
+        slots: &[usize],
+        stats: &mut Vec<(usize, Stat)>,
+    ) -> Result<()> {
+        const WHAT: &str = "write the site's files";
+        let path = |slot| Path::new(OsStr::from_bytes(self.index.name(slot)));
+        let folder = self.root.folder_of(path(slots[0]), true).during(WHAT)?;
+        // A symlink where the commit has a folder too: no file system holds both.
+        let folder = folder.ok_or_else(|| std::io::Error::from(std::io::ErrorKind::NotADirectory));
+        let folder = folder.during(WHAT)?;
+        for &slot in slots {
+            let (entry, path) = (self.index.entry(slot), path(slot));
+            let name = path.file_name().expect("an index's paths have names");
+            if entry.mode == SUBMODULE_MODE {
+                let made = mkdirat(&folder, name, Mode::from_bits_truncate(0o777));
+                made.map_err(std::io::Error::from).during(WHAT)?;
+                continue;
+            }
+            let (size, _) = objects.read_header(entry.id).during(WHAT)?;
+            let _held =
+                (size > LARGE).then(|| self.large.lock().unwrap_or_else(PoisonError::into_inner));
+            let content = objects.read(entry.id).during(WHAT)?;
+            let write = || -> std::io::Result<Stat> {
+                if entry.mode == LINK_MODE {
+                    symlinkat(OsStr::from_bytes(content.data()), &folder, name)?;
+                    let stat = fstatat(&folder, name, AtFlags::AT_SYMLINK_NOFOLLOW)?;
+                    return Ok(Stat::of(&stat));
+                }
+                let flags = OFlag::O_WRONLY
+                    | OFlag::O_CREAT
+                    | OFlag::O_EXCL
+                    | OFlag::O_NOFOLLOW
+                    | OFlag::O_CLOEXEC;
+                let mode = match entry.mode & 0o100 {
+                    0 => 0o666,
+                    _ => 0o777,
+                };
+                let file = openat(&folder, name, flags, Mode::from_bits_truncate(mode))?;
+                let mut file = File::from(file);
+                file.write_all(content.data())?;
+                Ok(Stat::of(&fstat(&file)?))
+            };
+            stats.push((slot, write().during(WHAT)?));
+        }
+        Ok(())
+    }
 }
 
 /// Writes some files of `tree`, as git would (line endings, modes, symlinks), into a folder of ours.
@@ -45,6 +241,8 @@ pub(super) fn fill_some<'p>(
     folder: &Path,
 ) -> Result<(), git2::Error> {
     let mut options = CheckoutBuilder::new();
+    // "Force" overwrites nothing where nothing is; the safe way would compare with HEAD first and
+    // take the files that are missing for deleted on purpose.
     options
         .force()
         .target_dir(folder)

@@ -75,8 +75,10 @@ impl Worktree {
         let repo = self.open()?;
         let head = self.tip(&repo)?;
         let head_tree = self.tree(&repo, head)?;
-        let staged = self.stage(&repo, &head_tree, Keeper::none())?;
-        let tree = staged.map_or(head_tree.id(), |staged| staged.tree);
+        let tree = self
+            .stage(&repo, &head_tree, Keeper::none())?
+            .stage
+            .tree()?;
         Ok(Snapshot { head, tree })
     }
 

@@ -107,6 +107,18 @@ impl Root {
         }
     }
 
+    /// The stat of what stands at `path` (relative, without `..`), if anything does.
+    pub(super) fn stat(&self, path: &Path) -> io::Result<Option<FileStat>> {
+        let (Some(folder), Some(name)) = (self.folder_of(path, false)?, path.file_name()) else {
+            return Ok(None);
+        };
+        match fstatat(folder, name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+            Ok(stat) => Ok(Some(stat)),
+            Err(Errno::ENOENT | Errno::ENOTDIR) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
     /// Renames the file at `path` to the same path below `to`, over what is there.
     ///
     /// # Errors

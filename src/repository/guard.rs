@@ -49,6 +49,8 @@ pub enum Repair {
     Folder,
     /// git had forgotten the worktree.
     Entry,
+    /// Files or folders of the site could not be read or written by their owner.
+    ReadOnly { count: usize },
     /// The index held an unsettled merge of these files.
     Conflicts { files: Vec<String> },
 }
@@ -98,6 +100,11 @@ impl fmt::Display for Repair {
                 f,
                 "git had forgotten the site's worktree; it knows it again, and the files stayed \
                  as they were."
+            ),
+            Self::ReadOnly { count } => write!(
+                f,
+                "{count} of the site's files or folders were read-only or locked; they can be \
+                 read and written again."
             ),
             Self::Conflicts { files } => write!(
                 f,
@@ -172,7 +179,7 @@ const NAMING: [&str; 10] = [
 const MAX_PAPER: u64 = 64 << 10;
 
 impl Worktree {
-    /// Brings the thread's branch and the worktree's entry, link, HEAD and index into a state from
+    /// Brings the thread's branch and the worktree's entry, link and HEAD into a state from
     /// which a commit can be made, and opens it.
     ///
     /// # Errors
@@ -212,17 +219,6 @@ impl Worktree {
         self.put_right_entry()?;
         self.put_right_link()?;
         let repo = self.git.open_worktree(&self.admin, &self.path)?;
-        let repo = match repo.index() {
-            Ok(_) if had_index || is_missing => repo,
-            readable => {
-                if readable.is_err() {
-                    repairs.push(Repair::Index);
-                }
-                drop(repo);
-                self.mend_index()?;
-                self.git.open_worktree(&self.admin, &self.path)?
-            }
-        };
         for repair in &repairs {
             tracing::warn!(branch = self.branch, what = ?repair, "put a worktree right");
         }

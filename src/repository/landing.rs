@@ -23,24 +23,21 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
-use git2::{Delta, Index, IndexEntry, ObjectType, Oid, Repository, Tree};
+use git2::{Delta, IndexEntry, ObjectType, Oid, Repository, Tree};
 
 use super::{
     Operation as _, RepositoryError, Result, checkout,
     draft::find_commit,
     files::{self, Found, Root},
+    index::{Entry, Index, LINK_MODE, Moment, SUBMODULE_MODE, Stat},
+    stage::{canonical_mode, raw_entry, write_blob},
     tree,
-    worktree::{
-        LINK_MODE, Worktree, blank_entry, canonical_mode, index_entry, summarise, write_blob,
-    },
+    worktree::{Worktree, summarise},
 };
 use crate::{domain::CommitSummary, lease::Fence};
 
 /// A file as git knows it: its content and its mode.
 pub(super) type Blob = (Oid, u32);
-
-/// A submodule's place, which has no file.
-const SUBMODULE_MODE: u32 = 0o160_000;
 
 /// What becomes of one path.
 #[derive(Debug, Clone, Copy, Default)]
@@ -168,7 +165,7 @@ impl Worktree {
             });
         }
         let steps = steps(&repo, &before, &after)?;
-        let landing = Landing::begin(self, &repo, steps, fence)?;
+        let landing = Landing::begin(self, &repo, steps, after.id(), fence)?;
         landing.write_beside(&after)?;
         if tip == parent {
             self.move_branch(&repo, parent, commit.id(), fence)?;
@@ -205,7 +202,13 @@ impl Worktree {
         let repo = self.open()?;
         let (before, after) = (self.tree(&repo, from)?, self.tree(&repo, to)?);
         self.check_room(&repo, &before, &after)?;
-        let landing = Landing::begin(self, &repo, steps(&repo, &before, &after)?, fence)?;
+        let landing = Landing::begin(
+            self,
+            &repo,
+            steps(&repo, &before, &after)?,
+            after.id(),
+            fence,
+        )?;
         landing.write_beside(&after)?;
         let note = format!("{from} {to}\n");
         files::put(&landing.folder.join(NOTE), note.as_bytes()).during("note what is begun")?;
@@ -229,12 +232,12 @@ impl Worktree {
         let repo = self.open()?;
         let (before, after) = (self.tree(&repo, from)?, self.tree(&repo, to)?);
         // Where the branch did not move there is nothing to bring here.
-        let steps = match self.tip(&repo)? == to {
-            true => steps(&repo, &before, &after)?,
-            false => BTreeMap::new(),
+        let (steps, tree) = match self.tip(&repo)? == to {
+            true => (steps(&repo, &before, &after)?, after.id()),
+            false => (BTreeMap::new(), before.id()),
         };
         tracing::warn!(branch = self.branch, "finishing what was cut off");
-        let landing = Landing::begin(self, &repo, steps, fence)?;
+        let landing = Landing::begin(self, &repo, steps, tree, fence)?;
         landing.write_beside(&after)?;
         landing.finish(&after)
     }
@@ -244,6 +247,9 @@ struct Landing<'a> {
     repo: &'a Repository,
     steps: BTreeMap<PathBuf, Step>,
     fence: &'a Fence,
+    owner: &'a Worktree,
+    /// The tree that the worktree is brought to.
+    after: Oid,
     worktree: &'a Path,
     root: Root,
     folder: PathBuf,
@@ -256,6 +262,7 @@ impl<'a> Landing<'a> {
         worktree: &'a Worktree,
         repo: &'a Repository,
         steps: BTreeMap<PathBuf, Step>,
+        after: Oid,
         fence: &'a Fence,
     ) -> Result<Self> {
         let open = |path: &Path| {
@@ -272,6 +279,8 @@ impl<'a> Landing<'a> {
             repo,
             steps,
             fence,
+            owner: worktree,
+            after,
             worktree: worktree.path(),
             root: Root::open(worktree.path()).during("open the worktree")?,
             folder,
@@ -430,10 +439,7 @@ impl<'a> Landing<'a> {
         {
             return Ok(None);
         }
-        let entry = |(id, mode): Blob| IndexEntry {
-            mode,
-            ..blank_entry(path, id)
-        };
+        let entry = |(id, mode): Blob| -> IndexEntry { raw_entry(path, &Entry::blank(id, mode)) };
         let merged =
             self.repo
                 .merge_file_from_index(&entry(from), &entry(ours), &entry(theirs), None);
@@ -485,41 +491,43 @@ impl<'a> Landing<'a> {
     /// Makes the index agree with the commit; entries of files that somebody edited meanwhile
     /// claim nothing. An index that cannot be written is mended by the next commit.
     fn write_index(&self) {
-        let write = || -> Result<(), git2::Error> {
-            let mut index = self.repo.index()?;
-            for (path, step) in &self.steps {
-                self.put_in_index(&mut index, path, *step)?;
-            }
-            index.write()
+        let known = || -> Result<_> {
+            let now = self.owner.now()?;
+            let steps = self.steps.iter();
+            let changes = steps.map(|(path, step)| {
+                let entry = step.new.map(|blob| self.entry(path, blob, now));
+                (path.as_os_str().as_bytes().to_vec(), entry)
+            });
+            let tree = self.repo.find_tree(self.after).during("read the tree")?;
+            let file = self.owner.admin.join("index");
+            let (index, _) = Index::load(&file, self.repo, &tree).during("read the index")?;
+            Ok((index, changes.collect::<BTreeMap<_, _>>()))
         };
-        if let Err(error) = write() {
-            tracing::warn!(%error, "the index could not be written");
+        match known() {
+            Ok((index, changes)) => self.owner.write_index(&index, self.after, &changes),
+            Err(error) => tracing::warn!(%error, "the index could not be written"),
         }
     }
 
-    fn put_in_index(&self, index: &mut Index, path: &Path, step: Step) -> Result<(), git2::Error> {
-        for stage in 0..=3 {
-            index.remove(path, stage).ok();
-        }
-        let Some((id, mode)) = step.new else {
-            return Ok(());
-        };
-        let known = match self.root.look(path) {
+    fn entry(&self, path: &Path, (id, mode): Blob, now: Moment) -> Entry {
+        let blank = Entry::blank(id, mode);
+        let (present, stat) = match self.root.look(path) {
             Ok(Found::File(mut file, stat)) => {
-                let present = content_id(self.repo, path, &mut file, &step).ok();
-                (present == Some(id)).then(|| index_entry(path, id, &stat))
+                let present = content_id(self.repo, path, &mut file, &self.step(path)).ok();
+                (present, stat)
             }
             Ok(Found::Link(target, stat)) => {
-                let present = Oid::hash_object(ObjectType::Blob, &target).ok();
-                (present == Some(id)).then(|| index_entry(path, id, &stat))
+                (Oid::hash_object(ObjectType::Blob, &target).ok(), stat)
             }
-            _ => None,
+            _ => return blank,
         };
-        let known = known.filter(|entry| entry.mode == mode);
-        index.add(&known.unwrap_or(IndexEntry {
-            mode,
-            ..blank_entry(path, id)
-        }))
+        let known = Stat::of(&stat);
+        let is_known =
+            present == Some(id) && canonical_mode(stat.st_mode) == mode && known.is_settled(now);
+        Entry {
+            stat: if is_known { known } else { Stat::NONE },
+            ..blank
+        }
     }
 
     /// Takes the room beside the worktree away. Best effort, but for what is in no other place.
@@ -593,8 +601,10 @@ mod tests {
             let (commit, steps) = about_to_land(&site);
             let repo = site.worktree.open().unwrap();
             let fence = Fence::open();
-            let landing = Landing::begin(&site.worktree, &repo, steps.clone(), &fence).unwrap();
             let after = repo.find_commit(commit.parse().unwrap()).unwrap();
+            let tree = after.tree_id();
+            let landing =
+                Landing::begin(&site.worktree, &repo, steps.clone(), tree, &fence).unwrap();
             landing.write_beside(&after.tree().unwrap()).unwrap();
             site.worktree
                 .move_branch(&repo, after.parent_id(0).unwrap(), after.id(), &fence)

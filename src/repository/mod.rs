@@ -23,19 +23,23 @@ mod gate;
 mod gitdir;
 mod github;
 mod guard;
+mod index;
 mod landing;
 mod loss;
 mod merge;
 mod message;
 mod publish;
 mod remote;
+mod scan;
 mod source;
+mod stage;
 #[cfg(test)]
 mod tests;
 mod tree;
 mod uplink;
 mod user;
 mod vet;
+mod watch;
 mod worktree;
 
 use std::{io, sync::Once};
@@ -53,7 +57,8 @@ pub use publish::{Destination, Mover, Origin, PublishRequest, Published, PushedB
 pub use remote::{RemoteError, RemoteErrorKind, RemoteUse, Remotes};
 pub use source::{Source, SourceError, TemplateFile, parse_source};
 pub use user::{ThreadState, UserRepository};
-pub use worktree::{Change, CommitRequest, CommitText, Committed, LogEntry, Worktree};
+pub use watch::Watch;
+pub use worktree::{CommitRequest, CommitText, Committed, LogEntry, Scope, Worktree};
 
 /// Why something with a repository did not work.
 #[derive(Debug, thiserror::Error)]

@@ -19,7 +19,7 @@ use git2::{ErrorCode, Oid, Repository};
 
 use super::{
     CommitRequest, CommitText, Draft, Operation as _, RemoteError, RemoteErrorKind, RemoteUse,
-    Remotes, RepositoryError, Result, Snapshot, Source, Strangers, UserRepository, Worktree,
+    Remotes, RepositoryError, Result, Scope, Snapshot, Source, Strangers, UserRepository, Worktree,
     gitdir,
     loss::Owner,
     merge::{Combined, How, Merged, Tip, combine, merge},
@@ -347,6 +347,7 @@ impl UserRepository {
                 author: mover.committer,
                 committer: mover.committer,
             },
+            scope: Scope::All,
             strangers: Strangers::Keep,
             held_dir: mover.held_dir,
             fence: mover.fence,

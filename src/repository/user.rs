@@ -245,7 +245,10 @@ fn build(
         .find_commit(start)
         .and_then(|c| c.tree())
         .during("read the first commit")?;
-    checkout::fill(&repo, &tree, checkout::Target::Worktree(project)).during("check the site out")
+    let index = checkout::fill(&repo, &tree, project)?;
+    index
+        .write(&git.path().join("index"), tree.id(), &BTreeMap::new())
+        .during("write the index")
 }
 
 /// Brings all branches of an address here as `origin`'s, and notes which is the default one. Into

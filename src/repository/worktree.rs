@@ -1,30 +1,32 @@
 //! One thread's worktree: what changed in it, and the commits made of that.
 
 use std::{
-    cell::OnceCell,
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     ffi::OsStr,
     fs::{self, File},
-    io::{self, Read as _, Seek as _},
+    io,
     os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
-use git2::{
-    ErrorCode, Index, IndexEntry, IndexTime, ObjectType, Oid, Repository, StatusOptions, Tree,
-};
-use nix::sys::stat::FileStat;
+use git2::{ErrorCode, Oid, Repository, Tree};
+use nix::sys::time::TimeSpec;
 
 use super::{
-    Operation as _, RepositoryError, Result, checkout, diff,
-    files::{self, Found, Root},
-    gate::{self, Keeper},
+    Operation as _, RepositoryError, Result, checkout, diff, files,
+    gate::Keeper,
     gitdir::GitDir,
     guard::{Repair, Strangers},
-    message, tree, user, vet,
+    index::{Entry, Index, LINK_MODE, Moment},
+    message,
+    scan::{look, scan},
+    stage::{Stage, in_tree},
+    user,
+    watch::Watch,
 };
 use crate::{
-    domain::{CommitSummary, FileStatus, HeldBack, Signature},
+    domain::{CommitSummary, HeldBack, Signature},
     identity::{ThreadKey, UserKey},
     lease::Fence,
 };
@@ -42,15 +44,6 @@ pub struct Worktree {
     pub(super) is_main: bool,
 }
 
-/// One path that differs from the branch's commit.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Change {
-    /// Relative to the worktree, with `/`.
-    pub path: String,
-    /// Never `Renamed`: that is told of commits alone.
-    pub status: FileStatus,
-}
-
 /// What a commit is to say.
 #[derive(Debug)]
 pub struct CommitText<'a> {
@@ -62,10 +55,22 @@ pub struct CommitText<'a> {
     pub committer: &'a Signature,
 }
 
+/// How much of the worktree a commit looks at.
+#[derive(Debug, Clone, Copy)]
+pub enum Scope<'a> {
+    /// Every file.
+    All,
+    /// Every file, and what changes after that is watched.
+    AllAndWatch(&'a Watch),
+    /// What the watch has seen; every file if it does not know. It ends with this.
+    Since(&'a Watch),
+}
+
 /// How to commit what is in the worktree.
 #[derive(Debug)]
 pub struct CommitRequest<'a> {
     pub text: CommitText<'a>,
+    pub scope: Scope<'a>,
     /// What becomes of commits that others made on the branch since the last one of ours.
     pub strangers: Strangers,
     /// Folder of this turn for copies of what is held back; made when needed.
@@ -96,17 +101,9 @@ pub struct LogEntry {
     pub trailers: Vec<(String, String)>,
 }
 
-/// Most paths that a scan takes up. A turn that leaves more untracked files than this is
-/// installing something, not editing a site.
-const MAX_PATHS: usize = 500_000;
-/// A file that holds secrets is compared with so many deleted ones, to find out if it was renamed.
-const MAX_GONE: usize = 100;
-/// `git update-index --assume-unchanged` (the entry's flag, `GIT_INDEX_ENTRY_VALID`).
-const ASSUME_UNCHANGED: u16 = 0x8000;
-/// `git update-index --skip-worktree` (the entry's extended flag).
-const SKIP_WORKTREE: u16 = 1 << 14;
-
-pub(super) const LINK_MODE: u32 = 0o120_000;
+/// How often, and after which pauses, an index that somebody else is writing is tried again.
+const INDEX_TRIES: u32 = 20;
+const INDEX_PAUSE: Duration = Duration::from_millis(50);
 
 impl Worktree {
     pub(super) fn new(git: GitDir, key: &ThreadKey, path: &Path) -> Self {
@@ -142,31 +139,6 @@ impl Worktree {
         self.tip(&repo).map(|id| id.to_string())
     }
 
-    /// What differs from the branch's commit: new files one by one, ignored ones left out. The
-    /// files of a repository inside the worktree are files like others.
-    pub fn changes(&self) -> Result<Vec<Change>> {
-        let repo = self.open()?;
-        let head = self.tree(&repo, self.tip(&repo)?)?;
-        let root = Root::open(&self.path).during("open the worktree")?;
-        let mut changes = Vec::new();
-        for path in self.differing(&repo)? {
-            let on_disk = root.look(&path).during("look at a changed file")?;
-            let is_there = matches!(on_disk, Found::File(..) | Found::Link(..))
-                || gate::packages_folder(&path).is_some_and(|folder| folder == path);
-            let status = match (in_tree(&head, &path)?.is_some(), is_there) {
-                (false, false) => continue,
-                (false, true) => FileStatus::Added,
-                (true, true) => FileStatus::Modified,
-                (true, false) => FileStatus::Deleted,
-            };
-            changes.push(Change {
-                path: path.to_string_lossy().into_owned(),
-                status,
-            });
-        }
-        Ok(changes)
-    }
-
     /// Puts right what can be (see `guard`), commits everything that changed, but for what the
     /// gate holds back, and brings the index into agreement. Makes no commit where nothing changed.
     ///
@@ -198,6 +170,7 @@ impl Worktree {
                 author: &who,
                 committer: &who,
             },
+            scope: Scope::All,
             strangers: Strangers::Keep,
             held_dir: &self.path.with_file_name("held"),
             fence: &Fence::open(),
@@ -212,19 +185,9 @@ impl Worktree {
         request: &CommitRequest<'_>,
     ) -> Result<Committed> {
         let head_tree = self.tree(repo, head)?;
-        let Some(staged) = self.stage(repo, &head_tree, Keeper::new(request.held_dir))? else {
-            return Ok(Committed {
-                commit: None,
-                held_back: Vec::new(),
-                repairs: Vec::new(),
-            });
-        };
-        let Staged {
-            tree,
-            mut index,
-            held_back,
-            repairs,
-        } = staged;
+        let keeper = Keeper::new(request.held_dir);
+        let mut found = self.stage_in(repo, &head_tree, keeper, request.scope)?;
+        let tree = found.stage.tree()?;
         let commit = if tree == head_tree.id() {
             None
         } else {
@@ -232,60 +195,149 @@ impl Worktree {
             self.move_branch(repo, head, id, request.fence)?;
             Some(summarise(repo, id)?)
         };
+        if let Scope::AllAndWatch(watch) = request.scope {
+            watch.count_from(tree);
+        }
         // After the branch: an index that is behind is mended by the next commit, one that is
         // ahead would show work that is in no commit.
-        if let Err(error) = index.write() {
-            tracing::warn!(%error, branch = self.branch, "the index could not be written");
+        let changes = found.stage.changes();
+        match found.index {
+            Some(index) if !changes.is_empty() || !index.is_of(tree) => {
+                self.write_index(&index, tree, changes);
+            }
+            None if !changes.is_empty() => {
+                let index = Index::load(&self.index_file(), repo, &head_tree);
+                let (index, _) = index.during("read the index")?;
+                self.write_index(&index, tree, changes);
+            }
+            _ => {}
         }
         Ok(Committed {
             commit,
-            held_back,
+            held_back: found.stage.held_back(),
+            repairs: found.repairs,
+        })
+    }
+
+    /// Looks at the whole worktree: what a commit onto one of this tree would be now.
+    pub(super) fn stage<'a>(
+        &self,
+        repo: &'a Repository,
+        head: &'a Tree<'a>,
+        keeper: Keeper<'a>,
+    ) -> Result<Staged<'a>> {
+        self.stage_in(repo, head, keeper, Scope::All)
+    }
+
+    fn stage_in<'a>(
+        &self,
+        repo: &'a Repository,
+        head: &'a Tree<'a>,
+        keeper: Keeper<'a>,
+        scope: Scope<'_>,
+    ) -> Result<Staged<'a>> {
+        const WHAT: &str = "scan the worktree";
+        let mut stage = Stage::new(repo, head, &self.path, self.now()?, keeper)?;
+        if let Scope::Since(watch) = scope
+            && let Some(changed) = watch.take(head.id())
+            && let Some(scan) = look(&self.path, repo, head, changed)?
+            && scan.unreadable.is_empty()
+        {
+            stage.take_all(scan.paths)?;
+            return Ok(Staged {
+                stage,
+                index: None,
+                repairs: Vec::new(),
+            });
+        }
+        let (index, damage) =
+            Index::load(&self.index_file(), repo, head).during("read the index")?;
+        if let Scope::AllAndWatch(watch) = scope {
+            watch.begin(&self.path, &index);
+        }
+        let now = || self.now().map_err(io::Error::other);
+        let scan = scan(&self.path, &index, repo, &now).during(WHAT)?;
+        stage.take_all(scan.paths)?;
+        for path in &scan.unreadable {
+            stage.leave_out(path, None, "it could not be read");
+        }
+        for path in &scan.submodules {
+            stage.leave_out_submodule(path, &self.path);
+        }
+        for (slot, stat) in scan.same {
+            let name = index.name(slot).to_vec();
+            let known = Entry {
+                stat,
+                ..*index.entry(slot)
+            };
+            stage.changes().entry(name).or_insert(Some(known));
+        }
+        if let Scope::AllAndWatch(watch) = scope {
+            watch.add(stage.left_out(), scan.folders);
+        }
+        let mut repairs = Vec::new();
+        if let Some(damage) = damage {
+            tracing::warn!(%damage, branch = self.branch, "an index is made anew");
+            repairs.push(Repair::Index);
+        }
+        if !index.unsettled().is_empty() {
+            let files = index.unsettled().iter();
+            let files = files.map(|file| String::from_utf8_lossy(file).into_owned());
+            repairs.push(Repair::Conflicts {
+                files: files.collect(),
+            });
+        }
+        if scan.loosened > 0 {
+            repairs.push(Repair::ReadOnly {
+                count: scan.loosened,
+            });
+        }
+        Ok(Staged {
+            stage,
+            index: Some(index),
             repairs,
         })
     }
 
-    /// The tree that a commit would have now; `None` if nothing differs from `head`.
-    pub(super) fn stage(
+    fn index_file(&self) -> PathBuf {
+        self.admin.join("index")
+    }
+
+    /// The time by the clock of the file system that the worktree is on.
+    pub(super) fn now(&self) -> Result<Moment> {
+        const WHAT: &str = "ask the disk for the time";
+        let file = File::options()
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(self.admin.join("greenroom.now"))
+            .during(WHAT)?;
+        let stat = nix::sys::stat::futimens(&file, &TimeSpec::UTIME_NOW, &TimeSpec::UTIME_NOW)
+            .and_then(|()| nix::sys::stat::fstat(&file));
+        let stat = stat.map_err(io::Error::from).during(WHAT)?;
+        Ok((stat.st_mtime as u32, stat.st_mtime_nsec as u32))
+    }
+
+    /// Brings the index on disk to this tree. Where that does not come about the next commit does
+    /// it.
+    pub(super) fn write_index(
         &self,
-        repo: &Repository,
-        head: &Tree<'_>,
-        keeper: Keeper<'_>,
-    ) -> Result<Option<Staged>> {
-        let paths = self.differing(repo)?;
-        if paths.is_empty() {
-            return Ok(None);
+        index: &Index,
+        tree: Oid,
+        changes: &BTreeMap<Vec<u8>, Option<Entry>>,
+    ) {
+        let file = self.index_file();
+        let written = (0..INDEX_TRIES).find_map(|_| match index.write(&file, tree, changes) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                std::thread::sleep(INDEX_PAUSE);
+                None
+            }
+            written => Some(written),
+        });
+        let written = written.unwrap_or_else(|| Err(io::ErrorKind::AlreadyExists.into()));
+        if let Err(error) = written {
+            tracing::warn!(%error, branch = self.branch, "the index could not be written");
         }
-        let mut stage = Stage {
-            repo,
-            head,
-            root: Root::open(&self.path).during("open the worktree")?,
-            paths: &paths,
-            gone: OnceCell::new(),
-            index: repo.index().during("read the index")?,
-            keeper,
-            edits: BTreeMap::new(),
-            held_back: Vec::new(),
-        };
-        let repairs = unsettled(&stage.index)
-            .during("read the index")?
-            .into_iter()
-            .collect();
-        for path in &paths {
-            stage.take(path)?;
-        }
-        let Stage {
-            index,
-            edits,
-            held_back,
-            ..
-        } = stage;
-        let tree = tree::edit(repo, Some(head), &edits).during("write the tree")?;
-        Ok(Some(Staged {
-            tree,
-            index,
-            held_back,
-            repairs,
-        }))
     }
 
     /// Moves the branch from one commit to the next, unless somebody else moved it meanwhile.
@@ -336,7 +388,7 @@ impl Worktree {
         let repo = self.read()?;
         let tree = self.tree(&repo, self.tip(&repo)?)?;
         fs::create_dir_all(to).during("make the folder for a copy")?;
-        checkout::fill(&repo, &tree, checkout::Target::Copy(to)).during("copy the site's files")
+        checkout::fill(&repo, &tree, to).map(drop)
     }
 
     /// The branch's commits, newest first, merges seen from their first parent.
@@ -373,8 +425,11 @@ impl Worktree {
 
     /// Makes the worktree, or mends it; see `UserRepository::ensure_thread`.
     pub(super) fn ensure(&self, fence: &Fence) -> Result<()> {
-        self.put_right(Strangers::Keep, fence)?;
-        self.mend_index()
+        let (repo, _) = self.put_right(Strangers::Keep, fence)?;
+        if self.mend_index(&repo)? {
+            tracing::warn!(branch = self.branch, "an index was damaged; made anew");
+        }
+        Ok(())
     }
 
     /// First checkout, under another name until it is whole: a half made worktree would look
@@ -394,8 +449,8 @@ impl Worktree {
         };
         let repo = in_progress.open()?;
         let tree = in_progress.tree(&repo, in_progress.tip(&repo)?)?;
-        checkout::fill(&repo, &tree, checkout::Target::Worktree(&partial))
-            .during("check the site out")?;
+        let index = checkout::fill(&repo, &tree, &partial)?;
+        in_progress.write_index(&index, tree.id(), &BTreeMap::new());
         fs::rename(&partial, &self.path).during("put the worktree in place")
     }
 
@@ -457,28 +512,15 @@ impl Worktree {
     }
 
     /// Makes the index agree with the branch's commit: it is behind after a crash, and missing
-    /// after the loss of the worktree's entry.
-    pub(super) fn mend_index(&self) -> Result<()> {
-        let repo = self.open()?;
-        let tree = self.tree(&repo, self.tip(&repo)?)?;
-        let mend = |repo: &Repository| {
-            let mut index = repo.index()?;
-            let is_behind = repo
-                .diff_tree_to_index(Some(&tree), Some(&index), None)?
-                .deltas()
-                .len();
-            if is_behind > 0 {
-                index.read_tree(&tree)?;
-                index.write()?;
-            }
-            Ok::<_, git2::Error>(())
-        };
-        if mend(&repo).is_err() {
-            // A broken index holds nothing that HEAD and the files don't.
-            files::remove_all(&self.admin.join("index")).during("remove a broken index")?;
-            mend(&self.open()?).during("rebuild the index")?;
+    /// after the loss of the worktree's entry. Says whether it was damaged.
+    pub(super) fn mend_index(&self, repo: &Repository) -> Result<bool> {
+        let tree = self.tree(repo, self.tip(repo)?)?;
+        let (index, damage) =
+            Index::load(&self.index_file(), repo, &tree).during("read the index")?;
+        if damage.is_some() || !index.is_of(tree.id()) {
+            self.write_index(&index, tree.id(), &BTreeMap::new());
         }
-        Ok(())
+        Ok(damage.is_some())
     }
 
     /// Opens the user's repository for what needs no worktree. Puts nothing right.
@@ -562,265 +604,14 @@ impl Worktree {
             .and_then(|commit| commit.tree())
             .during("read the commit")
     }
-
-    /// Every path at which commit, index and worktree are not all the same; a folder of installed
-    /// packages is one path.
-    fn differing(&self, repo: &Repository) -> Result<BTreeSet<PathBuf>> {
-        let mut index = repo.index().during("read the index")?;
-        clear_hiding_flags(&mut index).during("read the index")?;
-        let mut options = StatusOptions::new();
-        options
-            .include_untracked(true)
-            .recurse_untracked_dirs(true)
-            .exclude_submodules(true);
-        let statuses = repo
-            .statuses(Some(&mut options))
-            .during("scan the worktree")?;
-        let mut paths = BTreeSet::new();
-        for entry in statuses.iter().take(MAX_PATHS) {
-            let bytes = entry.path_bytes();
-            let path = Path::new(OsStr::from_bytes(bytes));
-            match bytes.strip_suffix(b"/") {
-                // A folder that git does not look into: a repository inside the worktree.
-                Some(folder) => {
-                    let folder = Path::new(OsStr::from_bytes(folder));
-                    self.list_nested(repo, folder, &mut paths);
-                }
-                None => {
-                    let is_new = entry.status().is_wt_new();
-                    let packages = gate::packages_folder(path).filter(|_| is_new);
-                    paths.insert(packages.unwrap_or_else(|| path.to_owned()));
-                }
-            }
-        }
-        Ok(paths)
-    }
-
-    /// Lists the files below `folder` that are not ignored. What cannot be read, or vanishes
-    /// meanwhile, is left out, as git's own scan does it.
-    fn list_nested(&self, repo: &Repository, folder: &Path, paths: &mut BTreeSet<PathBuf>) {
-        let mut folders = vec![folder.to_owned()];
-        while let Some(folder) = folders.pop() {
-            let entries = fs::read_dir(self.path.join(&folder));
-            for entry in entries.into_iter().flatten().flatten() {
-                let name = entry.file_name();
-                let path = folder.join(&name);
-                let is_folder = entry.file_type().is_ok_and(|kind| kind.is_dir());
-                // git takes a path for a folder's by its last character.
-                let asked = if is_folder {
-                    path.join("")
-                } else {
-                    path.clone()
-                };
-                if name == ".git" || repo.is_path_ignored(&asked).unwrap_or(false) {
-                    continue;
-                }
-                if is_folder && gate::packages_folder(&path).is_none() {
-                    folders.push(path);
-                } else if paths.len() < MAX_PATHS {
-                    paths.insert(path);
-                }
-            }
-        }
-    }
 }
 
 /// What [`Worktree::stage`] found.
-pub(super) struct Staged {
-    pub(super) tree: Oid,
-    /// Agrees with the tree; not written.
-    index: Index,
-    held_back: Vec<HeldBack>,
+pub(super) struct Staged<'a> {
+    pub(super) stage: Stage<'a>,
+    /// Of the commit's tree, if it was needed.
+    index: Option<Index>,
     repairs: Vec<Repair>,
-}
-
-/// A commit in the making: the tree's edits and the index, path by path.
-struct Stage<'a> {
-    repo: &'a Repository,
-    head: &'a Tree<'a>,
-    root: Root,
-    /// Every path that differs.
-    paths: &'a BTreeSet<PathBuf>,
-    gone: OnceCell<Vec<Oid>>,
-    index: Index,
-    keeper: Keeper<'a>,
-    edits: tree::Edits,
-    held_back: Vec<HeldBack>,
-}
-
-impl Stage<'_> {
-    /// Takes up one path as it is in the worktree now.
-    fn take(&mut self, path: &Path) -> Result<()> {
-        let committed = in_tree(self.head, path)?;
-        if committed.is_none() && gate::packages_folder(path).is_some() {
-            // Not copied: there may be a gigabyte of it, and installing brings it back.
-            self.leave_out(
-                path,
-                committed,
-                "installed packages are not part of the site",
-            );
-            return Ok(());
-        }
-        let name_fault = if committed.is_none() {
-            gate::judge_name(path)
-        } else {
-            None
-        };
-        match self.root.look(path) {
-            Ok(Found::File(mut file, stat)) => {
-                let fault = match name_fault {
-                    Some(fault) => Some(fault.to_owned()),
-                    None => self.judge(path, &mut file, &stat, committed)?,
-                };
-                if let Some(reason) = fault {
-                    self.hold_back(path, committed, &mut file, &reason);
-                    return Ok(());
-                }
-                match write_blob(self.repo, path, &mut file) {
-                    Ok(id) => self.stage(path, committed, id, &stat),
-                    Err(error) => {
-                        tracing::warn!(%error, "a changed file could not be read");
-                        self.leave_out(path, committed, "it could not be read");
-                    }
-                }
-            }
-            Ok(Found::Link(target, stat)) => {
-                if let Some(reason) = name_fault {
-                    self.leave_out(path, committed, reason);
-                    return Ok(());
-                }
-                let id = self.repo.blob(&target).during("store a symlink")?;
-                self.stage(path, committed, id, &stat);
-            }
-            Ok(Found::Nothing | Found::Directory | Found::Other) => {
-                // Not there as a file: what is below a folder has paths of its own.
-                self.forget(path);
-                if committed.is_some() {
-                    self.edits
-                        .insert(path.as_os_str().as_bytes().to_vec(), None);
-                }
-            }
-            Err(error) => {
-                tracing::warn!(%error, "a changed file could not be opened");
-                self.leave_out(path, committed, "it could not be read");
-            }
-        }
-        Ok(())
-    }
-
-    /// Why this content must not be committed, unless the history already holds the like.
-    fn judge(
-        &self,
-        path: &Path,
-        file: &mut File,
-        stat: &FileStat,
-        committed: Option<(Oid, u32)>,
-    ) -> Result<Option<String>> {
-        let earlier = committed.and_then(|(id, _)| self.repo.find_blob(id).ok());
-        if u64::try_from(stat.st_size).unwrap_or(0) > gate::MAX_FILE_BYTES {
-            let was_large = earlier.is_some_and(|blob| blob.size() as u64 > gate::MAX_FILE_BYTES);
-            return Ok((!was_large).then(|| gate::TOO_LARGE.to_owned()));
-        }
-        let mut content = Vec::new();
-        let read = file.take(gate::MAX_FILE_BYTES).read_to_end(&mut content);
-        read.and_then(|_| file.rewind())
-            .during("read a changed file")?;
-        let fault = gate::judge_content(path, &content, earlier.as_ref().map(git2::Blob::content));
-        if fault.is_none() || earlier.is_some() {
-            return Ok(fault);
-        }
-        // Renamed, it brings nothing new.
-        let is_moved = self.gone()?.iter().any(|id| {
-            self.repo.find_blob(*id).is_ok_and(|gone| {
-                gate::judge_content(path, &content, Some(gone.content())).is_none()
-            })
-        });
-        Ok(fault.filter(|_| !is_moved))
-    }
-
-    /// What the commit has of the files that are there no longer.
-    fn gone(&self) -> Result<&[Oid]> {
-        if let Some(gone) = self.gone.get() {
-            return Ok(gone);
-        }
-        let mut gone = Vec::new();
-        for path in self.paths {
-            if let Ok(Found::Nothing) = self.root.look(path)
-                && let Some((id, _)) = in_tree(self.head, path)?
-                && gone.len() < MAX_GONE
-            {
-                gone.push(id);
-            }
-        }
-        Ok(self.gone.get_or_init(|| gone))
-    }
-
-    fn stage(&mut self, path: &Path, committed: Option<(Oid, u32)>, id: Oid, stat: &FileStat) {
-        let entry = index_entry(path, id, stat);
-        let mode = entry.mode;
-        self.forget(path);
-        // Also the judge of names: it refuses `.git` in every spelling.
-        if !vet::is_allowed(path) || self.index.add(&entry).is_err() {
-            self.leave_out(path, committed, "git does not allow a file of this name");
-        } else if committed != Some((id, mode)) {
-            let mode = i32::try_from(mode).expect("git's modes have 16 bits");
-            self.edits
-                .insert(path.as_os_str().as_bytes().to_vec(), Some((id, mode)));
-        }
-    }
-
-    fn hold_back(
-        &mut self,
-        path: &Path,
-        committed: Option<(Oid, u32)>,
-        file: &mut File,
-        reason: &str,
-    ) {
-        match self.keeper.keep(path, file) {
-            Ok(()) => self.leave_out(path, committed, reason),
-            Err(error) => {
-                tracing::warn!(%error, "a held-back file could not be copied aside");
-                self.leave_out(
-                    path,
-                    committed,
-                    &format!("{reason} (no copy of it could be kept)"),
-                );
-            }
-        }
-    }
-
-    /// Reports the path and gives the index what the commit has there.
-    fn leave_out(&mut self, path: &Path, committed: Option<(Oid, u32)>, reason: &str) {
-        self.forget(path);
-        if let Some((id, mode)) = committed {
-            let entry = IndexEntry {
-                mode,
-                ..blank_entry(path, id)
-            };
-            if let Err(error) = self.index.add(&entry) {
-                tracing::warn!(%error, "the index could not be put back for a held-back file");
-            }
-        }
-        let path = path.to_string_lossy().into_owned();
-        self.held_back.push(HeldBack {
-            path,
-            reason: format!("Not committed: {reason}."),
-        });
-    }
-
-    fn forget(&mut self, path: &Path) {
-        // All stages: a conflict that somebody left behind is settled by what is in the file.
-        for stage in 0..=3 {
-            self.index.remove(path, stage).ok();
-        }
-    }
-}
-
-/// Stores the file as git would for this path (line endings by its attributes).
-pub(super) fn write_blob(repo: &Repository, path: &Path, file: &mut File) -> io::Result<Oid> {
-    let mut writer = repo.blob_writer(Some(path)).map_err(io::Error::other)?;
-    io::copy(file, &mut writer)?;
-    writer.commit().map_err(io::Error::other)
 }
 
 /// Makes a commit that no branch has yet.
@@ -843,93 +634,6 @@ pub(super) fn write_commit(
         repo.commit(None, &author, &committer, &message, &tree, &parents)
     };
     write().during("commit")
-}
-
-/// The blob and mode at `path`; `None` also for folders and submodules.
-pub(super) fn in_tree(tree: &Tree<'_>, path: &Path) -> Result<Option<(Oid, u32)>> {
-    match tree.get_path(path) {
-        Ok(entry) if entry.kind() == Some(ObjectType::Blob) => {
-            let mode = u32::try_from(entry.filemode()).expect("git's modes are positive");
-            Ok(Some((entry.id(), mode)))
-        }
-        Ok(_) => Ok(None),
-        Err(error) if error.code() == ErrorCode::NotFound => Ok(None),
-        Err(error) => Err(error).during("read the committed tree"),
-    }
-}
-
-/// An index entry that claims nothing about the file on disk.
-pub(super) fn blank_entry(path: &Path, id: Oid) -> IndexEntry {
-    let never = IndexTime::new(0, 0);
-    IndexEntry {
-        ctime: never,
-        mtime: never,
-        dev: 0,
-        ino: 0,
-        mode: 0,
-        uid: 0,
-        gid: 0,
-        file_size: 0,
-        id,
-        flags: 0,
-        flags_extended: 0,
-        path: path.as_os_str().as_bytes().to_vec(),
-    }
-}
-
-/// The mode that git has for a file of this one.
-pub(super) fn canonical_mode(mode: u32) -> u32 {
-    match mode {
-        mode if mode & 0o170_000 == LINK_MODE => LINK_MODE,
-        mode if mode & 0o100 != 0 => 0o100_755,
-        _ => 0o100_644,
-    }
-}
-
-/// An entry for the file that `stat` was taken of. The index format has 32 bits for each field
-/// and cuts what is longer.
-pub(super) fn index_entry(path: &Path, id: Oid, stat: &FileStat) -> IndexEntry {
-    let mode = canonical_mode(stat.st_mode);
-    IndexEntry {
-        ctime: IndexTime::new(stat.st_ctime as i32, stat.st_ctime_nsec as u32),
-        mtime: IndexTime::new(stat.st_mtime as i32, stat.st_mtime_nsec as u32),
-        dev: stat.st_dev as u32,
-        ino: stat.st_ino as u32,
-        mode,
-        uid: stat.st_uid,
-        gid: stat.st_gid,
-        file_size: stat.st_size as u32,
-        ..blank_entry(path, id)
-    }
-}
-
-/// Takes away the marks that tell git not to look at a file.
-fn clear_hiding_flags(index: &mut Index) -> Result<(), git2::Error> {
-    let hiding: Vec<_> = index
-        .iter()
-        .filter(|e| e.flags & ASSUME_UNCHANGED != 0 || e.flags_extended & SKIP_WORKTREE != 0)
-        .collect();
-    for mut entry in hiding {
-        entry.flags &= !ASSUME_UNCHANGED;
-        entry.flags_extended &= !SKIP_WORKTREE;
-        index.remove_path(Path::new(OsStr::from_bytes(&entry.path)))?;
-        index.add(&entry)?;
-    }
-    Ok(())
-}
-
-/// The unsettled merge that somebody left in the index.
-fn unsettled(index: &Index) -> Result<Option<Repair>, git2::Error> {
-    let mut files = BTreeSet::new();
-    if index.has_conflicts() {
-        for conflict in index.conflicts()? {
-            let conflict = conflict?;
-            let side = conflict.our.or(conflict.their).or(conflict.ancestor);
-            files.extend(side.map(|entry| String::from_utf8_lossy(&entry.path).into_owned()));
-        }
-    }
-    let files: Vec<_> = files.into_iter().collect();
-    Ok((!files.is_empty()).then_some(Repair::Conflicts { files }))
 }
 
 fn log_entry(commit: &git2::Commit<'_>) -> Result<LogEntry, git2::Error> {

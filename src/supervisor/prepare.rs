@@ -24,7 +24,7 @@ use crate::{
     identity::{ThreadKey, TurnId},
     lease::{Fence, Lease, Patience},
     preview::{PreviewSite, pick_port},
-    repository::{self, Source, ThreadState, UserRepository, Worktree},
+    repository::{self, Source, ThreadState, UserRepository, Watch, Worktree},
     task,
     turn::{Accepted, Journal, StoredContext, TurnFile, TurnSite},
     workspace::{
@@ -134,6 +134,7 @@ pub(super) async fn prepare(
         key: key.clone(),
         paths: paths.clone(),
         worktree: Arc::new(worktree),
+        watch: Watch::default(),
         agent_site,
         agent_settings: agent_settings.clone(),
         launcher: inner.launcher.clone(),

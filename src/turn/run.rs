@@ -30,7 +30,8 @@ use crate::{
     lease::{Fence, LeaseLost},
     process::Launcher,
     repository::{
-        CommitRequest, CommitText, Committed, Repair, RepositoryError, Strangers, Worktree,
+        CommitRequest, CommitText, Committed, Repair, RepositoryError, Scope, Strangers, Watch,
+        Worktree,
     },
     task::{self, Tasks},
     usage::{Denied, Spent},
@@ -46,6 +47,8 @@ pub struct TurnSite {
     pub key: ThreadKey,
     pub paths: ThreadPaths,
     pub worktree: Arc<Worktree>,
+    /// Sees what a turn changes.
+    pub watch: Watch,
     pub agent_site: AgentSite,
     /// `None`: the CLI is missing.
     pub agent_settings: Option<Arc<AgentSettings>>,
@@ -214,6 +217,12 @@ impl TurnSite {
     /// # Errors
     /// If the repository cannot be written.
     pub async fn commit_outside_edits(&self) -> Result<Committed, RunError> {
+        self.commit_what_is_there(false).await
+    }
+
+    /// As [`TurnSite::commit_outside_edits`]; with `watch` what changes after that is watched, for the
+    /// turn's own commit.
+    async fn commit_what_is_there(&self, watch: bool) -> Result<Committed, RunError> {
         let trailers = vec![
             ("Thread", self.key.to_string()),
             ("Status", "outside".to_owned()),
@@ -221,6 +230,7 @@ impl TurnSite {
         let committer = self.committer.clone();
         let held_dir = self.paths.held_outside();
         let fence = self.fence.clone();
+        let watch = watch.then(|| self.watch.clone());
         let committed = self
             .on_disk("committing outside edits", move |tree| {
                 tree.commit(&CommitRequest {
@@ -230,6 +240,7 @@ impl TurnSite {
                         author: &committer,
                         committer: &committer,
                     },
+                    scope: watch.as_ref().map_or(Scope::All, Scope::AllAndWatch),
                     strangers: Strangers::Keep,
                     held_dir: &held_dir,
                     fence: &fence,
@@ -265,6 +276,7 @@ impl TurnSite {
         let instruction = accepted.instruction.clone();
         let held_dir = self.paths.held(&accepted.turn_id);
         let fence = self.fence.clone();
+        let watch = self.watch.clone();
         self.on_disk("committing a turn", move |tree| {
             tree.commit(&CommitRequest {
                 text: CommitText {
@@ -273,6 +285,7 @@ impl TurnSite {
                     author: &author,
                     committer: &committer,
                 },
+                scope: Scope::Since(&watch),
                 strangers: Strangers::Fold,
                 held_dir: &held_dir,
                 fence: &fence,
@@ -460,6 +473,7 @@ pub async fn run_turn(
         }
         Err(error) => Some(internal(&error)),
     };
+    site.watch.end();
     if let Some(failure) = failure {
         result.status = TurnStatus::Failed;
         result.error = Some(failure.message);
@@ -559,7 +573,7 @@ async fn begin(
     result: &mut TurnResult,
 ) -> Result<Folder, RunError> {
     journal.append(TurnEvent::Started {}).await?;
-    let repairs = site.commit_outside_edits().await?.repairs;
+    let repairs = site.commit_what_is_there(true).await?.repairs;
     result.repairs = sentences(&repairs);
     if !repairs.contains(&Repair::Folder) {
         return Ok(Folder::Same);

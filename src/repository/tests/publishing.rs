@@ -52,6 +52,7 @@ impl<'a> User<'a> {
                 author: &greenroom(),
                 committer: &greenroom(),
             },
+            scope: Scope::All,
             strangers: Strangers::Keep,
             held_dir: &self.home().join(".greenroom/held/1"),
             fence: &Fence::open(),
