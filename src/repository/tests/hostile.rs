@@ -363,7 +363,6 @@ fn odd_names_and_links_of_an_origin_are_files_like_others() {
 }
 
 #[test]
-#[ignore = "libgit2's scan passes such files over in silence"]
 fn odd_names_of_an_agent_are_committed_or_reported() {
     let place = Place::new();
     let (_, site) = place.thread("alice", "main");
@@ -407,7 +406,6 @@ fn odd_names_of_an_agent_are_committed_or_reported() {
 
 /// A path that is longer than any call to the system takes, made folder by folder.
 #[test]
-#[ignore = "libgit2's scan passes such files over in silence"]
 fn a_path_without_end_stops_nothing() {
     let place = Place::new();
     let (_, site) = place.thread("alice", "main");
@@ -502,7 +500,6 @@ fn repositories_inside_are_files_like_others() {
 }
 
 #[test]
-#[ignore = "libgit2's scan passes such files over in silence"]
 fn submodules_stay_off_and_edits_in_their_place_are_kept() {
     let place = Place::new();
     let origin = place.origin();
