@@ -303,6 +303,8 @@ impl Lease {
                     task::blocking("taking a lease", DISK_DEADLINE, move || take(&place, &mine))
                         .await??;
                 if taken {
+                    let change = if is_stale { "taken_over" } else { "acquired" };
+                    count(change);
                     return Ok(Self::hold(folder, record, taken_at, term, tasks));
                 }
                 at_least = generation + 1;
@@ -364,6 +366,10 @@ impl Drop for Lease {
     }
 }
 
+fn count(change: &'static str) {
+    metrics::counter!("greenroom_lease_changes_total", "change" => change).increment(1);
+}
+
 /// Beats until the lease is given back or lost.
 async fn keep(
     held: Arc<Held>,
@@ -386,6 +392,7 @@ async fn keep(
             .checked_sub(begun)
             .filter(|left| !left.is_zero())
         else {
+            count("lost");
             tracing::error!(lease = %path.display(), "a lease was lost: it was not beaten in time");
             held.lost.cancel();
             return;
@@ -402,6 +409,7 @@ async fn keep(
             // Of a lease that is being given back: this process took it anew meanwhile.
             Ok(Err(error)) if error.kind() == io::ErrorKind::NotFound && record.is_released => {}
             Ok(Err(error)) if error.kind() == io::ErrorKind::NotFound => {
+                count("lost");
                 tracing::error!(lease = %path.display(), "a lease was taken by another owner");
                 held.lost.cancel();
                 return;
@@ -414,6 +422,7 @@ async fn keep(
             }
         }
         if record.is_released {
+            count("released");
             // Whoever still asks has been told to stop long ago.
             held.lost.cancel();
             done.send(()).ok();

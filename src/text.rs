@@ -33,6 +33,17 @@ pub fn plain(line: &str) -> String {
     out
 }
 
+/// The class of an HTTP status, as a figure's label.
+pub fn status_class(status: u16) -> &'static str {
+    match status {
+        100..200 => "1xx",
+        200..300 => "2xx",
+        300..400 => "3xx",
+        400..500 => "4xx",
+        _ => "5xx",
+    }
+}
+
 /// The longest beginning of `text` that has at most `max` bytes and ends between characters.
 pub fn cut(text: &str, max: usize) -> &str {
     let mut end = max.min(text.len());

@@ -1,6 +1,10 @@
 //! How the CLI is started: its command line, environment and confinement.
 
-use std::{ffi::OsString, path::PathBuf, time::Duration};
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use crate::{
     domain::TurnMode,
@@ -31,6 +35,50 @@ pub struct AgentSettings {
     pub is_confined: bool,
     pub limits: Limits,
     pub ceiling: Ceiling,
+}
+
+impl AgentSettings {
+    /// The whole environment of a CLI with this home folder, which also keeps its configuration.
+    pub fn environment(
+        &self,
+        home: &Path,
+        temporary: &Path,
+        token: &str,
+    ) -> Vec<(OsString, OsString)> {
+        let mut env: Vec<(OsString, OsString)> = vec![
+            ("HOME".into(), home.into()),
+            ("CLAUDE_CONFIG_DIR".into(), home.into()),
+            ("TMPDIR".into(), temporary.into()),
+            ("PATH".into(), self.path.clone()),
+            ("LANG".into(), "C.UTF-8".into()),
+            ("ANTHROPIC_BASE_URL".into(), self.gateway_url.clone().into()),
+            ("ANTHROPIC_AUTH_TOKEN".into(), token.into()),
+            (
+                "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC".into(),
+                "1".into(),
+            ),
+            ("DISABLE_AUTOUPDATER".into(), "1".into()),
+            // Else a background command that ends after the turn makes the CLI start another one.
+            ("CLAUDE_CODE_DISABLE_BACKGROUND_TASKS".into(), "1".into()),
+        ];
+        if let Some(limit) = self.max_output_tokens {
+            env.push((
+                "CLAUDE_CODE_MAX_OUTPUT_TOKENS".into(),
+                limit.to_string().into(),
+            ));
+        }
+        env
+    }
+
+    /// What every CLI may read, and nothing to write or to connect to: add to it.
+    pub fn profile(&self) -> Profile {
+        let mut profile = Profile::system();
+        profile.read.extend(self.tool_folders.iter().cloned());
+        profile
+            .read
+            .extend(self.program.parent().map(PathBuf::from));
+        profile
+    }
 }
 
 /// Beyond this a CLI process is started anew, at a turn's boundary.
@@ -158,40 +206,11 @@ pub(super) fn spec(
         system_prompt(settings, site).into(),
     ]);
 
-    let mut env: Vec<(OsString, OsString)> = vec![
-        ("HOME".into(), site.config_dir.clone().into()),
-        ("CLAUDE_CONFIG_DIR".into(), site.config_dir.clone().into()),
-        ("TMPDIR".into(), site.temporary.clone().into()),
-        ("PATH".into(), settings.path.clone()),
-        ("LANG".into(), "C.UTF-8".into()),
-        (
-            "ANTHROPIC_BASE_URL".into(),
-            settings.gateway_url.clone().into(),
-        ),
-        ("ANTHROPIC_AUTH_TOKEN".into(), token.into()),
-        (
-            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC".into(),
-            "1".into(),
-        ),
-        ("DISABLE_AUTOUPDATER".into(), "1".into()),
-        // Else a background command that ends after the turn makes the CLI start another one.
-        ("CLAUDE_CODE_DISABLE_BACKGROUND_TASKS".into(), "1".into()),
-    ];
-    if let Some(limit) = settings.max_output_tokens {
-        env.push((
-            "CLAUDE_CODE_MAX_OUTPUT_TOKENS".into(),
-            limit.to_string().into(),
-        ));
-    }
-
-    let mut profile = Profile::system();
-    profile.read.extend(settings.tool_folders.iter().cloned());
+    let env = settings.environment(&site.config_dir, &site.temporary, token);
+    let mut profile = settings.profile();
     profile
         .read
         .extend([site.git_dir.clone(), site.dependencies.clone()]);
-    profile
-        .read
-        .extend(settings.program.parent().map(PathBuf::from));
     profile.write.extend([
         site.worktree.clone(),
         site.config_dir.clone(),

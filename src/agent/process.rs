@@ -92,6 +92,11 @@ pub struct Agent {
 }
 
 impl Agent {
+    /// Has it had an instruction before?
+    pub fn has_served(&self) -> bool {
+        self.has_served
+    }
+
     /// Starts the CLI; it then waits for its first instruction.
     ///
     /// # Errors
@@ -116,6 +121,7 @@ impl Agent {
         let child = launcher
             .spawn(spec(settings, &site, session, token.as_str()))
             .await?;
+        metrics::counter!("greenroom_agent_starts_total").increment(1);
         let (wire, stderr, process) = wire::connect(child, tasks);
         let limits = settings.limits;
         Ok(Self {

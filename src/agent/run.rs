@@ -65,8 +65,8 @@ pub enum Ending {
 pub struct RunOutcome {
     pub ending: Ending,
     pub text: String,
-    /// What was used, also by a run that was cut off. Its cost is what the CLI told; of a process
-    /// that ended without a result only the tokens are known, as they were seen on their way.
+    /// What was used, also by a run that was cut off. It is what the CLI told; of a process that
+    /// ended without a result the tokens are those seen on their way, and the cost is the gateway's.
     pub usage: Usage,
     pub num_turns: u64,
     pub session_id: Option<String>,
@@ -209,7 +209,7 @@ impl Run {
                 + usage.cache_creation_tokens
         };
         // Without a result, or with one that counts nothing of an aborted stream.
-        let usage = if tokens(&self.usage) == 0 {
+        let mut usage = if tokens(&self.usage) == 0 {
             Usage {
                 cost_usd: self.usage.cost_usd,
                 ..seen
@@ -217,6 +217,9 @@ impl Run {
         } else {
             self.usage
         };
+        if usage.cost_usd == 0.0 {
+            usage.cost_usd = counted.usd;
+        }
         RunOutcome {
             ending,
             text: self.text,
@@ -324,8 +327,16 @@ mod tests {
         run.count_answer(tokens(100, 40));
         run.start_answer(tokens(200, 1));
         run.count_answer(tokens(0, 7));
-        let outcome = run.outcome(Ending::Cancelled, false, Spent::default());
-        assert_eq!(outcome.usage, tokens(300, 47));
+        let counted = Spent {
+            usd: 0.5,
+            ..Spent::default()
+        };
+        let outcome = run.outcome(Ending::Cancelled, false, counted);
+        let expected = Usage {
+            cost_usd: 0.5,
+            ..tokens(300, 47)
+        };
+        assert_eq!(outcome.usage, expected);
         assert_eq!(outcome.num_turns, 2);
     }
 

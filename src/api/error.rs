@@ -1,6 +1,8 @@
 //! Where errors meet the outside: the one file that picks a status, a code and a sentence, by what
 //! the reader will do: mend the request, ask again later, call someone.
 
+use std::time::Duration;
+
 use axum::{
     Json,
     http::{HeaderValue, StatusCode, header::RETRY_AFTER},
@@ -14,6 +16,7 @@ use crate::{
     domain::{Between, Conflict, ErrorCode, TurnResult},
     identity::{InvalidId, TurnId},
     repository::{RemoteError, RemoteErrorKind, RemoteUse, RepositoryError, SourceError},
+    service::{Remains, ServiceError},
     supervisor::{PublishAnswer, SupervisorError},
     usage::ReadError,
 };
@@ -67,6 +70,15 @@ struct Details {
     /// With `stale_head`: the commit that the thread is at now.
     #[serde(skip_serializing_if = "Option::is_none")]
     head: Option<String>,
+    /// Of a one-shot run that failed: the CLI's status, as a shell counts (128 and the signal's
+    /// number where one ended it).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    exit_code: Option<i32>,
+    /// The end of its standard error, and of its standard output; secrets are masked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stderr: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    output: Option<String>,
 }
 
 /// An answer that is no success.
@@ -108,6 +120,15 @@ impl ApiError {
         Self::new(StatusCode::FORBIDDEN, "not_this_tenant", message)
     }
 
+    pub(super) fn rate_limited(wait: Duration) -> Self {
+        Self::new(
+            StatusCode::TOO_MANY_REQUESTS,
+            "rate_limited",
+            "that is too many calls; ask again in a moment",
+        )
+        .retry(whole_seconds(wait))
+    }
+
     /// A turn that did not succeed.
     pub(super) fn turn(result: TurnResult) -> Self {
         let code = result.code.unwrap_or(ErrorCode::Internal);
@@ -122,10 +143,7 @@ impl ApiError {
             .error
             .clone()
             .unwrap_or_else(|| "the turn failed".into());
-        let retry_after = result.retry_at.map(|at| {
-            let wait = at.duration_since(jiff::Timestamp::now()).as_secs();
-            u64::try_from(wait).unwrap_or(0)
-        });
+        let retry_after = result.retry_at.map(seconds_until);
         Self {
             retry_after,
             ..Self::new(status, code.as_str(), message).with(Details {
@@ -257,6 +275,56 @@ impl From<SupervisorError> for ApiError {
             E::Internal(_) => Self::internal(&error),
         }
     }
+}
+
+impl From<ServiceError> for ApiError {
+    fn from(error: ServiceError) -> Self {
+        use ServiceError as E;
+        let said = error.to_string();
+        match error {
+            E::Draining | E::Cancelled => {
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, "draining", said).retry(5)
+            }
+            E::QueueFull => Self::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", said).retry(10),
+            E::CircuitOpen { retry_after } => {
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, "circuit_open", said)
+                    .retry(whole_seconds(retry_after))
+            }
+            E::OverBudget { breach } => Self {
+                retry_after: breach.resets.map(seconds_until),
+                ..Self::new(StatusCode::TOO_MANY_REQUESTS, "budget_exceeded", said)
+            },
+            E::NotInstalled | E::Start(_) | E::TooMuchOutput => {
+                Self::new(StatusCode::BAD_GATEWAY, "agent_failed", said)
+            }
+            E::CredentialRefused(remains) | E::Failed { remains, .. } => {
+                Self::new(StatusCode::BAD_GATEWAY, "agent_failed", said).with(of_a_run(remains))
+            }
+            E::TimedOut { remains, .. } => {
+                Self::new(StatusCode::GATEWAY_TIMEOUT, "turn_timeout", said).with(of_a_run(remains))
+            }
+            E::Folder(_) => Self::internal(&error),
+        }
+    }
+}
+
+fn of_a_run(remains: Remains) -> Details {
+    Details {
+        exit_code: remains.exit_code,
+        stderr: Some(remains.stderr),
+        output: Some(remains.output),
+        ..Details::default()
+    }
+}
+
+/// Rounded up, so that who comes back then is not early.
+fn whole_seconds(wait: Duration) -> u64 {
+    wait.as_secs() + u64::from(wait.subsec_nanos() > 0)
+}
+
+fn seconds_until(at: jiff::Timestamp) -> u64 {
+    let wait = at.duration_since(jiff::Timestamp::now()).as_secs();
+    u64::try_from(wait).unwrap_or(0)
 }
 
 impl From<ReadError> for ApiError {

@@ -12,9 +12,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use utoipa::ToSchema;
 
-use super::{ApiError, Shared};
+use super::{ApiError, Base};
 use crate::{
-    lifecycle::{HolderKind, IdleAnswer},
+    domain::{BreakerState, PreviewState},
+    lifecycle::{HolderKind, IdleAnswer, Memory},
     process::Confinement,
     task,
 };
@@ -22,7 +23,8 @@ use crate::{
 /// What does not change while the program runs.
 #[derive(Debug, Clone)]
 pub struct Facts {
-    pub workspace: PathBuf,
+    /// `None` where the one-shot service runs alone.
+    pub workspace: Option<PathBuf>,
     /// Answers come from the scripted stand-in, no model is behind them.
     pub is_rehearsal: bool,
     pub confinement: Confinement,
@@ -42,14 +44,16 @@ pub(super) struct HealthQuery {
     deep: Option<String>,
 }
 
-/// Is the program alive? Never touches the disk.
+/// Is the program alive? Never touches the disk, but with `?deep=1`, which has the CLI answer a prompt
+/// (at most once a minute; its answer is `testResponse`).
 #[utoipa::path(get, path = "/health", params(("deep" = Option<String>, Query)),
-    responses((status = 200, description = "alive"), (status = 503, description = "shutting down")))]
+    responses((status = 200, description = "alive"),
+              (status = 503, description = "shutting down, or the CLI does not answer")))]
 pub(super) async fn health(
-    State(state): State<Shared>,
+    State(state): State<Base>,
     Query(query): Query<HealthQuery>,
 ) -> Response {
-    let is_draining = state.supervisor.is_draining();
+    let is_draining = state.draining.is_cancelled();
     let claude = state.readiness.claude.get();
     let mut answer = json!({
         "status": if is_draining { "draining" } else { "healthy" },
@@ -82,12 +86,12 @@ pub(super) async fn health(
         .deep
         .is_some_and(|deep| matches!(deep.as_str(), "1" | "true" | ""))
     {
-        match claude {
-            Some(Ok(version)) => answer["testResponse"] = version.clone().into(),
-            problem => {
-                let error = match problem {
+        match state.service.probe().await {
+            Ok(said) => answer["testResponse"] = said.into(),
+            Err(error) => {
+                let error = match claude {
                     Some(Err(what_to_do)) => what_to_do.clone(),
-                    _ => "the CLI has not answered yet".into(),
+                    _ => error,
                 };
                 let answer =
                     json!({"status": "unhealthy", "claudeAvailable": false, "error": error});
@@ -114,13 +118,13 @@ pub(super) struct ReadyAnswer {
 /// Can init and execute work?
 #[utoipa::path(get, path = "/ready",
     responses((status = 200, body = ReadyAnswer), (status = 503, body = ReadyAnswer)))]
-pub(super) async fn ready(State(state): State<Shared>) -> Response {
+pub(super) async fn ready(State(state): State<Base>) -> Response {
     let check = |cell: &OnceLock<Result<String, String>>| match cell.get() {
         None => "still being looked at; ask again in a moment".to_owned(),
         Some(Ok(_)) => "ok".to_owned(),
         Some(Err(what_to_do)) => what_to_do.clone(),
     };
-    let workspace = state.facts.workspace.clone();
+    let workspace = state.facts.workspace.clone().unwrap_or_default();
     let probe = task::blocking(
         "writing to the workspace",
         Duration::from_secs(5),
@@ -140,7 +144,7 @@ pub(super) async fn ready(State(state): State<Shared>) -> Response {
         }
         Err(_) => "the workspace's disk does not answer; check its mount".to_owned(),
     };
-    let gateway = if state.supervisor.is_draining() {
+    let gateway = if state.draining.is_cancelled() {
         "shutting down"
     } else {
         "ok"
@@ -171,53 +175,59 @@ pub(super) async fn ready(State(state): State<Shared>) -> Response {
 
 /// Figures for Prometheus, or for a service's own checks as JSON.
 #[utoipa::path(get, path = "/metrics", responses((status = 200, content_type = "text/plain")))]
-pub(super) async fn metrics(State(state): State<Shared>, headers: HeaderMap) -> Response {
+pub(super) async fn metrics(State(state): State<Base>, headers: HeaderMap) -> Response {
     let accepts_json = headers
         .get(header::ACCEPT)
         .and_then(|value| value.to_str().ok())
         .is_some_and(|value| value.contains("application/json"));
     if accepts_json {
-        return Json(json!({
-            "totalRequests": 0, "successfulRequests": 0, "failedRequests": 0,
-            "averageExecutionTime": 0, "activeRequests": 0,
-        }))
-        .into_response();
+        return Json(state.service.figures()).into_response();
     }
-    let figures = [
-        (
-            "greenroom_uptime_seconds",
-            "Seconds since the start.",
-            state.started.elapsed().as_secs_f64(),
-        ),
-        (
-            "greenroom_turns_running",
-            "Turns that run now.",
-            state.activity.count(HolderKind::Turn) as f64,
-        ),
-        (
-            "greenroom_turns_queued",
-            "Turns in line.",
-            state.activity.count(HolderKind::Queue) as f64,
-        ),
-        (
-            "greenroom_tasks",
-            "Tasks of the runtime: one that only grows is a leak.",
-            tokio::runtime::Handle::current()
-                .metrics()
-                .num_alive_tasks() as f64,
-        ),
-        (
-            "greenroom_idle_seconds",
-            "Seconds since anybody needed this container.",
-            state.activity.idle_for().as_secs_f64(),
-        ),
-    ];
-    let mut text = model_metrics(&state);
-    for (name, help, value) in figures {
-        text.push_str(&format!(
-            "# HELP {name} {help}\n# TYPE {name} gauge\n{name} {value}\n"
-        ));
+    prometheus(&state)
+}
+
+/// The same where the one-shot service listens alone: JSON, unless a scraper asks.
+pub(super) async fn service_metrics(State(state): State<Base>, headers: HeaderMap) -> Response {
+    let wants_text = headers
+        .get(header::ACCEPT)
+        .and_then(|value| value.to_str().ok())
+        .is_some_and(|value| value.contains("text/plain") || value.contains("openmetrics"));
+    if wants_text {
+        return prometheus(&state);
     }
+    Json(state.service.figures()).into_response()
+}
+
+fn prometheus(state: &Base) -> Response {
+    use metrics::gauge;
+    gauge!("greenroom_uptime_seconds").set(state.started.elapsed().as_secs_f64());
+    gauge!("greenroom_turns_running").set(state.activity.count(HolderKind::Turn) as f64);
+    gauge!("greenroom_turns_queued").set(state.activity.count(HolderKind::Queue) as f64);
+    let tasks = tokio::runtime::Handle::current()
+        .metrics()
+        .num_alive_tasks();
+    gauge!("greenroom_tasks").set(tasks as f64);
+    gauge!("greenroom_idle_seconds").set(state.activity.idle_for().as_secs_f64());
+    let (running, waiting) = state.service.load();
+    gauge!("greenroom_service_running").set(running as f64);
+    gauge!("greenroom_service_waiting").set(waiting as f64);
+    let breaker = state.service.breaker();
+    for of in BreakerState::ALL {
+        let is = f64::from(u8::from(of == breaker));
+        gauge!("greenroom_service_breaker", "state" => of.as_str()).set(is);
+    }
+    if let Some(supervisor) = &state.supervisor {
+        let states = supervisor.preview_states();
+        for of in PreviewState::ALL {
+            let count = states.iter().filter(|state| **state == of).count();
+            gauge!("greenroom_previews", "state" => of.as_str()).set(count as f64);
+        }
+    }
+    if let Some(memory) = Memory::now() {
+        gauge!("greenroom_memory_available_bytes").set(memory.available as f64);
+        gauge!("greenroom_memory_limit_bytes").set(memory.total as f64);
+    }
+    let text = model_metrics(state) + &state.figures.text();
     (
         [(
             header::CONTENT_TYPE,
@@ -229,7 +239,7 @@ pub(super) async fn metrics(State(state): State<Shared>, headers: HeaderMap) -> 
 }
 
 /// What this process counted of model requests. No tenant is named.
-fn model_metrics(state: &Shared) -> String {
+fn model_metrics(state: &Base) -> String {
     let tally = state.ledger.tally();
     let tokens = tally.tokens;
     /// Name, help, the label's name, its values.
@@ -308,13 +318,13 @@ fn model_metrics(state: &Shared) -> String {
 
 /// What keeps the container awake. Asking is no activity.
 #[utoipa::path(get, path = "/api/idle", responses((status = 200, body = IdleAnswer)))]
-pub(super) async fn idle(State(state): State<Shared>) -> Response {
+pub(super) async fn idle(State(state): State<Base>) -> Response {
     Json(state.activity.answer()).into_response()
 }
 
 /// Counts as activity, once.
 #[utoipa::path(post, path = "/api/idle/touch", responses((status = 200, body = IdleAnswer)))]
-pub(super) async fn touch(State(state): State<Shared>) -> Result<Response, ApiError> {
+pub(super) async fn touch(State(state): State<Base>) -> Result<Response, ApiError> {
     state.activity.touch();
     Ok(Json(state.activity.answer()).into_response())
 }

@@ -6,36 +6,44 @@
 
 mod access;
 mod body;
+mod cli;
 mod error;
 mod health;
+mod one_shot;
 mod operations;
 mod page;
 mod publish;
+mod rate;
 mod serve;
 mod sse;
 mod threads;
 mod turns;
 mod usage;
 
-use std::{sync::Arc, time::Instant};
+use std::{ops::Deref, sync::Arc, time::Instant};
 
 use axum::{
     Router,
+    extract::FromRef,
     http::{Method, StatusCode},
     middleware,
     response::{IntoResponse, Response},
     routing::{get, post},
 };
+use tokio_util::sync::CancellationToken;
 use utoipa::OpenApi;
 
 pub use access::{Access, AccessSettings};
 pub use error::ApiError;
 pub use health::{Facts, Readiness};
+pub use rate::RateLimit;
 pub use serve::serve;
 
 use crate::{
+    figures::Figures,
     identity::{ClientId, ThreadId, UserId},
     lifecycle::Activity,
+    service::Service,
     supervisor::Supervisor,
     usage::{Books, Ledger},
 };
@@ -48,22 +56,61 @@ pub struct Pins {
     pub thread: Option<ThreadId>,
 }
 
-/// What all handlers share.
+/// What every listener's handlers share: who may come in, what operators ask, one-shot runs.
 #[derive(Debug)]
-pub struct ApiState {
-    pub supervisor: Supervisor,
-    pub ledger: Ledger,
-    pub books: Books,
-    pub activity: Activity,
+pub struct BaseState {
     pub access: Access,
+    /// Of one-shot calls.
+    pub rate: RateLimit,
+    pub activity: Activity,
+    pub service: Service,
+    pub ledger: Ledger,
+    pub figures: Figures,
     pub pins: Pins,
     pub facts: Facts,
     pub readiness: Readiness,
     pub started: Instant,
+    /// Cancelled when a shutdown begins.
+    pub draining: CancellationToken,
+    /// `None` where the one-shot service runs alone.
+    pub supervisor: Option<Supervisor>,
+}
+
+/// [`BaseState`] as handlers take it.
+#[derive(Debug, Clone)]
+pub struct Base(Arc<BaseState>);
+
+impl From<BaseState> for Base {
+    fn from(state: BaseState) -> Self {
+        Self(Arc::new(state))
+    }
+}
+
+impl Deref for Base {
+    type Target = BaseState;
+
+    fn deref(&self) -> &BaseState {
+        &self.0
+    }
+}
+
+/// What the handlers of the API share.
+#[derive(Debug)]
+pub struct ApiState {
+    pub base: Base,
+    pub supervisor: Supervisor,
+    pub books: Books,
+    pub pins: Pins,
 }
 
 /// The state as handlers take it.
 pub type Shared = Arc<ApiState>;
+
+impl FromRef<Shared> for Base {
+    fn from_ref(state: &Shared) -> Self {
+        state.base.clone()
+    }
+}
 
 #[derive(OpenApi)]
 #[openapi(
@@ -95,6 +142,8 @@ pub type Shared = Arc<ApiState>;
         health::touch,
         usage::report,
         usage::live,
+        one_shot::execute,
+        cli::open,
     ),
     components(schemas(
         error::ErrorBody,
@@ -145,20 +194,43 @@ pub fn router(state: Shared) -> Router {
         .route("/api/turns/{turn}/cancel", post(turns::cancel))
         .route("/api/usage", get(usage::report))
         .route("/api/usage/live", get(usage::live))
+        .route("/execute", post(one_shot::execute))
+        .route("/api/cli", post(cli::open))
         .route("/api/idle", get(health::idle))
         .route("/api/idle/touch", post(health::touch))
         .route("/", get(page::index))
         .route("/{file}", get(page::file))
-        .fallback(async || ApiError::not_found("there is nothing at this address"))
-        .method_not_allowed_fallback(async |method: Method| {
-            ApiError::new(
-                StatusCode::METHOD_NOT_ALLOWED,
-                "invalid_request",
-                format!("{method} is not possible at this address"),
-            )
-        })
-        .layer(middleware::from_fn_with_state(state.clone(), access::check))
+        .fallback(nothing_here)
+        .method_not_allowed_fallback(not_possible)
+        .layer(middleware::from_fn_with_state(
+            state.base.clone(),
+            access::check,
+        ))
         .with_state(state)
+}
+
+/// The routes of the one-shot service alone.
+pub fn service_router(base: Base) -> Router {
+    Router::new()
+        .route("/health", get(health::health))
+        .route("/metrics", get(health::service_metrics))
+        .route("/execute", post(one_shot::execute))
+        .fallback(nothing_here)
+        .method_not_allowed_fallback(not_possible)
+        .layer(middleware::from_fn_with_state(base.clone(), access::check))
+        .with_state(base)
+}
+
+async fn nothing_here() -> ApiError {
+    ApiError::not_found("there is nothing at this address")
+}
+
+async fn not_possible(method: Method) -> ApiError {
+    ApiError::new(
+        StatusCode::METHOD_NOT_ALLOWED,
+        "invalid_request",
+        format!("{method} is not possible at this address"),
+    )
 }
 
 #[cfg(test)]
@@ -173,6 +245,7 @@ mod tests {
             "/api/execute",
             "/api/turns/{turn}/events",
             "/api/usage",
+            "/execute",
         ] {
             assert!(document["paths"][path].is_object(), "{path} is described");
         }

@@ -3,12 +3,15 @@
 use std::{sync::Arc, time::Duration};
 
 use axum::Router;
+use http::Request;
 use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
 use tokio::{net::TcpListener, sync::Semaphore};
+use tower::ServiceExt;
 
+use super::rate::Peer;
 use crate::task::Tasks;
 
 /// Connections at once.
@@ -33,8 +36,8 @@ pub async fn serve(listener: TcpListener, router: Router, tasks: Tasks) {
             () = token.cancelled() => return,
             accepted = listener.accept() => accepted,
         };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
             Err(error) => {
                 // Out of descriptors, mostly: it passes, and must not become a busy loop.
                 tracing::warn!(%error, "failed to accept a connection");
@@ -43,7 +46,12 @@ pub async fn serve(listener: TcpListener, router: Router, tasks: Tasks) {
             }
         };
         stream.set_nodelay(true).ok();
-        let service = TowerToHyperService::new(router.clone());
+        let from = Peer(peer.ip());
+        let named = move |mut request: Request<_>| {
+            request.extensions_mut().insert(from);
+            request
+        };
+        let service = TowerToHyperService::new(router.clone().map_request(named));
         let token = token.clone();
         tasks.spawn("api connection", async move {
             let connection = hyper::server::conn::http1::Builder::new()

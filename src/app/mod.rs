@@ -2,6 +2,7 @@
 //! them; none knows it.
 
 mod programs;
+mod terminal;
 
 use std::{
     net::SocketAddr,
@@ -13,18 +14,23 @@ use std::{
 use anyhow::{Context as _, bail};
 use tokio::net::TcpListener;
 
-use self::programs::{Programs, look_at_programs};
+use self::programs::{Programs, look_at_claude, look_at_programs};
+pub use self::terminal::terminal;
 use crate::{
     agent::{AgentSettings, Ceiling, Limits},
-    api::{self, Access, AccessSettings, ApiState, Facts, Pins, Readiness},
+    api::{
+        self, Access, AccessSettings, ApiState, Base, BaseState, Facts, Pins, RateLimit, Readiness,
+    },
     config::{self, CredentialSource, Loaded, Mode, Settings},
     domain::Signature,
+    figures::Figures,
     gateway::{self, Credential, Gateway, GatewayConfig, OAuthSettings, load_credentials_file},
     lifecycle::{Activity, Guard, HolderKind, StopReason, wait_for_reason},
     preview::{self, ActivityGuard, ActivitySink, PreviewSettings, Previews, Proxy, ProxyKind},
     process::{self, Bash, ConfinementMode, Launcher},
     rehearsal::{Rehearsal, Script},
     repository::{self, GitHub, Remotes},
+    service::{Service, ServiceSettings},
     supervisor::{Supervisor, SupervisorSettings},
     task::{self, Tasks},
     telemetry,
@@ -53,7 +59,8 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
     let credential = loaded.credential()?;
     let is_rehearsal = credential == CredentialSource::Rehearsal;
     let ledger = Ledger::new(ledger_settings(settings).await?, &tasks);
-    let gateway = start_gateway(settings, credential, ledger.clone(), &tasks).await?;
+    let store = settings.workspace_path.join(".greenroom");
+    let gateway = start_gateway(settings, credential, ledger.clone(), Some(store), &tasks).await?;
     let launcher = Launcher::start(settings.lease / 2, ConfinementMode::Auto)
         .context("failed to start the launcher")?;
     let programs = Programs::find(&loaded);
@@ -72,12 +79,19 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         tasks.clone(),
     );
     let readiness = Readiness::default();
+    let agent = agent_settings(settings, &programs, &launcher, &gateway);
+    let service = one_shots(
+        settings,
+        agent.clone(),
+        &runtime,
+        &launcher,
+        &gateway,
+        &tasks,
+    );
     let supervisor = Supervisor::new(
         SupervisorSettings {
             node: readiness.node.clone(),
-            ..supervisor_settings(
-                &loaded, &programs, &runtime, &launcher, &gateway, &listeners,
-            )
+            ..supervisor_settings(&loaded, agent, &runtime, &listeners)
         },
         launcher.clone(),
         gateway,
@@ -88,28 +102,38 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         activity.clone(),
         tasks.clone(),
     );
-    let state = Arc::new(ApiState {
-        supervisor: supervisor.clone(),
-        ledger,
-        books: Books::new(
-            settings.workspace_path.clone(),
-            tenants(settings),
-            budgets(settings),
-        ),
-        activity: activity.clone(),
+    let pins = Pins {
+        client: settings.client_id.clone(),
+        user: settings.user_id.clone(),
+        thread: settings.thread_id.clone(),
+    };
+    let base = Base::from(BaseState {
         access: Access::new(access_settings(settings, listeners.api_port())),
-        pins: Pins {
-            client: settings.client_id.clone(),
-            user: settings.user_id.clone(),
-            thread: settings.thread_id.clone(),
-        },
+        rate: RateLimit::per_minute(settings.service_rate_per_minute),
+        activity: activity.clone(),
+        service: service.clone(),
+        ledger,
+        figures: Figures::start(&tasks),
+        pins: pins.clone(),
         facts: Facts {
-            workspace: settings.workspace_path.clone(),
+            workspace: Some(settings.workspace_path.clone()),
             is_rehearsal,
             confinement: launcher.confinement(),
         },
         readiness: readiness.clone(),
         started,
+        draining: supervisor.draining(),
+        supervisor: Some(supervisor.clone()),
+    });
+    let state = Arc::new(ApiState {
+        base,
+        supervisor: supervisor.clone(),
+        books: Books::new(
+            settings.workspace_path.clone(),
+            tenants(settings),
+            budgets(settings),
+        ),
+        pins,
     });
     announce(&loaded, mode, &listeners, is_rehearsal, &launcher);
     if let Some(port) = network_port {
@@ -125,36 +149,141 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         "readiness",
         look_at_programs(programs, launcher.clone(), readiness),
     );
-    if std::process::id() == 1 {
-        tasks.spawn("reaper", reap(launcher.clone(), tasks.clone()));
-    }
-
-    let reason = tokio::select! {
-        reason = wait_for_reason(&activity) => reason.context("failed to wait for signals")?,
-        () = tasks.token().cancelled() => StopReason::Broken,
+    let ending = Ending {
+        supervisor: Some(supervisor),
+        service,
+        launcher,
+        tasks,
+        activity,
+        runtime,
     };
-    stop(reason, settings, &supervisor, &launcher, &tasks, &activity).await;
-    std::fs::remove_dir_all(&runtime).ok();
-    match reason {
-        StopReason::Broken => bail!("a part of greenroom broke; the log says which"),
-        StopReason::IdleTimeout | StopReason::Signal => Ok(()),
+    ending.wait_and_stop(settings).await
+}
+
+/// Runs the one-shot service alone: no workspace, no Node, no site.
+///
+/// # Errors
+/// As [`serve`].
+pub async fn serve_one_shots(loaded: Loaded) -> anyhow::Result<()> {
+    let started = Instant::now();
+    process::harden_self().context("failed to protect the process")?;
+    let settings = &loaded.settings;
+    let runtime = runtime_folder(&loaded)?;
+    let port = settings.claude_service_port.unwrap_or_default();
+    let listener = listen(settings, port, "CLAUDE_SERVICE_PORT").await?;
+    let network = gateway_listener(settings).await?;
+
+    let tasks = Tasks::new();
+    let credential = loaded.credential()?;
+    let is_rehearsal = credential == CredentialSource::Rehearsal;
+    let ledger = Ledger::new(
+        LedgerSettings {
+            workspace: None,
+            ..ledger_settings(settings).await?
+        },
+        &tasks,
+    );
+    let gateway = start_gateway(settings, credential, ledger.clone(), None, &tasks).await?;
+    let launcher = Launcher::start(settings.lease / 2, ConfinementMode::Auto)
+        .context("failed to start the launcher")?;
+    let programs = Programs::find(&loaded);
+    let activity = Activity::new(settings.auto_shutdown);
+    open_to_network(&gateway, network, &activity, &tasks).await?;
+    let agent = agent_settings(settings, &programs, &launcher, &gateway);
+    let service = one_shots(settings, agent, &runtime, &launcher, &gateway, &tasks);
+    let readiness = Readiness::default();
+    let port = crate::app::port(&listener);
+    let base = Base::from(BaseState {
+        access: Access::new(access_settings(settings, port)),
+        rate: RateLimit::per_minute(settings.service_rate_per_minute),
+        activity: activity.clone(),
+        service: service.clone(),
+        ledger,
+        figures: Figures::start(&tasks),
+        pins: Pins::default(),
+        facts: Facts {
+            workspace: None,
+            is_rehearsal,
+            confinement: launcher.confinement(),
+        },
+        readiness: readiness.clone(),
+        started,
+        draining: service.draining(),
+        supervisor: None,
+    });
+    tracing::info!(
+        bind = %settings.bind, service_port = port,
+        "greenroom {} serves one-shot runs alone, for {}",
+        env!("CARGO_PKG_VERSION"), for_whom(settings),
+    );
+    tell_more(&loaded, is_rehearsal, &launcher);
+    let router = api::service_router(base);
+    tasks.spawn("one-shot api", api::serve(listener, router, tasks.clone()));
+    tasks.spawn(
+        "readiness",
+        look_at_claude(programs, launcher.clone(), readiness),
+    );
+    let ending = Ending {
+        supervisor: None,
+        service,
+        launcher,
+        tasks,
+        activity,
+        runtime,
+    };
+    ending.wait_and_stop(settings).await
+}
+
+/// What is ended, in order, when it is time.
+struct Ending {
+    supervisor: Option<Supervisor>,
+    service: Service,
+    launcher: Launcher,
+    tasks: Tasks,
+    activity: Activity,
+    runtime: PathBuf,
+}
+
+impl Ending {
+    async fn wait_and_stop(self, settings: &Settings) -> anyhow::Result<()> {
+        if std::process::id() == 1 {
+            let reaper = reap(self.launcher.clone(), self.tasks.clone());
+            self.tasks.spawn("reaper", reaper);
+        }
+        let reason = tokio::select! {
+            reason = wait_for_reason(&self.activity) => {
+                reason.context("failed to wait for signals")?
+            }
+            () = self.tasks.token().cancelled() => StopReason::Broken,
+        };
+        stop(reason, settings, &self).await;
+        std::fs::remove_dir_all(&self.runtime).ok();
+        match reason {
+            StopReason::Broken => bail!("a part of greenroom broke; the log says which"),
+            StopReason::IdleTimeout | StopReason::Signal => Ok(()),
+        }
     }
 }
 
 /// Ends everything in order: admit nothing, let turns end, stop children, close tasks.
-async fn stop(
-    reason: StopReason,
-    settings: &Settings,
-    supervisor: &Supervisor,
-    launcher: &Launcher,
-    tasks: &Tasks,
-    activity: &Activity,
-) {
+async fn stop(reason: StopReason, settings: &Settings, ending: &Ending) {
+    let Ending {
+        supervisor,
+        service,
+        launcher,
+        tasks,
+        activity,
+        ..
+    } = ending;
     tracing::info!(reason = reason.as_str(), "stopping");
     let drain = async {
-        supervisor
-            .drain(tokio::time::Instant::now() + settings.drain)
-            .await;
+        let deadline = tokio::time::Instant::now() + settings.drain;
+        let turns = async {
+            if let Some(supervisor) = supervisor {
+                supervisor.drain(deadline).await;
+            }
+        };
+        tokio::join!(turns, service.drain(deadline));
         if !launcher.stop(LAST_STEPS).await {
             tracing::error!("children were left that did not end");
         }
@@ -278,10 +407,12 @@ pub fn budgets(settings: &Settings) -> Budgets {
     }
 }
 
+/// `store` is a folder that agents are not let into, for tokens that were refreshed.
 async fn start_gateway(
     settings: &Settings,
     source: CredentialSource,
     ledger: Ledger,
+    store: Option<PathBuf>,
     tasks: &Tasks,
 ) -> anyhow::Result<Gateway> {
     let mut oauth = OAuthSettings {
@@ -290,8 +421,7 @@ async fn start_gateway(
             .parse()
             .context("CLAUDE_OAUTH_TOKEN_URL is no address")?,
         file: None,
-        // Agents are let into their own folders alone.
-        store: Some(settings.workspace_path.join(".greenroom")),
+        store,
         hide: telemetry::hide,
     };
     let (upstream, credential) = match source {
@@ -347,33 +477,56 @@ async fn open_to_network(
     Ok(Some(port))
 }
 
-fn supervisor_settings(
-    loaded: &Loaded,
+/// How CLIs are started; `None` where there is none.
+fn agent_settings(
+    settings: &Settings,
     programs: &Programs,
+    launcher: &Launcher,
+    gateway: &Gateway,
+) -> Option<Arc<AgentSettings>> {
+    let program = programs.claude.clone()?;
+    Some(Arc::new(AgentSettings {
+        program,
+        gateway_url: gateway.base_url(),
+        gateway_port: gateway.port(),
+        model: settings.claude_model.clone(),
+        max_output_tokens: settings.claude_max_output_tokens.map(u64::from),
+        tools: settings.claude_tools.clone(),
+        path: programs.path.clone(),
+        tool_folders: programs.folders(),
+        is_confined: launcher.confinement().bash == Bash::All,
+        limits: Limits::default(),
+        ceiling: Ceiling {
+            memory: (settings.warm_agent_memory_mb as u64) << 20,
+            age: settings.warm_agent_age,
+        },
+    }))
+}
+
+fn one_shots(
+    settings: &Settings,
+    agent: Option<Arc<AgentSettings>>,
     runtime: &Path,
     launcher: &Launcher,
     gateway: &Gateway,
+    tasks: &Tasks,
+) -> Service {
+    let settings = ServiceSettings {
+        agent,
+        max_concurrent: settings.service_max_concurrent,
+        scratch: runtime.join("runs"),
+        mask: |text| telemetry::masked(text).into_owned(),
+    };
+    Service::new(settings, launcher.clone(), gateway.clone(), tasks.clone())
+}
+
+fn supervisor_settings(
+    loaded: &Loaded,
+    agent: Option<Arc<AgentSettings>>,
+    runtime: &Path,
     listeners: &Listeners,
 ) -> SupervisorSettings {
     let settings = &loaded.settings;
-    let agent = programs.claude.clone().map(|program| {
-        Arc::new(AgentSettings {
-            program,
-            gateway_url: gateway.base_url(),
-            gateway_port: gateway.port(),
-            model: settings.claude_model.clone(),
-            max_output_tokens: settings.claude_max_output_tokens.map(u64::from),
-            tools: settings.claude_tools.clone(),
-            path: programs.path.clone(),
-            tool_folders: programs.folders(),
-            is_confined: launcher.confinement().bash == Bash::All,
-            limits: Limits::default(),
-            ceiling: Ceiling {
-                memory: (settings.warm_agent_memory_mb as u64) << 20,
-                age: settings.warm_agent_age,
-            },
-        })
-    });
     let preview_base_url = settings.preview_url("{slug}", listeners.preview_port());
     let remotes = Remotes::new(
         settings
@@ -448,10 +601,40 @@ fn access_settings(settings: &Settings, api_port: u16) -> AccessSettings {
         .ok()
         .map(|url| url.origin().ascii_serialization());
     AccessSettings {
-        api_token: settings.api_token.clone(),
-        service_secret: settings.claude_service_secret.clone(),
+        api_tokens: both(&settings.api_token, &settings.api_token_previous),
+        service_secrets: both(
+            &settings.claude_service_secret,
+            &settings.claude_service_secret_previous,
+        ),
         allowed_hosts,
         public_origin,
+    }
+}
+
+/// A secret, and the one of before.
+fn both(now: &Option<config::Secret>, before: &Option<config::Secret>) -> Vec<config::Secret> {
+    now.iter().chain(before).cloned().collect()
+}
+
+async fn listen(settings: &Settings, port: u16, name: &str) -> anyhow::Result<TcpListener> {
+    let address = SocketAddr::new(settings.bind, port);
+    TcpListener::bind(address).await.with_context(|| {
+        format!(
+            "{name}: port {port} of {} cannot be listened on; free it or choose another one by \
+             {name}",
+            settings.bind
+        )
+    })
+}
+
+/// The gateway's on the network, and who may come in.
+async fn gateway_listener(settings: &Settings) -> anyhow::Result<Option<(TcpListener, PathBuf)>> {
+    match (settings.gateway_port, settings.gateway_tokens_file.clone()) {
+        (Some(port), Some(tokens)) => Ok(Some((
+            listen(settings, port, "GATEWAY_PORT").await?,
+            tokens,
+        ))),
+        _ => Ok(None),
     }
 }
 
@@ -460,26 +643,23 @@ struct Listeners {
     api: TcpListener,
     preview: TcpListener,
     hmr: TcpListener,
+    /// With the one-shot service alone.
+    service: Option<TcpListener>,
     /// The gateway's on the network, and who may come in.
     gateway: Option<(TcpListener, PathBuf)>,
 }
 
 impl Listeners {
     async fn bind(settings: &Settings) -> anyhow::Result<Self> {
-        let listen = async |port: u16, name: &str| {
-            let address = SocketAddr::new(settings.bind, port);
-            TcpListener::bind(address).await.with_context(|| {
-                format!("{name}: port {port} of {} cannot be listened on; free it or choose another one by {name}", settings.bind)
-            })
-        };
         Ok(Self {
-            api: listen(settings.api_port, "API_PORT").await?,
-            preview: listen(settings.preview_port, "PREVIEW_PORT").await?,
-            hmr: listen(settings.hmr_port, "HMR_PORT").await?,
-            gateway: match (settings.gateway_port, settings.gateway_tokens_file.clone()) {
-                (Some(port), Some(tokens)) => Some((listen(port, "GATEWAY_PORT").await?, tokens)),
-                _ => None,
+            api: listen(settings, settings.api_port, "API_PORT").await?,
+            preview: listen(settings, settings.preview_port, "PREVIEW_PORT").await?,
+            hmr: listen(settings, settings.hmr_port, "HMR_PORT").await?,
+            service: match settings.claude_service_port {
+                Some(port) => Some(listen(settings, port, "CLAUDE_SERVICE_PORT").await?),
+                None => None,
             },
+            gateway: gateway_listener(settings).await?,
         })
     }
 
@@ -514,6 +694,10 @@ impl Listeners {
             Proxy::serve(hmr, ProxyKind::HmrOnly, previews, sink, &proxies);
             Ok(())
         })?;
+        if let Some(listener) = self.service {
+            let router = api::service_router(state.base.clone());
+            tasks.spawn("one-shot api", api::serve(listener, router, tasks.clone()));
+        }
         tasks.spawn(
             "api",
             api::serve(self.api, api::router(state), tasks.clone()),
@@ -539,6 +723,14 @@ impl ActivitySink for PreviewActivity {
     }
 }
 
+fn for_whom(settings: &Settings) -> &'static str {
+    match (settings.has_api_secret(), settings.bind.is_loopback()) {
+        (true, _) => "callers with the token or a signature",
+        (false, true) => "this machine alone",
+        (false, false) => "ANYBODY who can reach it (insecure)",
+    }
+}
+
 /// The first lines of the log: where it listens, for whom, and what is behind it.
 fn announce(
     loaded: &Loaded,
@@ -548,29 +740,18 @@ fn announce(
     launcher: &Launcher,
 ) {
     let settings = &loaded.settings;
-    let for_whom = match (settings.has_api_secret(), settings.bind.is_loopback()) {
-        (true, _) => "callers with the token or a signature",
-        (false, true) => "this machine alone",
-        (false, false) => "ANYBODY who can reach it (insecure)",
-    };
+    let for_whom = for_whom(settings);
     tracing::info!(
         bind = %settings.bind,
         api_port = listeners.api_port(),
         preview_port = listeners.preview_port(),
         hmr_port = port(&listeners.hmr),
+        service_port = listeners.service.as_ref().map(port),
         workspace = %settings.workspace_path.display(),
         "greenroom {} listens, for {for_whom}",
         env!("CARGO_PKG_VERSION"),
     );
-    if is_rehearsal {
-        tracing::warn!("rehearsal: no model is behind this, a script answers");
-    }
-    let confinement = launcher.confinement();
-    tracing::info!(
-        files = ?confinement.files, network = ?confinement.network,
-        processes = ?confinement.processes, bash = ?confinement.bash,
-        "how agents and dev servers are held"
-    );
+    tell_more(loaded, is_rehearsal, launcher);
     if mode == Mode::Dev {
         let page = settings.api_url(listeners.api_port());
         println!("\n  greenroom is ready: open  {page}\n");
@@ -580,6 +761,22 @@ fn announce(
             );
         }
     }
+}
+
+/// What an operator should know besides.
+fn tell_more(loaded: &Loaded, is_rehearsal: bool, launcher: &Launcher) {
+    for warning in &loaded.warnings {
+        tracing::warn!("{warning}");
+    }
+    if is_rehearsal {
+        tracing::warn!("rehearsal: no model is behind this, a script answers");
+    }
+    let confinement = launcher.confinement();
+    tracing::info!(
+        files = ?confinement.files, network = ?confinement.network,
+        processes = ?confinement.processes, bash = ?confinement.bash,
+        "how agents and dev servers are held"
+    );
 }
 
 /// As PID 1 every orphan falls to us.

@@ -129,51 +129,31 @@ fn npm_environment() -> Vec<(OsString, OsString)> {
 
 /// Asks the programs for their versions, after the start.
 pub(super) async fn look_at_programs(programs: Programs, launcher: Launcher, readiness: Readiness) {
-    let version = async |program: &Path, name: &'static str| {
-        let mut profile = Profile::system();
-        profile.read.extend(programs.folders());
-        profile.read.extend(program.parent().map(PathBuf::from));
-        let spec = Spec {
-            name,
-            program: program.to_owned(),
-            args: vec!["--version".into()],
-            env: vec![
-                ("PATH".into(), programs.path.clone()),
-                ("HOME".into(), "/nonexistent".into()),
-            ],
-            cwd: "/".into(),
-            stdin: Stdin::Null,
-            profile,
-        };
-        launcher.run(spec, Duration::from_secs(30), 4096).await
-    };
-    let set = |cell: &OnceLock<Result<String, String>>, found: Result<String, String>| {
-        if let Err(what_to_do) = &found {
-            tracing::warn!("{what_to_do}");
-        }
-        // Set once, here.
-        cell.set(found).ok();
-    };
     let node = match &programs.node {
         None => Err("Node is missing: install Node 22.12 or newer and put it on PATH".to_owned()),
-        Some(program) => match version(program, "node").await {
-            Ok(output) if output.exit.is_success() => check_node(output.stdout.trim()),
-            _ => Err(format!(
+        Some(program) => match version(&programs, &launcher, program, "node").await {
+            Some(version) => check_node(&version),
+            None => Err(format!(
                 "{} does not run; install Node 22.12 or newer",
                 program.display()
             )),
         },
     };
     set(&readiness.node, node);
+    look_at_claude(programs, launcher, readiness).await;
+}
+
+/// The same of the CLI alone.
+pub(super) async fn look_at_claude(programs: Programs, launcher: Launcher, readiness: Readiness) {
     let claude = match &programs.claude {
         None => Err(
             "the Claude Code CLI is missing: npm install -g @anthropic-ai/claude-code, or \
                      set CLAUDE_BIN to its program"
                 .to_owned(),
         ),
-        Some(program) => match version(program, "claude").await {
-            Ok(output) if output.exit.is_success() => Ok(output.stdout.trim().to_owned()),
-            _ => Err(format!(
+        Some(program) => match version(&programs, &launcher, program, "claude").await {
+            Some(version) => Ok(version),
+            None => Err(format!(
                 "{} does not run; set CLAUDE_BIN to a working CLI",
                 program.display()
             )),
@@ -189,6 +169,44 @@ pub(super) async fn look_at_programs(programs: Programs, launcher: Launcher, rea
         );
     }
     set(&readiness.claude, claude);
+}
+
+/// What a program says of its version; `None` if it does not run.
+async fn version(
+    programs: &Programs,
+    launcher: &Launcher,
+    program: &Path,
+    name: &'static str,
+) -> Option<String> {
+    let mut profile = Profile::system();
+    profile.read.extend(programs.folders());
+    profile.read.extend(program.parent().map(PathBuf::from));
+    let spec = Spec {
+        name,
+        program: program.to_owned(),
+        args: vec!["--version".into()],
+        env: vec![
+            ("PATH".into(), programs.path.clone()),
+            ("HOME".into(), "/nonexistent".into()),
+        ],
+        cwd: "/".into(),
+        stdin: Stdin::Null,
+        profile,
+    };
+    let output = launcher
+        .run(spec, Duration::from_secs(30), 4096)
+        .await
+        .ok()?;
+    let is_fine = output.exit.is_success();
+    is_fine.then(|| output.stdout.trim().to_owned())
+}
+
+fn set(cell: &OnceLock<Result<String, String>>, found: Result<String, String>) {
+    if let Err(what_to_do) = &found {
+        tracing::warn!("{what_to_do}");
+    }
+    // Set once, here.
+    cell.set(found).ok();
 }
 
 fn check_node(version: &str) -> Result<String, String> {

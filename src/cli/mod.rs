@@ -40,6 +40,12 @@ pub fn main() -> ExitCode {
     match run(std::env::args_os()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) if error.is::<Ended>() => {
+            let status = error
+                .downcast_ref::<Ended>()
+                .map_or(FAILED, |ended| ended.0);
+            ExitCode::from(status)
+        }
         Err(error) => {
             let line = telemetry::printable(&format!("greenroom: {error:#}"));
             // Where standard error is closed the status still tells.
@@ -74,9 +80,11 @@ fn run(args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
     match name {
         "serve" => serve(args, Mode::Serve),
         "dev" => serve(args, Mode::Dev),
+        "service" => serve(args, Mode::Service),
         "health" => health::run(&load(args, Mode::Inspect)?, args.get_flag("json")),
         "config" => show::run(&load(args, Mode::Inspect)?, args.get_flag("json")),
         "usage" => usage::run(args),
+        "claude" => terminal(args),
         "openapi" => print(&api::openapi_json()),
         other => unreachable!("clap knows no {other}"),
     }
@@ -85,22 +93,53 @@ fn run(args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
 fn serve(args: &ArgMatches, mode: Mode) -> anyhow::Result<()> {
     let loaded = load(args, mode)?;
     telemetry::start(loaded.settings.log_level, loaded.settings.log_format);
+    let runtime = runtime()?;
+    // The log's first line says where it listens, so the warnings are the app's to log after it.
+    let outcome = runtime.block_on(async {
+        match mode {
+            Mode::Service => app::serve_one_shots(loaded).await,
+            _ => app::serve(loaded, mode).await,
+        }
+    });
+    // A call stuck on the disk must not keep the process alive.
+    runtime.shutdown_timeout(Duration::from_millis(500));
+    outcome
+}
+
+fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     // Two workers: the container has two cores, and what blocks runs on threads of its own, whose
     // number also bounds what a stalled disk can pin. 2 MiB of stack, tokio's default, since
     // libgit2 recurses over trees on those threads; untouched stack costs nothing.
-    let runtime = tokio::runtime::Builder::new_multi_thread()
+    tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(32)
         .thread_stack_size(2 * 1024 * 1024)
         .thread_name("greenroom")
         .enable_all()
         .build()
-        .context("failed to start the runtime")?;
-    // The log's first line says where it listens, so the warnings are the app's to log after it.
-    let outcome = runtime.block_on(app::serve(loaded, mode));
-    // A call stuck on the disk must not keep the process alive.
+        .context("failed to start the runtime")
+}
+
+/// A program that we ran for the caller ended with this status: it is ours too.
+#[derive(Debug, thiserror::Error)]
+#[error("the CLI ended with status {0}")]
+struct Ended(u8);
+
+/// The CLI on this terminal. Its settings come from everywhere but the command line, which is its
+/// own; nothing is logged, since the screen is its own too.
+fn terminal(args: &ArgMatches) -> anyhow::Result<()> {
+    let cwd = std::env::current_dir().context("failed to find the working directory")?;
+    let loaded = config::load(Mode::Inspect, &Flags::default(), std::env::vars_os(), &cwd)?;
+    let args = args.get_many::<OsString>("args").unwrap_or_default();
+    let runtime = runtime()?;
+    let exit = runtime.block_on(app::terminal(loaded, args.cloned().collect()));
     runtime.shutdown_timeout(Duration::from_millis(500));
-    outcome
+    let exit = exit?;
+    let status = exit.code.or(exit.signal.map(|signal| 128 + signal));
+    match u8::try_from(status.unwrap_or(1)).unwrap_or(FAILED) {
+        0 => Ok(()),
+        status => Err(Ended(status).into()),
+    }
 }
 
 /// Loads the settings of this process. Their secrets are masked from here on.
@@ -139,6 +178,13 @@ fn command() -> Command {
                 .arg(rehearsal()),
         )
         .subcommand(
+            with_settings(
+                Command::new("service")
+                    .about("Serve the one-shot service alone: no workspace, no previews"),
+            )
+            .arg(rehearsal()),
+        )
+        .subcommand(
             with_settings(Command::new("health").about("Ask the running supervisor (HEALTHCHECK)"))
                 .arg(json()),
         )
@@ -149,6 +195,19 @@ fn command() -> Command {
             .arg(json()),
         )
         .subcommand(usage::command())
+        .subcommand(
+            Command::new("claude")
+                .about("Run the real CLI here, through the gateway: no credential needed")
+                .disable_help_flag(true)
+                .arg(
+                    Arg::new("args")
+                        .num_args(0..)
+                        .trailing_var_arg(true)
+                        .allow_hyphen_values(true)
+                        .value_parser(clap::value_parser!(OsString))
+                        .help("Arguments of the CLI"),
+                ),
+        )
         .subcommand(
             Command::new("openapi")
                 .about("Print the OpenAPI document of the API")
@@ -194,8 +253,8 @@ fn with_settings(command: Command) -> Command {
         .after_help(
             "Each flag is also a variable of the environment, of .env, and a key of greenroom.yaml; \
              flags win. Secrets are no flags, since others see a command line: ANTHROPIC_API_KEY, \
-             GITHUB_TOKEN, GREENROOM_API_TOKEN, CLAUDE_SERVICE_SECRET, PREVIEW_TOKEN_SECRET, \
-             REPLICATE_API_TOKEN, HF_TOKEN.",
+             GITHUB_TOKEN, GREENROOM_API_TOKEN and CLAUDE_SERVICE_SECRET (both also with _PREVIOUS), \
+             PREVIEW_TOKEN_SECRET, REPLICATE_API_TOKEN, HF_TOKEN.",
         )
 }
 

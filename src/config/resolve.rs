@@ -285,7 +285,7 @@ pub fn load(
             return Err(conflict);
         }
     }
-    warnings.extend(doubts(&settings, cwd));
+    warnings.extend(doubts(&settings, mode, cwd));
     Ok(Loaded {
         settings,
         mode,
@@ -370,9 +370,9 @@ fn conflicts(settings: &Settings, mode: Mode, entries: &[Entry]) -> Vec<ConfigEr
 }
 
 /// What is allowed and probably not meant.
-fn doubts(settings: &Settings, cwd: &Path) -> Vec<String> {
+fn doubts(settings: &Settings, mode: Mode, cwd: &Path) -> Vec<String> {
     let mut doubts = Vec::new();
-    if settings.github_token.is_none() {
+    if settings.github_token.is_none() && mode != Mode::Service {
         doubts.push(
             "GITHUB_TOKEN is not set: private repositories cannot be cloned, nothing can be pushed"
                 .to_owned(),
@@ -389,6 +389,25 @@ fn doubts(settings: &Settings, cwd: &Path) -> Vec<String> {
             "GATEWAY_PORT is set without GATEWAY_TOKENS_FILE: nobody can use that listener"
                 .to_owned(),
         );
+    }
+    for (name, previous, current) in [
+        (
+            "GREENROOM_API_TOKEN",
+            settings.api_token_previous.is_some(),
+            settings.api_token.is_some(),
+        ),
+        (
+            "CLAUDE_SERVICE_SECRET",
+            settings.claude_service_secret_previous.is_some(),
+            settings.claude_service_secret.is_some(),
+        ),
+    ] {
+        if previous && !current {
+            doubts.push(format!(
+                "{name}_PREVIOUS is set without {name}: it is good by itself, but the newer one \
+                 goes there"
+            ));
+        }
     }
     if settings.drain >= settings.stop_timeout {
         doubts.push(

@@ -184,8 +184,13 @@ settings! {
 
     GREENROOM_API_TOKEN, api_token: Option<Secret>, Secret, value::token, Unset,
         "Bearer token of the control plane";
+    GREENROOM_API_TOKEN_PREVIOUS, api_token_previous: Option<Secret>, Secret, value::token, Unset,
+        "The bearer token of before, good as well while callers change to the new one";
     CLAUDE_SERVICE_SECRET, claude_service_secret: Option<Secret>, Secret, value::key, Unset,
         "HMAC secret of signed requests";
+    CLAUDE_SERVICE_SECRET_PREVIOUS, claude_service_secret_previous: Option<Secret>, Secret,
+        value::key, Unset,
+        "The HMAC secret of before, good as well while callers change to the new one";
     PREVIEW_TOKEN_SECRET, preview_token_secret: Option<Secret>, Secret, value::key, Unset,
         "Key of preview links; else derived from the service's secret, random without one";
     API_BASE_URL, api_base_url: String, Text, value::public_url, Is("http://localhost:{port}"),
@@ -213,14 +218,17 @@ settings! {
     SERVICE_MAX_CONCURRENT, service_max_concurrent: usize, Number,
         |text, _| value::count(text, 1, 1000), Is("5"),
         "One-shot runs at once";
+    SERVICE_RATE_PER_MINUTE, service_rate_per_minute: u32, Number,
+        |text, _| value::count::<u32>(text, 0, 1_000_000), Is("100"),
+        "One-shot calls a minute of each caller's address, loopback excepted; 0 is no limit";
     GATEWAY_PORT, gateway_port: Option<u16>, Number, value::port, Unset,
         "One more listener, with the gateway for other containers";
     GATEWAY_TOKENS_FILE, gateway_tokens_file: Option<PathBuf>, Text, value::path, Unset,
         "File with the bearer tokens of the gateway's clients";
 
     AUTO_SHUTDOWN_MINUTES, auto_shutdown: Option<Duration>, Number, value::minutes_or_never,
-        Is("5"),
-        "Idle time before shutdown; 0 is never, fractions allowed";
+        By(|c| Some(if c.mode == Mode::Service { "0" } else { "5" }.to_owned())),
+        "Idle time before shutdown; 5, or 0, which is never, for the service alone; fractions allowed";
     ASTRO_DEV_MODE, astro_dev_mode: bool, Switch, value::switch, Is("true"),
         "Run dev servers at all";
     PREVIEW_READY_SECONDS, preview_ready: Duration, Number, value::seconds, Is("30"),
@@ -289,7 +297,14 @@ impl Settings {
 
     /// Whether callers of the API have to prove who they are.
     pub fn has_api_secret(&self) -> bool {
-        self.api_token.is_some() || self.claude_service_secret.is_some()
+        [
+            &self.api_token,
+            &self.api_token_previous,
+            &self.claude_service_secret,
+            &self.claude_service_secret_previous,
+        ]
+        .into_iter()
+        .any(Option::is_some)
     }
 
     /// Our public address, given the port that the API listens on.

@@ -554,13 +554,15 @@ fn no_text_breaks_the_dot_env_reader() {
     }
 }
 
-const SECRETS: [&str; 7] = [
+const SECRETS: [&str; 9] = [
     "ANTHROPIC_API_KEY",
     "GITHUB_TOKEN",
     "REPLICATE_API_TOKEN",
     "HF_TOKEN",
     "GREENROOM_API_TOKEN",
+    "GREENROOM_API_TOKEN_PREVIOUS",
     "CLAUDE_SERVICE_SECRET",
+    "CLAUDE_SERVICE_SECRET_PREVIOUS",
     "PREVIEW_TOKEN_SECRET",
 ];
 

@@ -26,6 +26,12 @@ impl Account {
     pub const TURN: &str = "turn";
     /// The kind of a request that came in over the network.
     pub const GATEWAY: &str = "gateway";
+    /// The kind of a one-shot run for another service.
+    pub const SERVICE: &str = "service";
+    /// The kind of a health check that asks the model.
+    pub const HEALTH: &str = "health";
+    /// The kind of the CLI on somebody's terminal.
+    pub const CLI: &str = "cli";
 
     /// Of one turn.
     pub fn turn(id: &TurnId) -> Self {

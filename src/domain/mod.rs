@@ -4,11 +4,13 @@
 //! journals and contexts.
 
 mod account;
+mod breaker;
 mod idle;
 mod publish;
 mod turn;
 
 pub use account::Account;
+pub use breaker::{Breaker, BreakerState, Pass, Verdict};
 pub use idle::{IdleDecision, IdleFacts, decide_idle};
 pub use publish::{Between, ConflictKind, MergeStep};
 pub use turn::{
@@ -79,6 +81,30 @@ pub enum PreviewState {
     Error,
     /// It runs, but what it shows is known to be old.
     Stale,
+}
+
+impl PreviewState {
+    /// All of them, for figures.
+    pub const ALL: [Self; 6] = [
+        Self::Off,
+        Self::Starting,
+        Self::Live,
+        Self::Asleep,
+        Self::Error,
+        Self::Stale,
+    ];
+
+    /// As in the contract.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::Starting => "starting",
+            Self::Live => "live",
+            Self::Asleep => "asleep",
+            Self::Error => "error",
+            Self::Stale => "stale",
+        }
+    }
 }
 
 /// One thing that is wrong with a preview. `line` and `column` count from 1.

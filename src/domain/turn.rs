@@ -31,11 +31,18 @@ pub enum TurnKind {
     Restore,
     /// Changes of the branches above were brought down.
     Sync,
+    /// A one-shot run of another service worked in the thread's worktree.
+    Service,
     #[serde(other)]
     Other,
 }
 
 impl TurnKind {
+    /// Did a model edit the files? Else the turn is an operation of greenroom's own.
+    pub fn is_run(self) -> bool {
+        matches!(self, Self::Turn | Self::Service)
+    }
+
     /// As in the contract and in the commit's `Kind` trailer.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -44,6 +51,7 @@ impl TurnKind {
             Self::Redo => "redo",
             Self::Restore => "restore",
             Self::Sync => "sync",
+            Self::Service => "service",
             Self::Other => "other",
         }
     }

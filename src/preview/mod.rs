@@ -165,6 +165,15 @@ impl Previews {
             .collect()
     }
 
+    /// The states that previews are in, one for each.
+    pub fn states(&self) -> Vec<PreviewState> {
+        let registry = self.registry();
+        let handles = registry.by_slug.values();
+        handles
+            .map(|handle| handle.status().borrow().state)
+            .collect()
+    }
+
     /// A preview's address with what opens it.
     pub fn with_token(&self, url: &str, slug: &str) -> String {
         self.access()

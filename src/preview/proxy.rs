@@ -54,7 +54,7 @@ use super::{
     tunnel::tunnel,
     upstream::Upstream,
 };
-use crate::{domain::PreviewState, task::Tasks};
+use crate::{domain::PreviewState, task::Tasks, text::status_class};
 
 /// Connections at once on one listener, tunnels included; more wait in the kernel's backlog.
 const MAX_CONNECTIONS: usize = 1024;
@@ -164,6 +164,9 @@ impl Proxy {
                     Ok(response) => response,
                     Err(page) => page.map(ResponseBody::whole),
                 };
+                let class = status_class(response.status().as_u16());
+                metrics::counter!("greenroom_preview_requests_total", "status" => class)
+                    .increment(1);
                 if response.status() == StatusCode::SWITCHING_PROTOCOLS {
                     in_request.make_last();
                 } else {

@@ -19,6 +19,7 @@
 //! **Invariant:** nothing outside this room starts or signals a process. The supervisor's direct
 //! children are wardens alone.
 
+mod attached;
 mod child;
 mod exec;
 mod launcher;
@@ -30,6 +31,7 @@ mod wire;
 use std::{io, process::ExitCode, time::Duration};
 
 pub use self::{
+    attached::{Attached, run_attached},
     child::{Child, Exit, ProcessHandle},
     launcher::{ConfinementMode, Launcher, Output, Spec, Stdin},
     sandbox::{Bash, ConfinedBy, Confinement, Ports, Profile},

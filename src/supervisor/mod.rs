@@ -4,6 +4,7 @@
 //! (`thread.rs`) that owns the thread's queue, agent and preparation. News comes back as return
 //! values, journals and `watch`es. It knows nothing of HTTP.
 
+mod one_shot;
 mod operation;
 mod prepare;
 mod preview_word;
@@ -29,9 +30,10 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     agent::AgentSettings,
     domain::{
-        Between, Conflict, ConflictKind, HeldBack, PreviewStatus, Signature, TurnResult, TurnStatus,
+        Account, Between, Conflict, ConflictKind, HeldBack, PreviewState, PreviewStatus, Signature,
+        TurnResult, TurnStatus,
     },
-    gateway::Gateway,
+    gateway::{ActiveRun, AgentToken, Gateway},
     identity::{ThreadId, ThreadKey, TurnId, UserKey},
     lease::{Fence, Lease, LeaseError, LeaseLost, Patience},
     lifecycle::{Activity, HolderKind, Memory},
@@ -46,6 +48,7 @@ use crate::{
     workspace::{Cache, Dependencies, InstallError, ThreadPaths, UserPaths, WorkspaceError},
 };
 
+pub use one_shot::{Cwd, OneShot, OneShotAnswer};
 pub use operation::{DryRun, Operation, OperationAnswer, OperationRequest};
 pub use publish::{PublishAnswer, PublishWish, PullRequestWish};
 pub use removal::Removal;
@@ -385,6 +388,26 @@ impl Inner {
     }
 }
 
+/// What a CLI on a terminal needs of the gateway. Dropped, it is of no use any more.
+#[derive(Debug)]
+pub struct Terminal {
+    base_url: String,
+    _run: ActiveRun,
+    token: AgentToken,
+}
+
+impl Terminal {
+    /// For `ANTHROPIC_BASE_URL`.
+    pub fn base_url(&self) -> &str {
+        &self.base_url
+    }
+
+    /// For `ANTHROPIC_AUTH_TOKEN`.
+    pub fn token(&self) -> &str {
+        self.token.as_str()
+    }
+}
+
 impl Supervisor {
     /// A supervisor without threads; they come with the first requests for them.
     pub fn new(
@@ -459,6 +482,32 @@ impl Supervisor {
         answer.await.map_err(|_| SupervisorError::Draining)?
     }
 
+    /// The states that the previews are in, one for each.
+    pub fn preview_states(&self) -> Vec<PreviewState> {
+        self.0.previews.states()
+    }
+
+    /// Opens the gateway for the CLI on somebody's terminal, while what this answers lives.
+    ///
+    /// # Errors
+    /// [`SupervisorError::Draining`].
+    pub fn open_terminal(&self, account: Account) -> Result<Terminal, SupervisorError> {
+        if self.is_draining() {
+            return Err(SupervisorError::Draining);
+        }
+        let token = self.0.gateway.issue();
+        Ok(Terminal {
+            base_url: self.0.gateway.base_url(),
+            _run: token.begin(account),
+            token,
+        })
+    }
+
+    /// Cancelled when a shutdown begins.
+    pub fn draining(&self) -> CancellationToken {
+        self.0.draining.clone()
+    }
+
     /// Is a shutdown under way?
     pub fn is_draining(&self) -> bool {
         self.0.draining.is_cancelled()
@@ -530,6 +579,21 @@ impl Supervisor {
             }
             answer => Ok(answer),
         }
+    }
+
+    /// Runs another service's one-shot call in a thread's worktree, in its turn's place and as a
+    /// turn of its own. A caller that goes away ends it.
+    ///
+    /// # Errors
+    /// See [`SupervisorError`]; how the run itself went is in the answer.
+    pub async fn run_one_shot(
+        &self,
+        key: &ThreadKey,
+        shot: OneShot,
+    ) -> Result<OneShotAnswer, SupervisorError> {
+        self.revive(key).await?;
+        self.ask(key, |reply| Request::Run(Box::new(shot), reply))
+            .await
     }
 
     /// Takes a thread away, after what was asked of it before; nothing more is admitted

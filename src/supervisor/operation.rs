@@ -332,7 +332,7 @@ async fn undo(
             "that turn has not ended yet; undo it once it has",
         ));
     }
-    if turn.commit().is_none() && turn.accepted.kind == TurnKind::Turn {
+    if turn.commit().is_none() && turn.accepted.kind.is_run() {
         return Err(SupervisorError::Refused(
             "that turn changed no files, so there is nothing to undo",
         ));

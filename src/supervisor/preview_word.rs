@@ -1,6 +1,10 @@
 //! The preview's part in a turn: its news meanwhile, its word at the end.
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use super::{Inner, prepare::Prepared};
 use crate::{
@@ -106,7 +110,12 @@ pub(super) async fn word_on(
             let settled = status.wait_for(|status| status.state != PreviewState::Starting);
             tokio::time::timeout(PATIENCE, settled).await.ok();
         } else {
+            let asked = Instant::now();
             preview.look(&files, updates, PATIENCE).await;
+            let came = preview.status().borrow().updates != updates;
+            let word = if came { "came" } else { "none" };
+            metrics::histogram!("greenroom_hmr_delay_seconds", "word" => word)
+                .record(asked.elapsed().as_secs_f64());
         }
     }
     let status = inner.preview_status(&prepared.site.key);

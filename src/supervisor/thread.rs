@@ -14,6 +14,7 @@ use tracing::Instrument;
 
 use super::{
     ExecuteRequest, InitAnswer, InitRequest, Inner, LiveTurn, SupervisorError, lock,
+    one_shot::{self, OneShot, OneShotAnswer, OneShotEnd},
     operation::{self, OperationAnswer, OperationEnd, OperationRequest},
     prepare::{self, Preparation, Prepared},
     preview_word,
@@ -49,6 +50,7 @@ pub(super) enum Request {
     Revive(Reply<()>),
     Execute(Box<ExecuteRequest>, Reply<TurnRecord>),
     Operate(Box<OperationRequest>, Reply<OperationAnswer>),
+    Run(Box<OneShot>, Reply<OneShotAnswer>),
     Remove(Removal, Reply<()>),
     /// A waiting turn was cancelled: look.
     Wake,
@@ -128,6 +130,7 @@ struct Wish {
 #[derive(Debug)]
 enum Wanted {
     Operation(Box<OperationRequest>, Reply<OperationAnswer>),
+    Run(Box<OneShot>, Reply<OneShotAnswer>),
     Removal(Removal, Reply<()>),
 }
 
@@ -135,6 +138,7 @@ impl Wanted {
     fn is_abandoned(&self) -> bool {
         match self {
             Self::Operation(_, reply) => reply.is_closed(),
+            Self::Run(_, reply) => reply.is_closed(),
             Self::Removal(_, reply) => reply.is_closed(),
         }
     }
@@ -142,6 +146,7 @@ impl Wanted {
     fn refuse(self, error: SupervisorError) {
         match self {
             Self::Operation(_, reply) => drop(reply.send(Err(error))),
+            Self::Run(_, reply) => drop(reply.send(Err(error))),
             Self::Removal(_, reply) => drop(reply.send(Err(error))),
         }
     }
@@ -164,6 +169,8 @@ enum Done {
     Prepared(Result<Box<Preparation>, SupervisorError>),
     Turn(TurnId, Box<RunEnd>),
     Operation(Box<OperationEnd>, Reply<OperationAnswer>),
+    /// A one-shot run, which was answered.
+    Run(Box<OneShotEnd>),
     Removal(Removed, Reply<()>),
     /// Replies, cancelled waiting turns: nothing to take in.
     Nothing,
@@ -241,6 +248,7 @@ impl Driver {
                 self.start_next();
             }
             Request::Operate(request, reply) => self.wish(Wanted::Operation(request, reply)),
+            Request::Run(shot, reply) => self.wish(Wanted::Run(shot, reply)),
             Request::Remove(removal, reply) => self.wish(Wanted::Removal(removal, reply)),
             Request::Wake => self.drop_cancelled(),
             Request::RestAgent => self.rest_agent(),
@@ -317,24 +325,16 @@ impl Driver {
                     folder,
                 } = *end;
                 reply.send(answer).ok();
-                if self.prepared.is_none() {
-                    self.prepare();
-                    return;
-                }
-                if is_unfinished {
-                    self.begin_anew();
-                    return;
-                }
-                if let Some(context) = context {
-                    self.context = Some(context);
-                }
-                if folder == Folder::New {
-                    self.rest_agent();
-                    if let Some(prepared) = &self.prepared {
-                        prepared.attach.again();
-                    }
-                }
-                self.start_next();
+                self.go_on(context, is_unfinished, folder);
+            }
+            Done::Run(end) => {
+                self.is_running = false;
+                let OneShotEnd {
+                    context,
+                    is_unfinished,
+                    folder,
+                } = *end;
+                self.go_on(context, is_unfinished, folder);
             }
             Done::Removal(removed, reply) => {
                 self.is_running = false;
@@ -379,6 +379,28 @@ impl Driver {
                 self.start_next();
             }
         }
+    }
+
+    /// After something besides a turn. `context`: unchanged if there is none.
+    fn go_on(&mut self, context: Option<StoredContext>, is_unfinished: bool, folder: Folder) {
+        if self.prepared.is_none() {
+            self.prepare();
+            return;
+        }
+        if is_unfinished {
+            self.begin_anew();
+            return;
+        }
+        if let Some(context) = context {
+            self.context = Some(context);
+        }
+        if folder == Folder::New {
+            self.rest_agent();
+            if let Some(prepared) = &self.prepared {
+                prepared.attach.again();
+            }
+        }
+        self.start_next();
     }
 
     /// Answers those who waited for the thread to be ready.
@@ -547,6 +569,15 @@ impl Driver {
                 };
                 self.work.spawn(work.instrument(span));
             }
+            Wanted::Run(shot, reply) => {
+                let span = tracing::info_span!("one-shot run", request_id = shot.request_id);
+                let work = async move {
+                    let end = one_shot::run(&inner, &prepared, context, *shot, reply).await;
+                    drop(holder);
+                    Done::Run(Box::new(end))
+                };
+                self.work.spawn(work.instrument(span));
+            }
             Wanted::Removal(removal, reply) => {
                 self.inner.warm.remove(&self.key);
                 let agent = self.agent.take();
@@ -584,6 +615,9 @@ impl Driver {
             };
             let holder = inner.activity.hold(HolderKind::Turn, id.to_string());
             drop(_guard);
+            let waited = jiff::Timestamp::now().duration_since(accepted.accepted_at);
+            metrics::histogram!("greenroom_turn_wait_seconds")
+                .record(waited.as_secs_f64().max(0.0));
             let key = prepared.site.key.clone();
             let updates = inner.preview_status(&key).updates;
             let preview = async |commit: Option<&CommitSummary>, folder: Folder| {
@@ -625,6 +659,9 @@ impl Driver {
             let fence = prepared.site.fence.clone();
             let mut result = blank_result(&turn.accepted, context);
             result.status = TurnStatus::Cancelled;
+            let (kind, status) = (result.kind.as_str(), result.status.as_str());
+            metrics::counter!("greenroom_turns_total", "kind" => kind, "status" => status)
+                .increment(1);
             context.record(&turn.accepted, &result);
             result.context = context.answer();
             let (context, path) = (context.clone(), self.inner.paths(&self.key).context());

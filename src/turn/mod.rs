@@ -5,6 +5,7 @@
 //! the journal's file up to the committed length, so what is seen live and what is replayed after
 //! a restart are the same bytes, and a slow reader slows nobody.
 
+mod apart;
 mod context;
 mod history;
 mod journal;

@@ -127,6 +127,8 @@ impl TurnSite {
                     .await?;
             }
             journal.append(TurnEvent::CommitCreated { commit }).await?;
+            metrics::counter!("greenroom_commits_total", "of" => accepted.kind.as_str())
+                .increment(1);
         }
         result.preview = preview(result.commit.as_ref()).await;
         result.duration_ms = started.elapsed().as_millis() as u64;

@@ -248,6 +248,7 @@ impl TurnSite {
             })
             .await?;
         if let Some(commit) = &committed.commit {
+            metrics::counter!("greenroom_commits_total", "of" => "outside").increment(1);
             tracing::info!(
                 commit = commit.id,
                 files = commit.files.len(),
@@ -267,6 +268,9 @@ impl TurnSite {
             ("Turn-Id", accepted.turn_id.to_string()),
             ("Thread", self.key.to_string()),
         ];
+        if accepted.kind != TurnKind::Turn {
+            trailers.push(("Kind", accepted.kind.as_str().to_owned()));
+        }
         trailers.extend(outcome.session_id.clone().map(|id| ("Session-Id", id)));
         trailers.extend(outcome.model.clone().map(|model| ("Model", model)));
         trailers.push(("Cost-USD", format!("{:.6}", outcome.usage.cost_usd)));
@@ -305,7 +309,7 @@ impl TurnSite {
         journal: &Journal,
         mut context: StoredContext,
     ) -> Result<StoredContext, RunError> {
-        if accepted.kind != TurnKind::Turn {
+        if !accepted.kind.is_run() {
             let text = format!("{} (finished after an interruption)", accepted.instruction);
             let off = async |_: Option<&CommitSummary>| TurnPreview {
                 state: PreviewState::Off,
@@ -371,6 +375,13 @@ impl TurnSite {
         self.save_context(context).await?;
         journal.append(TurnEvent::terminal(result.clone())).await?;
         journal.flush().await?;
+        let kind = result.kind.as_str();
+        metrics::counter!("greenroom_turns_total", "kind" => kind, "status" => result.status.as_str())
+            .increment(1);
+        if result.status != TurnStatus::Recovered {
+            metrics::histogram!("greenroom_turn_duration_seconds", "kind" => kind)
+                .record(result.duration_ms as f64 / 1e3);
+        }
         Ok(())
     }
 }
@@ -381,7 +392,8 @@ impl RunOutcome {
         self.session_id.is_none() && matches!(self.ending, Ending::Failed(_))
     }
 
-    fn nothing() -> Self {
+    /// Of a run in which nothing happened.
+    pub fn nothing() -> Self {
         Self {
             ending: Ending::Cancelled,
             text: String::new(),
@@ -620,6 +632,12 @@ async fn drive(
         slot.as_ref().is_some_and(|(agent, _)| agent.is_usable())
     };
     let mut was_waiting = is_ready(slot);
+    let process = match slot {
+        Some((agent, _)) if was_waiting && agent.has_served() => "warm",
+        Some(_) if was_waiting => "waiting",
+        _ => "cold",
+    };
+    metrics::counter!("greenroom_agent_runs_total", "process" => process).increment(1);
     loop {
         if !is_ready(slot) {
             *slot = Some(site.start_agent(context).await?);
@@ -733,7 +751,7 @@ const LEFT_RUNNING: &str = "Something that the turn had started could not be end
                             run; the operator has to look after it.";
 
 /// Takes what the agent's run says into the result.
-fn apply(
+pub(super) fn apply(
     outcome: &RunOutcome,
     accepted: &Accepted,
     result: &mut TurnResult,
@@ -790,7 +808,7 @@ fn apply(
     }
 }
 
-async fn commit(
+pub(super) async fn commit(
     site: &TurnSite,
     accepted: &Accepted,
     journal: &Journal,
@@ -812,6 +830,7 @@ async fn commit(
     result.held_back = committed.held_back;
     result.repairs.extend(sentences(&committed.repairs));
     if let Some(commit) = committed.commit {
+        metrics::counter!("greenroom_commits_total", "of" => accepted.kind.as_str()).increment(1);
         let told: BTreeSet<String> = outcome.touched.iter().map(|p| site.relative(p)).collect();
         for file in commit
             .files

@@ -142,6 +142,104 @@ async fn with_secrets_every_call_needs_one() {
     assert!(!log.contains(TOKEN) && !log.contains(SECRET), "{log}");
 }
 
+/// Raw bytes in, the first line of the answer out.
+async fn raw(port: u16, bytes: &[u8]) -> String {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut socket = tokio::net::TcpStream::connect(("127.0.0.1", port))
+        .await
+        .unwrap();
+    socket.write_all(bytes).await.unwrap();
+    let mut answer = Vec::new();
+    let mut chunk = [0; 4096];
+    let read = async {
+        while !answer.contains(&b'\n') {
+            match socket.read(&mut chunk).await.unwrap() {
+                0 => break,
+                n => answer.extend_from_slice(&chunk[..n]),
+            }
+        }
+    };
+    tokio::time::timeout(crate::support::PATIENCE, read)
+        .await
+        .unwrap();
+    let text = String::from_utf8_lossy(&answer).into_owned();
+    text.lines().next().unwrap_or_default().to_owned()
+}
+
+#[tokio::test]
+async fn whoever_proves_nothing_sends_no_body() {
+    let (_folders, greenroom) = start(|options| {
+        options
+            .env("CLAUDE_SERVICE_SECRET", SECRET)
+            .env("BIND", "127.0.0.1")
+    })
+    .await;
+    let port = greenroom.api_port;
+    let head = |path: &str, more: &str| {
+        format!("POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n{more}\r\n")
+    };
+    let now = || Timestamp::now().as_millisecond();
+    let claim = |at: i64| {
+        format!(
+            "X-Claude-Timestamp: {at}\r\nX-Claude-Signature: {}\r\n",
+            "ab".repeat(32)
+        )
+    };
+    // Answered with not a byte of the body sent: by its length, in chunks, on both paths.
+    for (path, more, status) in [
+        ("/api/execute", "Content-Length: 1000\r\n".to_owned(), "401"),
+        ("/execute", "Content-Length: 1000\r\n".to_owned(), "401"),
+        (
+            "/execute",
+            "Transfer-Encoding: chunked\r\n".to_owned(),
+            "401",
+        ),
+        (
+            "/execute",
+            format!("Content-Length: 1000\r\n{}", claim(now() - 40_000)),
+            "401",
+        ),
+        (
+            "/execute",
+            "Content-Length: 1000\r\nAuthorization: Bearer x\r\n".to_owned(),
+            "401",
+        ),
+        (
+            "/execute",
+            format!("Content-Length: 99999999\r\n{}", claim(now())),
+            "413",
+        ),
+    ] {
+        let answer = raw(port, head(path, &more).as_bytes()).await;
+        assert!(answer.contains(status), "{path} {more}: {answer}");
+    }
+    // In chunks a body may grow: it is cut off at its limit, proven or not.
+    let mut endless = head(
+        "/execute",
+        &format!("Transfer-Encoding: chunked\r\n{}", claim(now())),
+    );
+    for _ in 0..20 {
+        endless.push_str(&format!("10000\r\n{}\r\n", "x".repeat(0x10000)));
+    }
+    let answer = raw(port, endless.as_bytes()).await;
+    assert!(answer.contains("413"), "{answer}");
+    // A signed body in chunks is the same body.
+    let body = "{}";
+    let at = now();
+    let mut mac = Hmac::<Sha256>::new_from_slice(SECRET.as_bytes()).unwrap();
+    mac.update(format!("{at}:{body}").as_bytes());
+    let signature = hex::encode(mac.finalize().into_bytes());
+    let more = format!(
+        "Transfer-Encoding: chunked\r\nX-Claude-Timestamp: {at}\r\nX-Claude-Signature: {signature}\r\n"
+    );
+    let whole = head("/execute", &more) + "1\r\n{\r\n1\r\n}\r\n0\r\n\r\n";
+    let answer = raw(port, whole.as_bytes()).await;
+    assert!(
+        answer.contains("400"),
+        "let in, and without a prompt: {answer}"
+    );
+}
+
 #[tokio::test]
 async fn without_a_secret_it_answers_this_machine_alone() {
     let (folders, greenroom) =

@@ -22,13 +22,16 @@ const ARROWS: &[(&str, &[&str])] = &[
         &[
             "agent",
             "api",
+            "client", // how a request is signed
             "config",
+            "figures",
             "gateway",
             "lifecycle",
             "preview",
             "process",
             "rehearsal",
             "repository",
+            "service",
             "supervisor",
             "telemetry",
             "usage",
@@ -39,11 +42,13 @@ const ARROWS: &[(&str, &[&str])] = &[
     (
         "api",
         &[
-            "config",     // `Secret`
+            "config", // `Secret`
+            "figures",
             "lifecycle",  // requests hold the container awake
             "process",    // `/ready` shows the confinement
             "rehearsal",  // `/health` names the examples
             "repository", // its errors become codes
+            "service",
             "supervisor",
             "turn", // a turn's events become a stream
             "usage",
@@ -58,8 +63,19 @@ const ARROWS: &[(&str, &[&str])] = &[
             "preview",
             "process",
             "repository",
+            "service", // one-shot runs in a thread's worktree
             "turn",
             "workspace",
+        ],
+    ),
+    (
+        "service",
+        &[
+            "agent", // how a CLI is started
+            "gateway",
+            "process",
+            "usage",     // its run's budget
+            "workspace", // folders
         ],
     ),
     (
@@ -89,6 +105,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         ],
     ),
     ("usage", &[]),
+    ("figures", &[]),
     ("lifecycle", &[]),
     (
         "workspace",
@@ -100,6 +117,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("repository", &[]),
     ("process", &[]),
     ("rehearsal", &[]),
+    // A library for others.
+    ("client", &[]),
     ("config", &[]),
     ("telemetry", &["config"]), // `Secret`, which it masks
 ];
@@ -109,7 +128,9 @@ const CRATES: &[(&str, &[&str])] = &[
     ("axum", &["api", "gateway", "rehearsal"]),
     ("clap", &["cli"]),
     ("git2", &["repository"]),
+    ("governor", &["api"]),
     ("landlock", &["process"]),
+    ("metrics_exporter_prometheus", &["figures"]),
     ("ratatui", &["cli"]),
     (
         "nix",
@@ -123,6 +144,7 @@ const CRATES: &[(&str, &[&str])] = &[
     (
         "reqwest",
         &[
+            "client",
             "gateway",
             "repository", // git's transport over HTTPS
         ],

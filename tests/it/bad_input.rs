@@ -331,14 +331,8 @@ async fn programs_that_are_missing_or_too_old_are_named_by_ready() {
         (deep.status, &deep.body["claudeAvailable"]),
         (200, &json!(true))
     );
-    assert!(
-        deep.body["testResponse"]
-            .as_str()
-            .unwrap()
-            .contains("Claude Code"),
-        "{}",
-        deep.text
-    );
+    let said = deep.body["testResponse"].as_str().unwrap();
+    assert!(!said.is_empty(), "the CLI itself answered: {}", deep.text);
     drop(greenroom);
 
     // No CLI: it starts, says so, inits, and fails turns in a sentence.

@@ -253,7 +253,6 @@ fn summary(events: &[ServerEvent]) -> Value {
     let mut kept = json!({
         "events": names,
         "usesTokens": usage["outputTokens"].as_u64() > Some(0),
-        "costs": usage["costUsd"].as_f64() > Some(0.0),
         "files": result["commit"]["files"],
     });
     for field in [
@@ -270,6 +269,9 @@ fn summary(events: &[ServerEvent]) -> Value {
     if result["status"] == "completed" {
         kept["text"] = result["text"].clone();
         kept["numTurns"] = result["numTurns"].clone();
+        // Without a result of the CLI's the cost is what the gateway counted, and the acting one asks
+        // no gateway.
+        kept["costs"] = json!(usage["costUsd"].as_f64() > Some(0.0));
     }
     kept
 }

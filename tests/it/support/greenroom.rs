@@ -60,6 +60,12 @@ impl Options {
             .env("LOG_FORMAT", "json")
     }
 
+    /// `service` instead: the one-shot service alone.
+    pub(crate) fn service(mut self) -> Self {
+        self.command = "service";
+        self.env("CLAUDE_SERVICE_PORT", "0")
+    }
+
     /// Sets a variable of its environment.
     pub(crate) fn env(mut self, name: &str, value: impl Into<OsString>) -> Self {
         self = self.without(name);
@@ -170,6 +176,8 @@ pub(crate) struct TestGreenroom {
     pub(crate) api_port: u16,
     pub(crate) preview_port: u16,
     pub(crate) hmr_port: u16,
+    /// 0 where there is none.
+    pub(crate) service_port: u16,
     child: Child,
     log: Arc<Mutex<Vec<String>>>,
 }
@@ -187,6 +195,7 @@ impl TestGreenroom {
             api_port: 0,
             preview_port: 0,
             hmr_port: 0,
+            service_port: 0,
             child,
             log,
         };
@@ -197,7 +206,7 @@ impl TestGreenroom {
             let found = lines
                 .iter()
                 .filter_map(|line| serde_json::from_str::<Value>(line).ok())
-                .find(|line| line["api_port"].is_u64());
+                .find(|line| line["api_port"].is_u64() || line["service_port"].is_u64());
             let ended = child.try_wait().unwrap();
             assert!(
                 found.is_some() || ended.is_none(),
@@ -206,8 +215,13 @@ impl TestGreenroom {
             found
         })
         .await;
-        let port = |name: &str| u16::try_from(ready[name].as_u64().unwrap()).unwrap();
+        let port = |name: &str| u16::try_from(ready[name].as_u64().unwrap_or(0)).unwrap();
         greenroom.api_port = port("api_port");
+        greenroom.service_port = port("service_port");
+        if greenroom.options.command == "service" {
+            // Its only one.
+            greenroom.api_port = greenroom.service_port;
+        }
         greenroom.preview_port = port("preview_port");
         greenroom.hmr_port = port("hmr_port");
         greenroom

@@ -1,0 +1,188 @@
+//! Figures for operators: what the rooms count as they go, and what is read when somebody asks.
+//!
+//! Rooms count with the macros of the crate `metrics`; [`Figures`] gathers all of it and writes it down
+//! in Prometheus' text form. This file is the one list of what is counted: names, units, help.
+//!
+//! **Invariant:** a label's value is a word of the code (a kind, a state, an outcome), never a name from
+//! outside: their number is bounded, and no tenant is named.
+
+use std::{fmt, fs, time::Duration};
+
+use metrics::Unit;
+use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle};
+
+use crate::task::Tasks;
+
+/// How often what was measured is gathered where nobody asks: it waits in memory until then.
+const GATHER: Duration = Duration::from_secs(10);
+
+/// In seconds: from what a person does not notice to the longest turn.
+const BUCKETS: [f64; 16] = [
+    0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0,
+];
+
+/// Everything that the rooms count: name, help.
+const COUNTERS: &[(&str, &str)] = &[
+    (
+        "greenroom_http_requests_total",
+        "Requests of the API by route and class of their answer.",
+    ),
+    (
+        "greenroom_turns_total",
+        "Turns that have their outcome, by kind and status.",
+    ),
+    (
+        "greenroom_agent_runs_total",
+        "Instructions to the CLI, by whether its process was warm, waiting for its first, or cold.",
+    ),
+    ("greenroom_agent_starts_total", "CLI processes started."),
+    ("greenroom_commits_total", "Commits, by what they are of."),
+    (
+        "greenroom_lease_changes_total",
+        "Leases, by what became of them.",
+    ),
+    (
+        "greenroom_preview_requests_total",
+        "Requests of the preview's proxy by class of their answer.",
+    ),
+    (
+        "greenroom_service_calls_total",
+        "Calls of the one-shot service by outcome.",
+    ),
+    (
+        "greenroom_service_breaker_changes_total",
+        "Changes of the one-shot service's circuit breaker, by the new state.",
+    ),
+];
+const HISTOGRAMS: &[(&str, &str)] = &[
+    (
+        "greenroom_http_request_duration_seconds",
+        "From a request's head to the head of its answer, by route.",
+    ),
+    (
+        "greenroom_turn_duration_seconds",
+        "From a turn's start to its outcome, by kind.",
+    ),
+    (
+        "greenroom_turn_wait_seconds",
+        "From a turn's admission to its start.",
+    ),
+    (
+        "greenroom_hmr_delay_seconds",
+        "From a turn's commit to the preview's word on it, by whether it came.",
+    ),
+    (
+        "greenroom_service_run_duration_seconds",
+        "Of the one-shot service's runs that succeeded.",
+    ),
+];
+const GAUGES: &[(&str, &str)] = &[
+    ("greenroom_uptime_seconds", "Since the start."),
+    ("greenroom_turns_running", "Turns that run now."),
+    ("greenroom_turns_queued", "Turns in line."),
+    (
+        "greenroom_tasks",
+        "Tasks of the runtime: one that only grows is a leak.",
+    ),
+    (
+        "greenroom_idle_seconds",
+        "Since anybody needed this container.",
+    ),
+    ("greenroom_previews", "Previews by state."),
+    ("greenroom_service_running", "One-shot runs under way."),
+    (
+        "greenroom_service_waiting",
+        "One-shot calls that wait for a slot.",
+    ),
+    (
+        "greenroom_service_breaker",
+        "Where the one-shot service's circuit breaker stands: 1 for its state.",
+    ),
+    (
+        "greenroom_memory_available_bytes",
+        "What the container has left, of its own limit or the machine's.",
+    ),
+    (
+        "greenroom_memory_limit_bytes",
+        "What the container may use, or the machine has.",
+    ),
+    ("process_resident_memory_bytes", "Of the supervisor itself."),
+    ("process_open_fds", "Of the supervisor itself."),
+    ("process_max_fds", "Of the supervisor itself."),
+    ("process_threads", "Of the supervisor itself."),
+];
+
+/// The figures of this process. Cheap to clone.
+#[derive(Clone)]
+pub struct Figures(PrometheusHandle);
+
+impl fmt::Debug for Figures {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Figures")
+    }
+}
+
+impl Figures {
+    /// Begins to gather what is counted. Once in a process: figures of a second call stay empty.
+    pub fn start(tasks: &Tasks) -> Self {
+        let recorder = PrometheusBuilder::new()
+            .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &BUCKETS)
+            .expect("there are buckets")
+            .build_recorder();
+        let handle = recorder.handle();
+        // An error means that there is one, which then has it all.
+        metrics::set_global_recorder(recorder).ok();
+        for (name, help) in COUNTERS {
+            metrics::describe_counter!(*name, *help);
+        }
+        for (name, help) in HISTOGRAMS {
+            metrics::describe_histogram!(*name, Unit::Seconds, *help);
+        }
+        for (name, help) in GAUGES {
+            metrics::describe_gauge!(*name, *help);
+        }
+        let (gathered, stop) = (handle.clone(), tasks.token().clone());
+        tasks.spawn("figures", async move {
+            let gather = async {
+                loop {
+                    tokio::time::sleep(GATHER).await;
+                    gathered.run_upkeep();
+                }
+            };
+            stop.run_until_cancelled(gather).await;
+        });
+        Self(handle)
+    }
+
+    /// All of them in Prometheus' text form, with the supervisor's own process. Reads `/proc`.
+    pub fn text(&self) -> String {
+        read_process();
+        self.0.render()
+    }
+}
+
+/// What the kernel says of this process.
+fn read_process() {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let field = |name: &str| -> Option<f64> {
+        let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+        line.split_whitespace().next()?.parse().ok()
+    };
+    if let Some(kilobytes) = field("VmRSS:") {
+        metrics::gauge!("process_resident_memory_bytes").set(kilobytes * 1024.0);
+    }
+    if let Some(threads) = field("Threads:") {
+        metrics::gauge!("process_threads").set(threads);
+    }
+    if let Ok(entries) = fs::read_dir("/proc/self/fd") {
+        metrics::gauge!("process_open_fds").set(entries.count() as f64);
+    }
+    let limits = fs::read_to_string("/proc/self/limits").unwrap_or_default();
+    let most = limits
+        .lines()
+        .find_map(|line| line.strip_prefix("Max open files"))
+        .and_then(|rest| rest.split_whitespace().next()?.parse::<f64>().ok());
+    if let Some(most) = most {
+        metrics::gauge!("process_max_fds").set(most);
+    }
+}

@@ -1,0 +1,603 @@
+//! The one-shot service: a prompt in, the Claude Code CLI's answer out, in a throw-away folder or
+//! in a place that the caller of this room prepared.
+//!
+//! ```text
+//! admit (draining? circuit? room in line?) ─► wait for a slot ─► circuit ─► folder, token, CLI ─► answer
+//! ```
+//!
+//! A run starts through the same launcher, confinement and gateway as an agent's turn; what it may
+//! touch is data ([`RunSite`]). So many run at once, so many more wait in line, the rest is refused.
+//! [`Service::execute`] runs it in a task of its own, so that it ends in order (SIGTERM, 5 s,
+//! SIGKILL) when its caller goes away. State: the slots, the [breaker](Breaker), the figures.
+
+mod args;
+mod run;
+mod scratch;
+
+use std::{
+    io,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use serde::Serialize;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio_util::sync::CancellationToken;
+use utoipa::ToSchema;
+
+pub use args::{Args, BadArgs};
+pub use run::RunSite;
+
+use run::{End, MAX_OUTPUT};
+use scratch::Scratch;
+
+use crate::{
+    agent::AgentSettings,
+    domain::{Account, Breaker, BreakerState, Pass, Usage, Verdict},
+    gateway::Gateway,
+    process::{Exit, Launcher, ProcessError},
+    task::Tasks,
+    usage::{Breach, Denied, Spent},
+};
+
+/// Runs that may wait for a slot, by the contract.
+const MAX_WAITING: usize = 100;
+/// A failed run's output is told from its end.
+const OUTPUT_TAIL: usize = 8 << 10;
+/// The answer of [`Service::probe`] is good for so long: anybody may ask for it.
+const PROBE_LASTS: Duration = Duration::from_secs(60);
+const FAILED_PROBE_LASTS: Duration = Duration::from_secs(10);
+const PROBE_LIMIT: Duration = Duration::from_secs(60);
+const PROBE: &str = "This is a health check. Answer with the one word: OK";
+
+/// What the service works by.
+#[derive(Debug, Clone)]
+pub struct ServiceSettings {
+    /// `None`: the CLI is missing.
+    pub agent: Option<Arc<AgentSettings>>,
+    /// Runs at once.
+    pub max_concurrent: usize,
+    /// Where throw-away folders are made; private, on the container's own disk.
+    pub scratch: PathBuf,
+    /// Takes secrets out of a text.
+    pub mask: fn(&str) -> String,
+}
+
+/// What is asked of the CLI.
+#[derive(Debug, Clone)]
+pub struct Shot {
+    pub prompt: String,
+    pub args: Args,
+    /// From the run's start; waiting in line does not count.
+    pub timeout: Duration,
+    /// Who pays.
+    pub account: Account,
+}
+
+/// What the CLI answered.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Answer {
+    /// Its standard output.
+    pub output: String,
+    /// Of the run itself.
+    pub duration: Duration,
+    pub usage: Usage,
+}
+
+impl Answer {
+    /// What the model said last, whatever form was asked for.
+    pub fn text(&self) -> String {
+        let last = self.output.trim().lines().next_back().unwrap_or_default();
+        let result = serde_json::from_str::<serde_json::Value>(last)
+            .ok()
+            .and_then(|event| event.get("result")?.as_str().map(str::to_owned));
+        result.unwrap_or_else(|| self.output.trim().to_owned())
+    }
+}
+
+/// What a run left behind that did not succeed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Remains {
+    /// As a shell counts: 128 and the signal's number where one ended it.
+    pub exit_code: Option<i32>,
+    /// The end of its standard error, without secrets.
+    pub stderr: String,
+    /// The same of its standard output, where the CLI says most of its errors.
+    pub output: String,
+}
+
+/// Why there is no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum ServiceError {
+    #[error("greenroom is shutting down; ask again in a moment")]
+    Draining,
+    #[error("{MAX_WAITING} calls are waiting already; ask again when some are done")]
+    QueueFull,
+    #[error("most of the last runs failed, so none is tried for a moment; ask again then")]
+    CircuitOpen { retry_after: Duration },
+    #[error("the Claude Code CLI is not installed here; /ready and the log say what to do")]
+    NotInstalled,
+    #[error("the Claude Code CLI could not be started; /ready and the log say what is missing")]
+    Start(#[source] ProcessError),
+    #[error("failed to make the run's folder")]
+    Folder(#[source] io::Error),
+    #[error("{breach}; the operator can raise it")]
+    OverBudget { breach: Breach },
+    #[error(
+        "the model API refused the credential; the operator has to set a valid ANTHROPIC_API_KEY \
+         or CLAUDE_CREDENTIALS_FILE"
+    )]
+    CredentialRefused(Remains),
+    #[error("the Claude Code CLI ended with {exit}; stderr and output have its own words")]
+    Failed { exit: Exit, remains: Remains },
+    #[error("the run took longer than {} s and was stopped", timeout.as_secs_f64())]
+    TimedOut { timeout: Duration, remains: Remains },
+    #[error("the run printed more than {} MB and was stopped", MAX_OUTPUT >> 20)]
+    TooMuchOutput,
+    /// Its caller went away, or the program stops.
+    #[error("the run was stopped before its end")]
+    Cancelled,
+}
+
+impl ServiceError {
+    fn verdict(&self) -> Verdict {
+        match self {
+            Self::Draining
+            | Self::QueueFull
+            | Self::CircuitOpen { .. }
+            | Self::OverBudget { .. }
+            | Self::Cancelled => Verdict::Unknown,
+            Self::NotInstalled
+            | Self::Start(_)
+            | Self::Folder(_)
+            | Self::CredentialRefused(_)
+            | Self::Failed { .. }
+            | Self::TimedOut { .. }
+            | Self::TooMuchOutput => Verdict::Failure,
+        }
+    }
+
+    /// A label for figures.
+    fn outcome(&self) -> &'static str {
+        match self {
+            Self::Draining => "draining",
+            Self::QueueFull => "queue_full",
+            Self::CircuitOpen { .. } => "circuit_open",
+            Self::OverBudget { .. } => "over_budget",
+            Self::TimedOut { .. } => "timed_out",
+            Self::Cancelled => "cancelled",
+            _ => "failed",
+        }
+    }
+}
+
+/// What the service did so far, as its callers' monitors read it. Times in milliseconds.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Figures {
+    /// Well-formed calls, those that were refused included.
+    pub total_requests: u64,
+    pub successful_requests: u64,
+    pub failed_requests: u64,
+    /// Of the successful ones.
+    pub average_execution_time: f64,
+    /// Under way now, those in line included.
+    pub active_requests: u64,
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    figures: Figures,
+    took: Duration,
+}
+
+#[derive(Debug)]
+struct Inner {
+    settings: ServiceSettings,
+    launcher: Launcher,
+    gateway: Gateway,
+    tasks: Tasks,
+    /// Runs at once, and runs with those in line.
+    slots: Arc<Semaphore>,
+    line: Arc<Semaphore>,
+    breaker: Mutex<Breaker>,
+    counts: Mutex<Counts>,
+    probe: tokio::sync::Mutex<Option<(Instant, Result<String, String>)>>,
+    draining: CancellationToken,
+    /// Ends what runs.
+    stop: CancellationToken,
+}
+
+/// The service's handle. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Service(Arc<Inner>);
+
+/// A call that was admitted and has a slot.
+#[derive(Debug)]
+pub struct Ticket {
+    service: Service,
+    _line: OwnedSemaphorePermit,
+    _slot: OwnedSemaphorePermit,
+    call: Call,
+}
+
+/// Counts a call; one that is dropped before its end was cancelled.
+#[derive(Debug)]
+struct Call {
+    service: Service,
+    began: Instant,
+    is_over: bool,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Call {
+    fn begin(service: &Service) -> Self {
+        let mut counts = lock(&service.0.counts);
+        counts.figures.total_requests += 1;
+        counts.figures.active_requests += 1;
+        Self {
+            service: service.clone(),
+            began: Instant::now(),
+            is_over: false,
+        }
+    }
+
+    fn end(&mut self, outcome: &'static str, run: Option<Duration>) {
+        if std::mem::replace(&mut self.is_over, true) {
+            return;
+        }
+        let mut counts = lock(&self.service.0.counts);
+        counts.figures.active_requests -= 1;
+        match run {
+            Some(took) => {
+                counts.figures.successful_requests += 1;
+                counts.took += took;
+            }
+            None => counts.figures.failed_requests += 1,
+        }
+        drop(counts);
+        metrics::counter!("greenroom_service_calls_total", "outcome" => outcome).increment(1);
+        if let Some(took) = run {
+            metrics::histogram!("greenroom_service_run_duration_seconds")
+                .record(took.as_secs_f64());
+        }
+        tracing::info!(
+            outcome,
+            elapsed_ms = self.began.elapsed().as_millis() as u64,
+            "a one-shot call ended"
+        );
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        self.end("cancelled", None);
+    }
+}
+
+/// A run's place in the breaker's count.
+struct Passage<'a> {
+    service: &'a Service,
+    pass: Pass,
+    verdict: Verdict,
+}
+
+impl Drop for Passage<'_> {
+    fn drop(&mut self) {
+        let now = Instant::now();
+        let mut breaker = lock(&self.service.0.breaker);
+        if breaker.leave(self.pass, self.verdict, now) {
+            let state = breaker.state(now).as_str();
+            metrics::counter!("greenroom_service_breaker_changes_total", "to" => state)
+                .increment(1);
+            tracing::warn!(state, "the one-shot service's circuit breaker changed");
+        }
+    }
+}
+
+impl Service {
+    /// A service without runs.
+    pub fn new(
+        settings: ServiceSettings,
+        launcher: Launcher,
+        gateway: Gateway,
+        tasks: Tasks,
+    ) -> Self {
+        let (slots, line) = (
+            settings.max_concurrent,
+            settings.max_concurrent + MAX_WAITING,
+        );
+        Self(Arc::new(Inner {
+            settings,
+            launcher,
+            gateway,
+            tasks,
+            slots: Arc::new(Semaphore::new(slots)),
+            line: Arc::new(Semaphore::new(line)),
+            breaker: Mutex::new(Breaker::new()),
+            counts: Mutex::default(),
+            probe: tokio::sync::Mutex::default(),
+            draining: CancellationToken::new(),
+            stop: CancellationToken::new(),
+        }))
+    }
+
+    /// The tools that a caller may ask for.
+    pub fn tools(&self) -> &[String] {
+        self.0
+            .settings
+            .agent
+            .as_ref()
+            .map_or(&[], |agent| &agent.tools)
+    }
+
+    /// What was done so far.
+    pub fn figures(&self) -> Figures {
+        let counts = lock(&self.0.counts);
+        let mut figures = counts.figures;
+        if figures.successful_requests > 0 {
+            let mean = counts.took.as_secs_f64() * 1e3 / figures.successful_requests as f64;
+            figures.average_execution_time = (mean * 100.0).round() / 100.0;
+        }
+        figures
+    }
+
+    /// Where the circuit breaker stands.
+    pub fn breaker(&self) -> BreakerState {
+        lock(&self.0.breaker).state(Instant::now())
+    }
+
+    /// Runs under way, and calls that wait for a slot.
+    pub fn load(&self) -> (usize, usize) {
+        let max = self.0.settings.max_concurrent;
+        let running = max - self.0.slots.available_permits().min(max);
+        let within = max + MAX_WAITING - self.0.line.available_permits();
+        (running, within.saturating_sub(running))
+    }
+
+    /// Waits in line for a slot.
+    ///
+    /// # Errors
+    /// Where it is of no use to wait: see [`ServiceError`].
+    pub async fn admit(&self) -> Result<Ticket, ServiceError> {
+        let mut call = Call::begin(self);
+        let admitted = self.wait_in_line().await;
+        match admitted {
+            Ok((line, slot)) => Ok(Ticket {
+                service: self.clone(),
+                _line: line,
+                _slot: slot,
+                call,
+            }),
+            Err(error) => {
+                call.end(error.outcome(), None);
+                Err(error)
+            }
+        }
+    }
+
+    async fn wait_in_line(
+        &self,
+    ) -> Result<(OwnedSemaphorePermit, OwnedSemaphorePermit), ServiceError> {
+        if self.0.draining.is_cancelled() {
+            return Err(ServiceError::Draining);
+        }
+        if let Some(retry_after) = lock(&self.0.breaker).refusal(Instant::now()) {
+            return Err(ServiceError::CircuitOpen { retry_after });
+        }
+        let line = self.0.line.clone().try_acquire_owned();
+        let line = line.map_err(|_| ServiceError::QueueFull)?;
+        tokio::select! {
+            biased;
+            () = self.0.draining.cancelled() => Err(ServiceError::Draining),
+            slot = self.0.slots.clone().acquire_owned() => {
+                Ok((line, slot.expect("the semaphore is never closed")))
+            }
+        }
+    }
+
+    /// Runs in a throw-away folder or in `site`, to its end or until the caller goes away: dropping
+    /// the future ends the run in order.
+    ///
+    /// # Errors
+    /// [`ServiceError`].
+    pub async fn execute(&self, shot: Shot, site: RunSite) -> Result<Answer, ServiceError> {
+        let ticket = self.admit().await?;
+        let (reply, answer) = oneshot::channel();
+        let gone = CancellationToken::new();
+        let guard = gone.clone().drop_guard();
+        self.0.tasks.spawn("one-shot run", async move {
+            reply.send(ticket.run(shot, site, &gone).await).ok();
+        });
+        let answer = answer.await.unwrap_or(Err(ServiceError::Cancelled));
+        drop(guard.disarm());
+        answer
+    }
+
+    /// Does the CLI answer? Asks it, at most once a minute; beside the line, so that a busy service
+    /// is no sick one.
+    ///
+    /// # Errors
+    /// A sentence that says why it does not.
+    pub async fn probe(&self) -> Result<String, String> {
+        let mut last = self.0.probe.lock().await;
+        if let Some((at, answer)) = &*last {
+            let lasts = match answer {
+                Ok(_) => PROBE_LASTS,
+                Err(_) => FAILED_PROBE_LASTS,
+            };
+            if at.elapsed() < lasts {
+                return answer.clone();
+            }
+        }
+        let shot = Shot {
+            prompt: PROBE.to_owned(),
+            args: Args::default(),
+            timeout: PROBE_LIMIT,
+            account: Account::of_kind(Account::HEALTH),
+        };
+        let answer = match self.run(&shot, &RunSite::default(), &self.0.stop).await {
+            Ok(answer) => Ok(answer.output.trim().to_owned()),
+            Err(error) => {
+                tracing::warn!(%error, "the CLI did not answer a health check");
+                Err(error.to_string())
+            }
+        };
+        *last = Some((Instant::now(), answer.clone()));
+        answer
+    }
+
+    /// Cancelled when a shutdown begins.
+    pub fn draining(&self) -> CancellationToken {
+        self.0.draining.clone()
+    }
+
+    /// Refuses new calls, lets those under way end until `deadline`, then ends them.
+    pub async fn drain(&self, deadline: tokio::time::Instant) {
+        self.0.draining.cancel();
+        let all = u32::try_from(self.0.settings.max_concurrent).unwrap_or(u32::MAX);
+        let over = self.0.slots.acquire_many(all);
+        if tokio::time::timeout_at(deadline, over).await.is_err() {
+            tracing::warn!("ending one-shot runs that still go on");
+            self.0.stop.cancel();
+            let over = self.0.slots.acquire_many(all);
+            tokio::time::timeout(Duration::from_secs(6), over)
+                .await
+                .ok();
+        }
+    }
+
+    async fn run(
+        &self,
+        shot: &Shot,
+        site: &RunSite,
+        cancel: &CancellationToken,
+    ) -> Result<Answer, ServiceError> {
+        let inner = &*self.0;
+        let agent = inner.settings.agent.as_ref();
+        let agent = agent.ok_or(ServiceError::NotInstalled)?;
+        let meter = inner.gateway.ledger().meter(shot.account.clone());
+        // Where it cannot be known now the gateway asks again, and knows what to do.
+        if let Err(Denied::OverBudget(breach)) = meter.check().await {
+            return Err(ServiceError::OverBudget { breach });
+        }
+        let scratch = Scratch::make(&inner.settings.scratch).await;
+        let scratch = scratch.map_err(ServiceError::Folder)?;
+        let token = inner.gateway.issue();
+        let deadline = tokio::time::Instant::now() + shot.timeout;
+        let active = token.begin_until(shot.account.clone(), deadline);
+        let spec = run::spec(agent, site, &scratch, &shot.args, token.as_str());
+        let began = Instant::now();
+        let child = match inner.launcher.spawn(spec).await {
+            Ok(child) => child,
+            Err(error) => {
+                scratch.remove().await;
+                return Err(ServiceError::Start(error));
+            }
+        };
+        let raw = run::follow(child, &shot.prompt, &active, deadline, cancel).await;
+        let duration = began.elapsed();
+        let usage = usage(&active.spent());
+        drop(active);
+        // It may have printed its environment: the token is worthless by now, and a token.
+        let masked = |text: &str| (inner.settings.mask)(&text.replace(token.as_str(), "***"));
+        let clean = |text: &str| masked(&text.replace(&*scratch.root().to_string_lossy(), ""));
+        let remains = |exit: Exit| Remains {
+            exit_code: exit.code.or(exit.signal.map(|signal| 128 + signal)),
+            stderr: clean(&raw.stderr),
+            output: clean(tail(&String::from_utf8_lossy(&raw.stdout), OUTPUT_TAIL)),
+        };
+        let answer = match raw.end {
+            End::Exited(exit) if exit.is_success() => Ok(Answer {
+                output: masked(&String::from_utf8_lossy(&raw.stdout)),
+                duration,
+                usage,
+            }),
+            End::Exited(exit) => Err(ServiceError::Failed {
+                exit,
+                remains: remains(exit),
+            }),
+            End::TimedOut(exit) => Err(ServiceError::TimedOut {
+                timeout: shot.timeout,
+                remains: remains(exit),
+            }),
+            End::Cancelled => Err(ServiceError::Cancelled),
+            End::OverBudget(ref breach) => Err(ServiceError::OverBudget {
+                breach: breach.clone(),
+            }),
+            End::CredentialRefused(exit) => Err(ServiceError::CredentialRefused(remains(exit))),
+            End::TooMuch => Err(ServiceError::TooMuchOutput),
+        };
+        scratch.remove().await;
+        answer
+    }
+}
+
+impl Ticket {
+    /// Runs in `site`, to its end or until `cancel`. Dropped, it is killed at once.
+    ///
+    /// # Errors
+    /// [`ServiceError`].
+    pub async fn run(
+        mut self,
+        shot: Shot,
+        site: RunSite,
+        cancel: &CancellationToken,
+    ) -> Result<Answer, ServiceError> {
+        let service = self.service.clone();
+        let ran = async {
+            let pass = lock(&service.0.breaker).enter(Instant::now());
+            let pass = pass.map_err(|retry_after| ServiceError::CircuitOpen { retry_after })?;
+            let mut passage = Passage {
+                service: &service,
+                pass,
+                verdict: Verdict::Unknown,
+            };
+            let stop = service.0.stop.child_token();
+            let mut run = std::pin::pin!(service.run(&shot, &site, &stop));
+            let ran = tokio::select! {
+                ran = &mut run => ran,
+                () = cancel.cancelled() => {
+                    stop.cancel();
+                    run.await
+                }
+            };
+            passage.verdict = match &ran {
+                Ok(_) => Verdict::Success,
+                Err(error) => error.verdict(),
+            };
+            ran
+        };
+        let ran = ran.await;
+        match &ran {
+            Ok(answer) => self.call.end("success", Some(answer.duration)),
+            Err(error) => {
+                if let Some(cause) = std::error::Error::source(error) {
+                    tracing::warn!(%error, %cause, "a one-shot run did not work");
+                }
+                self.call.end(error.outcome(), None);
+            }
+        }
+        ran
+    }
+}
+
+fn usage(spent: &Spent) -> Usage {
+    let tokens = spent.tokens;
+    Usage {
+        input_tokens: tokens.input,
+        output_tokens: tokens.output,
+        cache_read_tokens: tokens.cache_read,
+        cache_creation_tokens: tokens.cache_write_5m + tokens.cache_write_1h,
+        cost_usd: spent.usd,
+    }
+}
+
+/// The end of a text, from a character's beginning on.
+fn tail(text: &str, bytes: usize) -> &str {
+    &text[text.ceil_char_boundary(text.len().saturating_sub(bytes))..]
+}

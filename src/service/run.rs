@@ -1,0 +1,231 @@
+//! One run of the CLI, from its start to its end: how it is started, what is read of it, and what
+//! may end it before its time.
+
+use std::{path::PathBuf, pin::pin, time::Duration};
+
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWriteExt},
+    net::unix::pipe,
+    time::{Instant, sleep_until, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{Args, scratch::Scratch};
+use crate::{
+    agent::AgentSettings,
+    gateway::ActiveRun,
+    process::{Child, Exit, Ports, Spec, Stdin},
+    usage::Breach,
+};
+
+/// Most that a run may print: an answer of the longest model is half a megabyte.
+pub(super) const MAX_OUTPUT: usize = 16 << 20;
+/// What is kept of the standard error, from its end.
+const STDERR_TAIL: usize = 8 << 10;
+/// SIGTERM to SIGKILL, by the contract.
+const GRACE: Duration = Duration::from_secs(5);
+/// Once the process has ended its last words are in the pipe.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How often it is looked whether the upstream refuses our credential: the CLI tries that again
+/// for three minutes (measured with 2.1.329).
+const LOOK: Duration = Duration::from_millis(250);
+
+/// What a run may touch beside its own throw-away folders, as data.
+#[derive(Debug, Clone, Default)]
+pub struct RunSite {
+    /// Where it works; `None`: in a folder of its own.
+    pub cwd: Option<PathBuf>,
+    pub read: Vec<PathBuf>,
+    pub write: Vec<PathBuf>,
+    /// Ports beside the gateway's.
+    pub connect: Vec<u16>,
+    /// For its system prompt.
+    pub note: Option<&'static str>,
+}
+
+/// How it came to its end.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) enum End {
+    Exited(Exit),
+    TimedOut(Exit),
+    Cancelled,
+    OverBudget(Breach),
+    CredentialRefused(Exit),
+    TooMuch,
+}
+
+/// What is known of a run that is over.
+#[derive(Debug)]
+pub(super) struct Raw {
+    pub(super) end: End,
+    pub(super) stdout: Vec<u8>,
+    pub(super) stderr: String,
+}
+
+/// The CLI's start.
+pub(super) fn spec(
+    settings: &AgentSettings,
+    site: &RunSite,
+    scratch: &Scratch,
+    args: &Args,
+    token: &str,
+) -> Spec {
+    let mut profile = settings.profile();
+    profile.read.extend(site.read.iter().cloned());
+    profile.write.push(scratch.root().to_owned());
+    profile.write.extend(site.write.iter().cloned());
+    let mut ports = site.connect.clone();
+    ports.push(settings.gateway_port);
+    profile.connect = Ports::Only(ports);
+    let mut args = args.clone();
+    args.model = args.model.or_else(|| settings.model.clone());
+    Spec {
+        name: "one-shot claude",
+        program: settings.program.clone(),
+        args: args.command_line(&settings.tools, settings.is_confined, site.note),
+        env: settings.environment(&scratch.home(), &scratch.temporary(), token),
+        cwd: site.cwd.clone().unwrap_or_else(|| scratch.work()),
+        stdin: Stdin::Piped,
+        profile,
+    }
+}
+
+/// Feeds the prompt, reads what comes, and sees to it that it ends. Dropped, it is killed.
+pub(super) async fn follow(
+    child: Child,
+    prompt: &str,
+    active: &ActiveRun,
+    deadline: Instant,
+    cancel: &CancellationToken,
+) -> Raw {
+    let handle = child.handle();
+    let Child {
+        stdin,
+        stdout,
+        stderr,
+        ..
+    } = child;
+    let full = CancellationToken::new();
+    let (mut out, mut err) = (Vec::new(), Vec::new());
+    let end = {
+        let read = async {
+            tokio::join!(
+                feed(stdin, prompt),
+                fill(stdout, &mut out, &full),
+                keep_tail(stderr, &mut err)
+            );
+        };
+        let end = async {
+            let why = tokio::select! {
+                exit = handle.wait() => return exited(exit, active),
+                why = reason_to_end(active, deadline, cancel, &full) => why,
+            };
+            let exit = handle.terminate(GRACE).await;
+            match why {
+                Why::Late => End::TimedOut(exit),
+                Why::Cancelled => End::Cancelled,
+                Why::OverBudget(breach) => End::OverBudget(breach),
+                Why::Refused => End::CredentialRefused(exit),
+                Why::TooMuch => End::TooMuch,
+            }
+        };
+        let (mut read, mut end) = (pin!(read), pin!(end));
+        let mut has_read = false;
+        let end = loop {
+            tokio::select! {
+                // Also while it is being ended: a full pipe would keep it from that.
+                () = &mut read, if !has_read => has_read = true,
+                end = &mut end => break end,
+            }
+        };
+        if !has_read {
+            timeout(LAST_WORDS, read).await.ok();
+        }
+        end
+    };
+    Raw {
+        end,
+        stdout: out,
+        stderr: String::from_utf8_lossy(&err).trim().to_owned(),
+    }
+}
+
+/// Why a run is ended.
+enum Why {
+    Late,
+    Cancelled,
+    OverBudget(Breach),
+    Refused,
+    TooMuch,
+}
+
+async fn reason_to_end(
+    active: &ActiveRun,
+    deadline: Instant,
+    cancel: &CancellationToken,
+    full: &CancellationToken,
+) -> Why {
+    let mut budget = active.budget_news();
+    let mut look = tokio::time::interval(LOOK);
+    loop {
+        if let Some(breach) = budget.borrow_and_update().breach.clone() {
+            return Why::OverBudget(breach);
+        }
+        if is_refused(active) {
+            return Why::Refused;
+        }
+        tokio::select! {
+            () = cancel.cancelled() => return Why::Cancelled,
+            () = full.cancelled() => return Why::TooMuch,
+            () = sleep_until(deadline) => return Why::Late,
+            // The look goes on without news.
+            _ = budget.changed() => {}
+            _ = look.tick() => {}
+        }
+    }
+}
+
+fn exited(exit: Exit, active: &ActiveRun) -> End {
+    if exit.is_success() {
+        return End::Exited(exit);
+    }
+    let breach = active.budget_news().borrow().breach.clone();
+    match breach {
+        Some(breach) => End::OverBudget(breach),
+        None if is_refused(active) => End::CredentialRefused(exit),
+        None => End::Exited(exit),
+    }
+}
+
+/// Does the upstream refuse our credential?
+fn is_refused(active: &ActiveRun) -> bool {
+    active.last_upstream_status() == Some(401)
+}
+
+async fn feed(stdin: Option<pipe::Sender>, prompt: &str) {
+    if let Some(mut stdin) = stdin {
+        // One that does not read its prompt says why by how it ends.
+        stdin.write_all(prompt.as_bytes()).await.ok();
+    }
+}
+
+/// Reads to the end; past the limit it says so, and passes the rest over.
+async fn fill(mut stream: impl AsyncRead + Unpin, into: &mut Vec<u8>, full: &CancellationToken) {
+    let mut chunk = vec![0; 16 << 10];
+    while let Ok(length @ 1..) = stream.read(&mut chunk).await {
+        if into.len() + length > MAX_OUTPUT {
+            full.cancel();
+        } else {
+            into.extend_from_slice(&chunk[..length]);
+        }
+    }
+}
+
+async fn keep_tail(mut stream: impl AsyncRead + Unpin, into: &mut Vec<u8>) {
+    let mut chunk = vec![0; 4 << 10];
+    while let Ok(length @ 1..) = stream.read(&mut chunk).await {
+        into.extend_from_slice(&chunk[..length]);
+        let surplus = into.len().saturating_sub(STDERR_TAIL);
+        into.drain(..surplus);
+    }
+}

@@ -1,0 +1,80 @@
+//! The folders of one run: made for it, gone after it.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use crate::{task, workspace::make_private_dir};
+
+/// A handful of small folders on the container's own disk; of a run that filled it, many files.
+const DISK_DEADLINE: Duration = Duration::from_secs(60);
+
+/// A private folder that is removed with its value.
+#[derive(Debug)]
+pub(super) struct Scratch {
+    root: PathBuf,
+    is_gone: bool,
+}
+
+impl Scratch {
+    pub(super) async fn make(below: &Path) -> io::Result<Self> {
+        let root = below.join(uuid::Uuid::new_v4().simple().to_string());
+        let scratch = Self {
+            root,
+            is_gone: false,
+        };
+        let folders = [scratch.home(), scratch.temporary(), scratch.work()];
+        let make = move || {
+            folders
+                .iter()
+                .try_for_each(|folder| make_private_dir(folder))
+        };
+        task::blocking("making a run's folders", DISK_DEADLINE, make)
+            .await
+            .map_err(io::Error::other)?
+            .map_err(io::Error::other)?;
+        Ok(scratch)
+    }
+
+    pub(super) fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// HOME and the CLI's configuration.
+    pub(super) fn home(&self) -> PathBuf {
+        self.root.join("home")
+    }
+
+    pub(super) fn temporary(&self) -> PathBuf {
+        self.root.join("tmp")
+    }
+
+    /// Where a run works that has no place of its own.
+    pub(super) fn work(&self) -> PathBuf {
+        self.root.join("work")
+    }
+
+    /// Removes it, off the async workers.
+    pub(super) async fn remove(mut self) {
+        self.is_gone = true;
+        let root = self.root.clone();
+        let removed = task::blocking("removing a run's folders", DISK_DEADLINE, move || {
+            std::fs::remove_dir_all(root)
+        })
+        .await;
+        if !matches!(removed, Ok(Ok(()))) {
+            tracing::warn!(?removed, "a one-shot run's folder could not be removed");
+        }
+    }
+}
+
+impl Drop for Scratch {
+    /// For a run that is dropped in its midst.
+    fn drop(&mut self) {
+        if !self.is_gone {
+            std::fs::remove_dir_all(&self.root).ok();
+        }
+    }
+}
