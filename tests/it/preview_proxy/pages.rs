@@ -297,7 +297,14 @@ async fn a_page_that_has_been_deaf_for_a_while_is_loaded_again() {
         .await
         .unwrap();
     let greeting = timeout(SOON, socket.next()).await.unwrap();
-    assert!(greeting.unwrap().unwrap().to_text().unwrap().contains("connected"));
+    assert!(
+        greeting
+            .unwrap()
+            .unwrap()
+            .to_text()
+            .unwrap()
+            .contains("connected")
+    );
     assert_eq!(say("1").await, 204, "it hears");
     drop(socket);
     assert_eq!(say("1").await, 204, "it may be on its way to another");
@@ -307,5 +314,9 @@ async fn a_page_that_has_been_deaf_for_a_while_is_loaded_again() {
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
     assert!(begun.elapsed() > Duration::from_secs(9));
-    assert_eq!(say("0").await, 204, "a page without Vite's client wants none");
+    assert_eq!(
+        say("0").await,
+        204,
+        "a page without Vite's client wants none"
+    );
 }
