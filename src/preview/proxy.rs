@@ -54,7 +54,11 @@ use super::{
     tunnel::tunnel,
     upstream::Upstream,
 };
-use crate::{domain::PreviewState, task::Tasks, text::status_class};
+use crate::{
+    domain::{PreviewState, PreviewStatus},
+    task::Tasks,
+    text::status_class,
+};
 
 /// Connections at once on one listener, tunnels included; more wait in the kernel's backlog.
 const MAX_CONNECTIONS: usize = 1024;
@@ -63,6 +67,9 @@ const MAX_CONNECTIONS: usize = 1024;
 const MAX_HEAD: usize = 64 * 1024;
 /// How long a request that can't be shown a page waits for a server that starts.
 const WAIT_FOR_LIVE: Duration = Duration::from_secs(30);
+/// Of that, how long a request waits for a server that has failed to be started again: a page that is
+/// shown as it was asks for much that would hold all of the browser's connections.
+const WAIT_FOR_RESTART: Duration = Duration::from_secs(2);
 /// Vite leaves handshakes that it doesn't know without an answer.
 const UPGRADE_DEADLINE: Duration = Duration::from_secs(15);
 /// For requests in flight when the program stops.
@@ -601,12 +608,16 @@ async fn await_upstream(preview: &PreviewHandle) -> Result<u16, Page> {
         return Err(not_yet(false));
     }
     preview.wake();
+    let has_failed = |status: &PreviewStatus| status.state == PreviewState::Error;
     let live = async {
-        status
-            .wait_for(|status| status.upstream.is_some())
-            .await
-            .ok()
-            .and_then(|live| live.upstream)
+        loop {
+            let seen = status.wait_for(|status| status.upstream.is_some() || has_failed(status));
+            if let Some(port) = seen.await.ok()?.upstream {
+                return Some(port);
+            }
+            let next = status.wait_for(|status| status.upstream.is_some() || !has_failed(status));
+            timeout(WAIT_FOR_RESTART, next).await.ok()?.ok()?;
+        }
     };
     timeout(WAIT_FOR_LIVE, live)
         .await
