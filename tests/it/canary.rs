@@ -51,7 +51,7 @@ for f in "$HOME" "$TMPDIR" . .. ../.. ../../.. ../../../.. ../../../../.greenroo
 done
 git config --list --show-origin; git log --all -p | grep "$m"; cat .git ../../project/.git/config
 cat ~/.npmrc ~/.netrc ~/.git-credentials ~/.claude/.credentials.json ~/.aws/credentials
-for p in 80 51679; do exec 3<>/dev/tcp/169.254.170.2/$p && echo REACHED; done
+for p in 80 51679; do exec 3<>/dev/tcp/169.254.170.2/$p && echo REACH''ED; done
 true"#;
 
 /// A dev server that looks once and shows what it found.
@@ -180,7 +180,10 @@ async fn play(stage: &Stage) {
     // What it wrote of it is committed, or held back for its own token.
     let worktree = stage.folders.worktree(&alice);
     let found = fs::read_to_string(worktree.join("found.txt")).unwrap();
-    assert!(found.contains("ANTHROPIC_AUTH_TOKEN"), "it has looked: {found}");
+    assert!(
+        found.contains("ANTHROPIC_AUTH_TOKEN"),
+        "it has looked: {found}"
+    );
     holds_none("what it found", &found);
     holds_none("a commit", &git(&worktree, &["log", "--all", "-p"]));
     holds_none("git's settings", &git(&worktree, &["config", "--list"]));
