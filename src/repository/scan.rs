@@ -31,6 +31,7 @@ use super::{
     gate,
     index::{self, Entry, Index, LINK_MODE, Moment, SUBMODULE_MODE, Stat},
     stage::in_tree,
+    vet,
     watch::Changed,
 };
 
@@ -53,6 +54,9 @@ pub(super) struct Scan {
     pub(super) unreadable: Vec<PathBuf>,
     /// Submodules' places in which something lies.
     pub(super) submodules: Vec<PathBuf>,
+    /// A file of rules that libgit2 must not be led to, and what is wrong with it. Then little else
+    /// was looked at.
+    pub(super) forbidden: Option<(PathBuf, &'static str)>,
     /// Read-only files and folders that can be written now.
     pub(super) loosened: usize,
     /// Folders that the index does not know and that are not ignored; not those in them.
@@ -189,12 +193,29 @@ impl Scan {
         self.unreadable.extend(other.unreadable);
         self.submodules.extend(other.submodules);
         self.new.extend(other.new);
+        self.forbidden = self.forbidden.take().or(other.forbidden);
         self.loosened += other.loosened;
+    }
+
+    /// Looks at what may be a file of rules, which libgit2 would read.
+    fn look_at_rules(&mut self, folder: &[u8], name: &CStr, stat: &FileStat) {
+        let is_rules = vet::is_rules(name.to_bytes()) && kind(stat) != SFlag::S_IFDIR;
+        if !is_rules || self.forbidden.is_some() {
+            return;
+        }
+        let size = u64::try_from(stat.st_size).unwrap_or(u64::MAX);
+        let fault = vet::rules_fault(kind(stat) == SFlag::S_IFREG, size);
+        let path = path_of(folder).join(OsStr::from_bytes(name.to_bytes()));
+        self.forbidden = fault.map(|fault| (path, fault));
     }
 
     /// Lists the new files that are not ignored, one by one. A repository inside the worktree is a
     /// folder like others.
     fn list_new(&mut self, root: &Path, repo: &Repository) {
+        // From here on libgit2 reads what is to be ignored.
+        if self.forbidden.is_some() {
+            return;
+        }
         let mut new = std::mem::take(&mut self.new);
         let folders = new.iter().filter(|(_, is_folder)| *is_folder);
         let folders = folders.map(|(path, _)| path);
@@ -214,6 +235,7 @@ impl Scan {
                 self.paths.push(packages);
             } else if is_folder {
                 match self.list_folder(root, &path) {
+                    Ok(_) if self.forbidden.is_some() => return,
                     Ok(found) => new.extend(found),
                     Err(error) if error == Errno::ENOENT || error == Errno::ENOTDIR => {}
                     Err(_) => self.unreadable.push(path),
@@ -253,6 +275,7 @@ impl Scan {
             let Ok(stat) = fstatat(folder.as_fd(), name, AtFlags::AT_SYMLINK_NOFOLLOW) else {
                 continue;
             };
+            self.look_at_rules(path.as_os_str().as_bytes(), name, &stat);
             let kind = kind(&stat);
             if kind == SFlag::S_IFREG {
                 loosen_file(folder.as_fd(), name, &stat, &mut self.loosened);
@@ -390,6 +413,7 @@ impl Crew<'_> {
             let Ok(stat) = fstatat(own.as_fd(), name, AtFlags::AT_SYMLINK_NOFOLLOW) else {
                 continue;
             };
+            scan.look_at_rules(&folder.prefix, name, &stat);
             let is_folder = kind(&stat) == SFlag::S_IFDIR;
             match &known[at].1 {
                 Known::Folder(range) if is_folder => {
@@ -471,6 +495,7 @@ impl Crew<'_> {
     ) {
         let mut is_file = is_folder;
         if !is_folder && let Ok(stat) = fstatat(own.as_fd(), name, AtFlags::AT_SYMLINK_NOFOLLOW) {
+            scan.look_at_rules(&folder.prefix, name, &stat);
             // git knows no pipes, sockets and devices.
             is_file = matches!(kind(&stat), SFlag::S_IFREG | SFlag::S_IFLNK);
             if kind(&stat) == SFlag::S_IFREG {

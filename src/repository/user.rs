@@ -8,6 +8,7 @@ use std::{
 
 use git2::{
     AutotagOption, BranchType, ErrorCode, FetchOptions, Oid, Repository, RepositoryInitOptions,
+    RepositoryOpenFlags,
 };
 
 use super::{
@@ -231,6 +232,7 @@ fn build(
             vetted(&repo, first_commit(&repo, key, base_branch)?, None)?
         }
         Source::Local(path) => {
+            look_ahead(path, key, base_branch)?;
             let path = path.to_string_lossy();
             fetch(&repo, &Link::local(&path))
                 .map_err(|source| RepositoryError::Local { source })?;
@@ -292,6 +294,24 @@ fn first_commit(repo: &Repository, key: &UserKey, base_branch: Option<&str>) -> 
             branch: name.to_owned(),
         }),
         None => default_tip(repo)?.ok_or(RepositoryError::NoDefaultBranch),
+    }
+}
+
+/// Judges what will be fetched from a folder, before: libgit2 holds each object of it in memory to
+/// pack it. What cannot be found or read here is the fetch's to tell.
+fn look_ahead(path: &Path, key: &UserKey, base_branch: Option<&str>) -> Result<()> {
+    let flags = RepositoryOpenFlags::NO_SEARCH;
+    let Ok(there) = Repository::open_ext(path, flags, &[] as &[&Path]) else {
+        return Ok(());
+    };
+    let client = key.client_branch();
+    let names = [Some(client.as_str()), base_branch].into_iter().flatten();
+    let named = names.filter_map(|name| branch_tip(&there, name).ok().flatten());
+    let default = || there.head().and_then(|head| head.peel_to_commit());
+    let start = named.map(Some).next();
+    match start.unwrap_or_else(|| default().ok().map(|commit| commit.id())) {
+        Some(commit) => vetted(&there, commit, None).map(drop),
+        None => Ok(()),
     }
 }
 

@@ -29,6 +29,9 @@ const MAX_PATH_BYTES: usize = 2_048;
 const MAX_DEPTH: usize = 90;
 /// Longest name, as Linux has it.
 const MAX_NAME_BYTES: usize = 255;
+/// Largest list of rules (`.gitignore`, `.gitattributes`), in bytes: libgit2 reads each as a whole,
+/// over and over.
+const MAX_RULES_BYTES: u64 = 1 << 20;
 /// Longest text of a symlink, as Linux has it.
 const MAX_LINK_BYTES: usize = 4_095;
 
@@ -88,6 +91,21 @@ pub(super) fn check(repo: &Repository, commit: Oid, known: Option<Oid>) -> Resul
         return Err(too_long(b""));
     }
     Ok(())
+}
+
+/// Is this the name of a file that libgit2 obeys wherever it stands in a worktree?
+pub(super) fn is_rules(name: &[u8]) -> bool {
+    name == b".gitignore" || name == b".gitattributes"
+}
+
+/// What is wrong with such a file, if anything is: libgit2 would follow a link out of the worktree,
+/// wait for a pipe for ever, and read a terabyte into memory. (A folder it leaves alone.)
+pub(super) fn rules_fault(is_file: bool, size: u64) -> Option<&'static str> {
+    match is_file {
+        false => Some("is no regular file"),
+        true if size > MAX_RULES_BYTES => Some("is larger than 1 MB"),
+        true => None,
+    }
 }
 
 /// May a file of this path (relative, with `/`) be committed?
@@ -163,6 +181,12 @@ impl Judge<'_> {
                 Some(ObjectType::Blob) => {
                     below.files = 1;
                     below.bytes = self.file(entry.id(), entry.filemode(), path)?;
+                    let is_file = entry.filemode() != LINK_MODE;
+                    if is_rules(name)
+                        && let Some(fault) = rules_fault(is_file, below.bytes)
+                    {
+                        return Err(Unfit(format!("{} {fault}", shown(path))));
+                    }
                 }
                 // A submodule: a folder that stays empty.
                 _ => {}

@@ -242,6 +242,7 @@ impl Worktree {
             && let Some(changed) = watch.take(head.id())
             && let Some(scan) = look(&self.path, repo, head, changed)?
             && scan.unreadable.is_empty()
+            && scan.forbidden.is_none()
         {
             stage.take_all(scan.paths)?;
             return Ok(Staged {
@@ -257,6 +258,11 @@ impl Worktree {
         }
         let now = || self.now().map_err(io::Error::other);
         let scan = scan(&self.path, &index, repo, &now).during(WHAT)?;
+        if let Some((path, fault)) = scan.forbidden {
+            let path = message::one_line(&path.to_string_lossy(), 200);
+            let what = format!("{path} {fault}");
+            return Err(RepositoryError::Tampered { what });
+        }
         stage.take_all(scan.paths)?;
         for path in &scan.unreadable {
             stage.leave_out(path, None, "it could not be read");

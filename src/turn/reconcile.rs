@@ -91,6 +91,10 @@ struct Usage {
 /// The tokens of the answers that were written down in this time. An answer has a line for each
 /// of its blocks, all with its usage: the last one counts.
 fn transcribed(path: &Path, from: Timestamp, to: Timestamp) -> io::Result<Tokens> {
+    // The agent may have put anything here; opening a pipe would wait for ever.
+    if !path.symlink_metadata()?.is_file() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
     let mut file = File::open(path)?;
     let length = file.metadata()?.len();
     let skipped = length.saturating_sub(MAX_TAIL);

@@ -17,6 +17,7 @@ mod gateway;
 mod guard;
 mod history;
 mod hostile;
+mod hostile_repository;
 mod init;
 mod lifecycle;
 mod limits;

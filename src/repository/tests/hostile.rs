@@ -132,6 +132,18 @@ fn unfit(forge: &Forge<'_>) -> Vec<(String, &'static str)> {
         ),
         (forge.tree(&[("100644", b"a", &empty)]), "is broken"),
         (
+            forge.tree(&[("120000", b".gitattributes", &forge.blob(b"/etc/passwd"))]),
+            "is no regular file",
+        ),
+        (
+            forge.tree(&[(
+                "100644",
+                b".gitignore",
+                &forge.blob(&vec![b'#'; (1 << 20) + 1]),
+            )]),
+            "is larger than 1 MB",
+        ),
+        (
             forge.tree(&[("100644", b"a\n\x1b[31mb/../", &blob)]),
             leads_out,
         ),
@@ -351,7 +363,6 @@ fn odd_names_and_links_of_an_origin_are_files_like_others() {
 }
 
 #[test]
-#[ignore = "libgit2's scan passes such files over in silence"]
 fn odd_names_of_an_agent_are_committed_or_reported() {
     let place = Place::new();
     let (_, site) = place.thread("alice", "main");
@@ -395,7 +406,6 @@ fn odd_names_of_an_agent_are_committed_or_reported() {
 
 /// A path that is longer than any call to the system takes, made folder by folder.
 #[test]
-#[ignore = "libgit2's scan passes such files over in silence"]
 fn a_path_without_end_stops_nothing() {
     let place = Place::new();
     let (_, site) = place.thread("alice", "main");
@@ -490,7 +500,6 @@ fn repositories_inside_are_files_like_others() {
 }
 
 #[test]
-#[ignore = "libgit2's scan passes such files over in silence"]
 fn submodules_stay_off_and_edits_in_their_place_are_kept() {
     let place = Place::new();
     let origin = place.origin();
@@ -534,6 +543,58 @@ fn submodules_stay_off_and_edits_in_their_place_are_kept() {
     for folder in [&site.dir, &place.home("alice").join("project")] {
         assert!(!folder.join("ran").exists() && !folder.join("sub/ran").exists());
     }
+}
+
+/// Rules of the worktree are read whenever it is looked at.
+#[test]
+fn rules_that_are_no_plain_files_are_refused_and_wait_for_nobody() {
+    type Plant = fn(&Path);
+    let plants: [(Plant, &str); 4] = [
+        (
+            |path| nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap(),
+            "is no regular file",
+        ),
+        (
+            |path| symlink("/etc/passwd", path).unwrap(),
+            "is no regular file",
+        ),
+        (
+            |path| symlink("/dev/zero", path).unwrap(),
+            "is no regular file",
+        ),
+        (
+            |path| fs::File::create(path).unwrap().set_len(1 << 40).unwrap(),
+            "is larger than 1 MB",
+        ),
+    ];
+    for (plant, says) in plants {
+        for name in [
+            ".gitignore",
+            ".gitattributes",
+            "src/.gitignore",
+            "new/er/.gitattributes",
+            "src/new/.gitignore",
+        ] {
+            let place = Place::new();
+            let (_, site) = place.thread("alice", "main");
+            let path = site.dir.join(name);
+            write(path.with_file_name("a.txt"), "an edit\n");
+            fs::remove_file(&path).ok();
+            plant(&path);
+            let refused = site.try_commit("A turn", Strangers::Fold).unwrap_err();
+            let is_told = matches!(&refused, RepositoryError::Tampered { what }
+                if what.contains(name) && what.contains(says));
+            assert!(is_told, "{name}: {refused:?}");
+            fs::remove_file(&path).unwrap();
+            let files = site.commit("Again").commit.unwrap().files;
+            assert!(files.iter().any(|file| file.path.ends_with("a.txt")));
+        }
+    }
+    // A folder of that name is one like others.
+    let place = Place::new();
+    let (_, site) = place.thread("alice", "main");
+    write(site.dir.join("src/.gitignore/a.txt"), "a");
+    assert_eq!(site.commit_cleanly().len(), 1);
 }
 
 /// Everything that git lets a repository name as a program to be run.
