@@ -14,6 +14,10 @@ CLAUDE_VERSION="$(sed -n 's/^pub const TESTED_CLAUDE_VERSION.*"\(.*\)";$/\1/p' s
 # The public tool that our reports are compared with, for tests alone.
 CCUSAGE_VERSION=20.0.20
 
+# Two WebSocket peers that know nothing of each other, for tests alone.
+WS_VERSION=8.23.0
+WEBSOCKETS_VERSION=17.4
+
 # Beside the program's own cache, whose folders are named by clients.
 GREENROOM_CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/greenroom-dev"
 TOOLS="$GREENROOM_CACHE/tools"
@@ -91,6 +95,28 @@ finish_packages() {
 }
 
 # Puts the public usage reporter into CCUSAGE_BIN, for the tests.
+bring_websocket_peers() {
+  local folder="websocket-peers-$WS_VERSION-$WEBSOCKETS_VERSION" new
+  if [ -z "${WEBSOCKET_PEERS:-}" ]; then
+    if [ ! -d "$TOOLS/$folder" ]; then
+      say "Fetching ws $WS_VERSION and websockets $WEBSOCKETS_VERSION (under 1 MB, once)"
+      mkdir -p "$TOOLS"
+      new="$(mktemp -d "$TOOLS/.new-XXXXXX")"
+      chmod 755 "$new"
+      if ! patiently npm install --prefix "$new" --ignore-scripts --no-audit --no-fund \
+        --no-update-notifier --loglevel warn "ws@$WS_VERSION" ||
+        ! patiently python3 -m pip install --quiet --disable-pip-version-check \
+          --root-user-action ignore --target "$new/python" "websockets==$WEBSOCKETS_VERSION"; then
+        rm -rf "$new"
+        die "the WebSocket peers could not be installed: the words above say why"
+      fi
+      mv -T "$new" "$TOOLS/$folder" 2>/dev/null || rm -rf "$new"
+    fi
+    WEBSOCKET_PEERS="$TOOLS/$folder"
+  fi
+  export WEBSOCKET_PEERS
+}
+
 bring_ccusage() {
   local arch folder
   if [ -z "${CCUSAGE_BIN:-}" ]; then

@@ -277,6 +277,7 @@ pub(crate) fn serve(args: &[String]) -> anyhow::Result<()> {
             node: "/nowhere".into(),
             private_root: "/nowhere".into(),
             most_awake: 3,
+            shows_banner: false,
         };
         // It starts nothing here.
         let launcher = Launcher::start(Duration::from_secs(5), ConfinementMode::Auto)?;

@@ -74,6 +74,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
             node: programs.node.clone().unwrap_or_else(|| "node".into()),
             private_root: runtime.join("previews"),
             most_awake: settings.max_previews,
+            shows_banner: settings.preview_errors == config::PreviewErrors::Banner,
             access: preview_access(settings),
         },
         tasks.clone(),

@@ -30,6 +30,15 @@ pub use secret::Secret;
 pub use source::{Flags, Source};
 pub use table::{Kind, Settings, Spec, TABLE};
 
+/// How a broken page is shown.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PreviewErrors {
+    /// The page as it was before, with a line that says what is wrong.
+    Banner,
+    /// Vite's own overlay.
+    Overlay,
+}
+
 /// The form of the log.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogFormat {

@@ -10,7 +10,7 @@ use jiff::tz::TimeZone;
 use tracing::Level;
 
 use super::{
-    ConfigError, LogFormat, Secret,
+    ConfigError, LogFormat, PreviewErrors, Secret,
     resolve::{Context, Mode, Resolver},
     value,
 };
@@ -239,6 +239,8 @@ settings! {
         "When the platform kills what has not stopped";
     MAX_PREVIEWS, max_previews: usize, Number, |text, _| value::count(text, 1, 1000), Is("3"),
         "Dev servers alive at once";
+    PREVIEW_ERRORS, preview_errors: PreviewErrors, Text, value::preview_errors, Is("banner"),
+        "How a broken page is shown: as it was with a banner, or under Vite's overlay";
     MAX_WARM_AGENTS, max_warm_agents: usize, Number, |text, _| value::count(text, 0, 1000), Is("2"),
         "Idle CLI processes kept for the next turn";
     WARM_AGENT_MEMORY_MB, warm_agent_memory_mb: usize, Number,

@@ -394,6 +394,7 @@ fn bad_values_are_refused_by_name_source_and_rule() {
         ("DEBUG", &["*"]),
         ("LOG_LEVEL", &["loud", "3", "off"]),
         ("LOG_FORMAT", &["xml"]),
+        ("PREVIEW_ERRORS", &["none", "true"]),
     ] {
         for value in values {
             let environment = Place::new().env(name, value).refusal();

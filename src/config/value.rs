@@ -14,7 +14,7 @@ use jiff::tz::TimeZone;
 use serde_json::{Value as Json, json};
 use url::{Host, Url};
 
-use super::{LogFormat, Secret, Surroundings, error::quoted};
+use super::{LogFormat, PreviewErrors, Secret, Surroundings, error::quoted};
 use crate::identity::InvalidId;
 
 /// A value and how it is shown.
@@ -438,6 +438,22 @@ pub(super) fn level(text: &str, _: &Surroundings) -> Outcome<tracing::Level> {
         Ok(level) if allowed.split(", ").any(|known| known == name) => parsed(level, name),
         _ => wrong(format!("{} is not a level", quoted(text)), allowed),
     }
+}
+
+/// How a broken page is shown.
+pub(super) fn preview_errors(text: &str, _: &Surroundings) -> Outcome<PreviewErrors> {
+    let name = text.to_ascii_lowercase();
+    let errors = match name.as_str() {
+        "banner" => PreviewErrors::Banner,
+        "overlay" => PreviewErrors::Overlay,
+        _ => {
+            return wrong(
+                format!("{} is no way to show them", quoted(text)),
+                "banner (the page as it was, with a line that says so), overlay (Vite's own)",
+            );
+        }
+    };
+    parsed(errors, name)
 }
 
 /// The form of the log.

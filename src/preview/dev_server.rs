@@ -4,16 +4,19 @@
 //! is due) or `Running` (a child lives; live once it has proved itself). Events come from the
 //! handle, the child and the clock; whether a failure is tried again is decided in `restart`.
 
+mod truth;
+
 use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use tokio::{
     sync::{Notify, mpsc, oneshot, watch},
     task::JoinHandle,
-    time::{Instant, sleep, sleep_until, timeout},
+    time::{Instant, sleep_until, timeout},
 };
 
 use super::{
     Ground, PreviewSite,
+    eyes::{self, Change},
     hmr::{self, Word},
     launch::{StartError, chain, prepare, prove},
     notes::Notes,
@@ -27,6 +30,7 @@ use crate::{
     process::{Exit, ProcessHandle},
     task::blocking,
 };
+use truth::Truth;
 
 /// From SIGTERM to SIGKILL where the caller names no grace. Astro ends in 30 to 70 ms.
 const GRACE: Duration = Duration::from_secs(5);
@@ -35,6 +39,10 @@ const DISK_DEADLINE: Duration = Duration::from_secs(20);
 const MAX_ERRORS: usize = 20;
 /// Words that wait for the driver, which is busy for moments only while a server runs.
 const WORDS: usize = 64;
+/// Changes that wait for the driver; the rest waits where they are seen.
+const CHANGES: usize = 256;
+/// From a change to another try of a server that is down.
+const AFTER_CHANGE: Duration = Duration::from_secs(1);
 
 /// What a handle asks for.
 #[derive(Debug)]
@@ -69,6 +77,12 @@ pub(crate) struct DevServer {
     publish: watch::Sender<PreviewStatus>,
     restarts: Restarts,
     notes: Notes,
+    /// What changes in the worktree, once a server was wanted.
+    changes: Option<mpsc::Receiver<Change>>,
+    /// Its events did not reach it: it looks at its files by itself.
+    polls: bool,
+    /// It was started anew for missing a change.
+    was_deaf: bool,
 }
 
 enum Phase {
@@ -92,6 +106,7 @@ struct Run {
     words: mpsc::Receiver<Word>,
     tell: mpsc::Sender<Word>,
     slot: Slot,
+    truth: Truth,
 }
 
 type ProofFuture = Pin<Box<dyn Future<Output = Result<(), String>> + Send>>;
@@ -101,6 +116,9 @@ enum Event {
     Proved(Result<(), String>),
     Ended(Exit),
     Said(Word),
+    Changed(Change),
+    /// What is known of the running server's honesty asks for a look.
+    LookDue,
     StartDue,
     /// Another one needs the room.
     SleepDue,
@@ -126,6 +144,9 @@ impl DevServer {
             publish,
             restarts,
             notes,
+            changes: None,
+            polls: false,
+            was_deaf: false,
         }
     }
 
@@ -172,6 +193,7 @@ impl DevServer {
                         exit = run.process.wait() => Event::Ended(exit),
                         () = run.slot.is_wanted() => Event::SleepDue,
                         Some(word) = run.words.recv() => Event::Said(word),
+                        () = until(run.truth.due()) => Event::LookDue,
                     },
                 },
             }
@@ -181,6 +203,7 @@ impl DevServer {
             () = self.ground.tasks.token().cancelled() => Event::Closing,
             intent = intents.recv() => intent.map_or(Event::Closing, Event::Intent),
             event = child => event,
+            Some(change) = next(&mut self.changes) => Event::Changed(change),
             // Taken in every phase, so that none is left over for a later one.
             () = retry.notified() => Event::Asked,
         }
@@ -192,16 +215,7 @@ impl DevServer {
             (Event::Intent(Intent::Start) | Event::StartDue, _)
             | (Event::Asked, Phase::Broken { .. } | Phase::Asleep) => self.start().await,
             (Event::Intent(Intent::Restart { reason, done }), phase) => {
-                tracing::info!(slug = self.site.slug, reason, "restarting the dev server");
-                self.restarts = Restarts::default();
-                self.set(
-                    PreviewState::Starting,
-                    Vec::new(),
-                    None,
-                    &format!("Restarting: {reason}"),
-                );
-                self.end(phase, GRACE).await;
-                let phase = self.start().await;
+                let phase = self.restart(phase, &reason).await;
                 done.send(()).ok();
                 phase
             }
@@ -252,17 +266,10 @@ impl DevServer {
                 );
                 run.proof = None;
                 self.set(PreviewState::Live, Vec::new(), Some(port), "");
-                let token = self.ground.tasks.token().clone();
-                self.ground.tasks.spawn("preview warm-up", async move {
-                    token.run_until_cancelled(probe::warm_up(port)).await;
-                });
+                self.notes.last_page().begin();
+                self.aside("preview warm-up", probe::warm_up(port));
                 let (worktree, tell) = (self.site.worktree.clone(), run.tell.clone());
-                let token = self.ground.tasks.token().clone();
-                self.ground.tasks.spawn("preview listener", async move {
-                    token
-                        .run_until_cancelled(hmr::listen(port, worktree, tell))
-                        .await;
-                });
+                self.aside("preview listener", hmr::listen(port, worktree, tell));
                 Phase::Running(run)
             }
             (Event::Proved(Err(why)), Phase::Running(run)) => {
@@ -270,13 +277,32 @@ impl DevServer {
                 self.broken(*run, None, Some(why)).await
             }
             (Event::Ended(exit), Phase::Running(run)) => self.broken(*run, Some(exit), None).await,
-            (Event::Said(word), Phase::Running(run)) => {
-                self.hear(word, &run);
+            (Event::Said(word), Phase::Running(mut run)) => {
+                let reason = self.hear(word, &mut run);
+                self.go_on(run, reason).await
+            }
+            (Event::LookDue, Phase::Running(mut run)) => {
+                let reason = self.look_again(&mut run);
+                self.go_on(run, reason).await
+            }
+            (Event::Changed(change), Phase::Running(mut run)) => {
+                if run.proof.is_none() {
+                    self.notice(&change, &mut run);
+                }
                 Phase::Running(run)
+            }
+            // Perhaps that was what it failed for. A turn says so itself, once it is done.
+            (Event::Changed(_), Phase::Broken { restart_at }) if !self.notes.has_turn() => {
+                let soon = Instant::now() + AFTER_CHANGE;
+                Phase::Broken {
+                    restart_at: Some(restart_at.map_or(soon, |at| at.min(soon))),
+                }
             }
             (
                 Event::Asked
                 | Event::SleepDue
+                | Event::LookDue
+                | Event::Changed(_)
                 | Event::Said(_)
                 | Event::Intent(Intent::Progress(_))
                 | Event::Proved(_)
@@ -287,74 +313,31 @@ impl DevServer {
         }
     }
 
-    /// Takes in what the server says while it serves.
-    fn hear(&mut self, word: Word, run: &Run) {
-        let mut is_to_check = false;
-        self.publish.send_if_modified(|status| {
-            match word {
-                Word::Updated => {
-                    status.updates += 1;
-                    is_to_check = status.state == PreviewState::Error;
-                }
-                Word::Error(error) => {
-                    // A browser that tries again makes the server say it again.
-                    let is_known = status.errors.contains(&error);
-                    if is_known && status.told_at == status.updates {
-                        return false;
-                    }
-                    status.told_at = status.updates;
-                    status.errors.retain(|known| known.file != error.file);
-                    status.errors.push(error);
-                    let surplus = status.errors.len().saturating_sub(MAX_ERRORS);
-                    status.errors.drain(..surplus);
-                    status.state = PreviewState::Error;
-                }
-                Word::Blind(error) => {
-                    status.errors = vec![error];
-                    status.state = PreviewState::Stale;
-                }
-                Word::Fine { generation } if generation == status.generation => {
-                    status.errors.clear();
-                    status.state = PreviewState::Live;
-                }
-                Word::Fine { .. } => return false,
-            }
-            status.generation += 1;
-            true
-        });
-        if is_to_check {
-            self.check(run);
+    async fn go_on(&mut self, run: Box<Run>, reason: Option<truth::Reason>) -> Phase {
+        match reason {
+            None => Phase::Running(run),
+            Some(reason) => self.restart(Phase::Running(run), &reason).await,
         }
     }
 
-    /// Nothing says that an error is gone: after a change the pages that it may have been on are
-    /// asked for, once what comes late has come.
-    fn check(&self, run: &Run) {
-        let (status, notes) = (self.publish.subscribe(), self.notes.clone());
-        let (port, tell) = (self.site.port, run.tell.clone());
-        let check = async move {
-            sleep(probe::LATE).await;
-            // Only now: an error of before the change may have come after it.
-            let (generation, pages) = {
-                let status = status.borrow();
-                let files = status
-                    .errors
-                    .iter()
-                    .filter_map(|error| error.file.as_deref());
-                (status.generation, notes.last_page().and_pages_of(files))
-            };
-            let answers = probe::pages(port, &pages, probe::PATIENCE).await;
-            if answers
-                .iter()
-                .all(|status| status.is_some_and(|code| !code.is_server_error()))
-            {
-                sleep(probe::LATE).await;
-                tell.send(Word::Fine { generation }).await.ok();
-            }
-        };
+    async fn restart(&mut self, phase: Phase, reason: &str) -> Phase {
+        tracing::info!(slug = self.site.slug, reason, "restarting the dev server");
+        self.restarts = Restarts::default();
+        self.set(
+            PreviewState::Starting,
+            Vec::new(),
+            None,
+            &format!("Restarting: {reason}"),
+        );
+        self.end(phase, GRACE).await;
+        self.start().await
+    }
+
+    /// Does work beside the driver, at most as long as the program runs.
+    fn aside(&self, name: &'static str, work: impl Future<Output = ()> + Send + 'static) {
         let token = self.ground.tasks.token().clone();
-        self.ground.tasks.spawn("preview check", async move {
-            token.run_until_cancelled(check).await;
+        self.ground.tasks.spawn(name, async move {
+            token.run_until_cancelled(work).await;
         });
     }
 
@@ -403,15 +386,27 @@ impl DevServer {
         }
     }
 
-    async fn launch(&self) -> Result<Run, StartError> {
-        let slot = self.ground.slots.take(&self.notes).await.ok_or_else(|| {
+    async fn launch(&mut self) -> Result<Run, StartError> {
+        if self.changes.is_none() {
+            let (tell, changes) = mpsc::channel(CHANGES);
+            self.changes = Some(changes);
+            self.aside(
+                "preview watch",
+                eyes::watch(self.site.worktree.clone(), tell),
+            );
+        }
+        let take = self.ground.slots.take(&self.notes);
+        let token = self.ground.tasks.token();
+        // Nobody waits for room when the program ends.
+        let slot = token.run_until_cancelled(take).await.flatten();
+        let slot = slot.ok_or_else(|| {
             StartError::Machine("there was no room for one more dev server".to_owned())
         })?;
         let (site, settings) = (self.site.clone(), self.ground.settings.clone());
-        let notes = self.notes.clone();
+        let (notes, polls) = (self.notes.clone(), self.polls);
         let prepared = blocking("preparing the dev server", DISK_DEADLINE, move || {
             notes.resolve_folders(&site);
-            prepare(&site, &settings)
+            prepare(&site, &settings, polls)
         });
         let (spec, proof) = prepared
             .await
@@ -447,6 +442,7 @@ impl DevServer {
             words,
             tell,
             slot,
+            truth: Truth::default(),
         })
     }
 
@@ -514,6 +510,20 @@ impl DevServer {
                 progress: progress.to_owned(),
             };
         });
+    }
+}
+
+async fn until(due: Option<Instant>) {
+    match due {
+        Some(at) => sleep_until(at).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn next(changes: &mut Option<mpsc::Receiver<Change>>) -> Option<Change> {
+    match changes {
+        Some(changes) => changes.recv().await,
+        None => None,
     }
 }
 

@@ -208,6 +208,14 @@ pub(crate) fn is_plain_html(status: StatusCode, headers: &HeaderMap) -> bool {
         && list(headers, &CONTENT_ENCODING).all(|coding| coding.eq_ignore_ascii_case("identity"))
 }
 
+/// Is this answer for everybody who may see the preview?
+pub(crate) fn is_for_all(request: &HeaderMap, answer: &HeaderMap) -> bool {
+    !request.contains_key(AUTHORIZATION)
+        && !answer.contains_key(SET_COOKIE)
+        && !lists(answer, &CACHE_CONTROL, "private")
+        && !lists(answer, &CACHE_CONTROL, "no-store")
+}
+
 /// A stream that stays open for news: like a socket, it is no sign that somebody is there.
 pub(crate) fn is_event_stream(headers: &HeaderMap) -> bool {
     headers

@@ -24,7 +24,7 @@ use tokio_tungstenite::tungstenite::{
     Message, client::IntoClientRequest, protocol::WebSocketConfig,
 };
 
-use super::output::place_in;
+use super::{frames::text_frame, output::place_in};
 use crate::{domain::PreviewError, text::cut};
 
 /// A broken configuration makes one message of 17 MB, with the bundler's source in it.
@@ -37,12 +37,28 @@ const PING: Duration = Duration::from_secs(30);
 /// Between two tries to connect: a server that restarts itself in place is away for a second.
 const AGAIN: Duration = Duration::from_millis(250);
 
+/// Has a page loaded anew by Vite's client.
+pub(crate) const RELOAD: &str = r#"{"type":"full-reload","path":"*"}"#;
+
 /// What the server told its browsers.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Word {
     /// Something was swapped, or the page is to be loaded anew.
     Updated,
     Error(PreviewError),
+    /// The same of what it tells its log alone.
+    Logged(PreviewError),
+    /// Somebody hears it from now on, or no more.
+    Listening(bool),
+    /// It serves this file, which changed, and has said nothing since it had said so many words.
+    Silent {
+        words: u64,
+        file: String,
+    },
+    /// It has answered, or had the time to, since then.
+    StillSilent {
+        words: u64,
+    },
     /// It can't watch its files: what it shows may be old.
     Blind(PreviewError),
     /// The pages that matter answered, and no error came since the state had this generation.
@@ -57,6 +73,9 @@ pub(crate) async fn listen(port: u16, worktree: PathBuf, words: mpsc::Sender<Wor
         tokio::select! {
             () = words.closed() => return,
             _ = once(port, &worktree, &words) => {}
+        }
+        if words.send(Word::Listening(false)).await.is_err() {
+            return;
         }
         sleep(AGAIN).await;
     }
@@ -127,6 +146,7 @@ struct Location {
 fn word(text: &str, worktree: &Path) -> Option<Word> {
     let told: Told = serde_json::from_str(text).ok()?;
     match told.kind.as_str() {
+        "connected" => Some(Word::Listening(true)),
         "update" | "full-reload" | "prune" => Some(Word::Updated),
         "error" => Some(Word::Error(error(told.err?, worktree))),
         _ => None,
@@ -183,7 +203,8 @@ pub(crate) fn replay(error: &PreviewError) -> String {
 }
 
 /// Carries the server's greeting to a browser, and then `message`: Vite's client takes errors once
-/// it is connected. Whatever else comes first is carried as it is, and nothing added.
+/// it is connected. Whatever else comes first is carried as it is, and nothing added: answers
+/// whether a message has just ended.
 ///
 /// # Errors
 /// If one of the two is gone.
@@ -191,32 +212,23 @@ pub(crate) async fn greet(
     up: &mut (impl AsyncRead + Unpin),
     down: &mut (impl AsyncWrite + Unpin),
     message: &str,
-) -> std::io::Result<()> {
-    /// A whole text frame, unmasked.
-    const TEXT: u8 = 0x81;
+) -> std::io::Result<bool> {
     let mut head = [0; 2];
     up.read_exact(&mut head).await?;
     down.write_all(&head).await?;
-    if head[0] != TEXT || head[1] > 125 {
-        return down.flush().await;
+    // A whole text message, unmasked and short.
+    if head[0] != 0x81 || head[1] > 125 {
+        down.flush().await?;
+        return Ok(false);
     }
     let mut body = vec![0; usize::from(head[1])];
     up.read_exact(&mut body).await?;
     down.write_all(&body).await?;
     if body == br#"{"type":"connected"}"# {
-        let mut frame = vec![TEXT];
-        match u16::try_from(message.len()) {
-            Ok(length) if length <= 125 => frame.push(length.to_be_bytes()[1]),
-            Ok(length) => {
-                frame.push(126);
-                frame.extend(length.to_be_bytes());
-            }
-            Err(_) => return down.flush().await,
-        }
-        frame.extend(message.as_bytes());
-        down.write_all(&frame).await?;
+        down.write_all(&text_frame(message)).await?;
     }
-    down.flush().await
+    down.flush().await?;
+    Ok(true)
 }
 
 #[cfg(test)]
@@ -251,7 +263,10 @@ mod tests {
             word(r#"{"type":"update","updates":[]}"#, root),
             Some(Word::Updated)
         );
-        assert_eq!(word(r#"{"type":"connected"}"#, root), None);
+        assert_eq!(
+            word(r#"{"type":"connected"}"#, root),
+            Some(Word::Listening(true))
+        );
         assert_eq!(word("nonsense", root), None);
     }
 

@@ -54,10 +54,12 @@ pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// Reads the site's script and readies the disk. Blocking.
+/// Reads the site's script and readies the disk. A server that `polls` looks for changes by itself.
+/// Blocking.
 pub(crate) fn prepare(
     site: &PreviewSite,
     settings: &PreviewSettings,
+    polls: bool,
 ) -> Result<(Spec, Proof), StartError> {
     let machine = |what: &'static str| {
         move |error: io::Error| StartError::Machine(format!("{what}: {}", error.kind()))
@@ -96,11 +98,17 @@ pub(crate) fn prepare(
     // Sites fetch from APIs while they render; they may ask themselves too.
     profile.connect = Ports::Only(vec![443, site.port]);
     profile.bind = Ports::Only(vec![site.port]);
+    let mut env = environment(site, settings, &home, &tmp);
+    if polls {
+        // Vite looks at its files by itself (measured with 8.3.8).
+        env.push(("CHOKIDAR_USEPOLLING".into(), "1".into()));
+        env.push(("CHOKIDAR_INTERVAL".into(), "500".into()));
+    }
     let spec = Spec {
         name: "dev server",
         program,
         args,
-        env: environment(site, settings, &home, &tmp),
+        env,
         cwd: site.worktree.clone(),
         stdin: Stdin::Null,
         profile,

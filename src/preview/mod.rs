@@ -12,13 +12,17 @@ mod alarm;
 mod body;
 mod command;
 mod dev_server;
+mod eyes;
 mod filter;
+mod frames;
 mod header_deadline;
 mod headers;
 mod hmr;
+mod last_good;
 mod launch;
 mod notes;
 mod output;
+mod pace;
 mod pages;
 mod port;
 mod probe;
@@ -26,6 +30,7 @@ mod proxy;
 mod refusals;
 mod restart;
 mod routing;
+mod served;
 mod slots;
 mod touched;
 mod tunnel;
@@ -50,13 +55,15 @@ pub use self::{
     notes::InTurn,
     port::pick_port,
     proxy::{Proxy, ProxyKind},
+    touched::is_configuration,
 };
 use crate::{
     domain::{PreviewError, PreviewState, PreviewStatus},
     preview::{
         dev_server::{DevServer, Intent},
         filter::{Folders, Refusal},
-        notes::Notes,
+        last_good::LastGood,
+        notes::{HmrSocket, Notes},
         slots::Slots,
     },
     process::Launcher,
@@ -85,6 +92,9 @@ pub struct PreviewSettings {
     pub private_root: PathBuf,
     /// Dev servers at once; the least recently used one sleeps where another is needed.
     pub most_awake: usize,
+    /// A broken page is shown as it was before, with a line that says so, instead of under Vite's
+    /// overlay.
+    pub shows_banner: bool,
 }
 
 /// One thread's site. Fixed for the life of its handle.
@@ -178,6 +188,10 @@ impl Previews {
     pub fn with_token(&self, url: &str, slug: &str) -> String {
         self.access()
             .link(url, slug, jiff::Timestamp::now().as_second())
+    }
+
+    pub(crate) fn shows_banner(&self) -> bool {
+        self.shared.ground.settings.shows_banner
     }
 
     pub(crate) fn access(&self) -> &Access {
@@ -360,8 +374,24 @@ impl PreviewHandle {
         self.0.notes.begin_turn()
     }
 
+    /// Its pages as they were when they were whole.
+    pub(crate) fn last_good(&self) -> &LastGood {
+        self.0.notes.last_good()
+    }
+
+    /// A browser hears the dev server until this is dropped.
+    pub(crate) fn open_socket(&self) -> HmrSocket {
+        self.0.notes.open_socket()
+    }
+
+    /// Has no browser heard of changes for a while, though some did?
+    pub(crate) fn has_lost_its_sockets(&self) -> bool {
+        self.upstream().is_some() && self.0.notes.has_lost_its_sockets()
+    }
+
     /// Somebody is shown this path.
     pub(crate) fn note_page(&self, path: &str) {
+        self.0.notes.note_document();
         self.0.notes.last_page().note(path);
     }
 

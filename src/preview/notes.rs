@@ -9,12 +9,16 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::Instant;
+use tokio::{sync::watch, time::Instant};
 
-use super::{PreviewSite, filter::Folders, touched::LastPage};
+use super::{PreviewSite, filter::Folders, last_good::LastGood, touched::LastPage};
 
 /// A visible page says so every 30 s; it counts for half as long again.
 const PERSON_STAYS: Duration = Duration::from_secs(45);
+
+/// Milliseconds without any HMR socket after which pages that want one are taken for deaf: Vite's
+/// client tries again each second.
+const SOCKET_ABSENCE: u64 = 10_000;
 
 /// Shared by all of them. Cheap to clone.
 #[derive(Debug, Clone, Default)]
@@ -28,6 +32,14 @@ struct Inner {
     person_until: Mutex<Option<Instant>>,
     turns: AtomicUsize,
     last_page: LastPage,
+    last_good: LastGood,
+    /// When a page was asked for last, as `last_used`.
+    last_document: AtomicU64,
+    /// Grows when browsers are to load their page again.
+    reloads: watch::Sender<u64>,
+    sockets: AtomicUsize,
+    /// When the last HMR socket went, as `last_used`; 0 if none did.
+    last_socket: AtomicU64,
     folders: OnceLock<Folders>,
 }
 
@@ -39,8 +51,38 @@ impl Default for Inner {
             person_until: Mutex::default(),
             turns: AtomicUsize::new(0),
             last_page: LastPage::default(),
+            last_good: LastGood::default(),
+            last_document: AtomicU64::new(0),
+            reloads: watch::channel(0).0,
+            sockets: AtomicUsize::new(0),
+            last_socket: AtomicU64::new(0),
             folders: OnceLock::new(),
         }
+    }
+}
+
+impl Inner {
+    /// Milliseconds after `since`.
+    fn now(&self) -> u64 {
+        u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+}
+
+/// A browser that hears of changes.
+#[derive(Debug)]
+pub(crate) struct HmrSocket {
+    notes: Notes,
+    /// Changes when the browser is to load its page again.
+    pub(crate) reloads: watch::Receiver<u64>,
+}
+
+impl Drop for HmrSocket {
+    fn drop(&mut self) {
+        let inner = &self.notes.0;
+        inner
+            .last_socket
+            .store(inner.now().max(1), Ordering::Relaxed);
+        inner.sockets.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -57,9 +99,7 @@ impl Drop for InTurn {
 impl Notes {
     /// Somebody asks for something of the site.
     pub(crate) fn note_used(&self) {
-        let now = self.0.since.elapsed().as_millis();
-        let now = u64::try_from(now).unwrap_or(u64::MAX);
-        self.0.last_used.store(now, Ordering::Relaxed);
+        self.0.last_used.store(self.0.now(), Ordering::Relaxed);
     }
 
     pub(crate) fn last_used(&self) -> Instant {
@@ -92,7 +132,44 @@ impl Notes {
         self.0.turns.load(Ordering::Relaxed) > 0
     }
 
-    /// The page that somebody was shown last.
+    /// Its pages as they were when they were whole.
+    pub(crate) fn last_good(&self) -> &LastGood {
+        &self.0.last_good
+    }
+
+    /// Somebody asks for a page.
+    pub(crate) fn note_document(&self) {
+        self.0.last_document.store(self.0.now(), Ordering::Relaxed);
+    }
+
+    /// How long ago that was.
+    pub(crate) fn last_document_age(&self, now: Instant) -> Duration {
+        let at = self.0.since + Duration::from_millis(self.0.last_document.load(Ordering::Relaxed));
+        now.saturating_duration_since(at)
+    }
+
+    /// Has all browsers load their page again.
+    pub(crate) fn reload(&self) {
+        self.0.reloads.send_modify(|count| *count += 1);
+    }
+
+    pub(crate) fn open_socket(&self) -> HmrSocket {
+        self.0.sockets.fetch_add(1, Ordering::Relaxed);
+        HmrSocket {
+            notes: self.clone(),
+            reloads: self.0.reloads.subscribe(),
+        }
+    }
+
+    /// Some had one, and none has one any more, for longer than it takes to open another.
+    pub(crate) fn has_lost_its_sockets(&self) -> bool {
+        let last = self.0.last_socket.load(Ordering::Relaxed);
+        self.0.sockets.load(Ordering::Relaxed) == 0
+            && last > 0
+            && self.0.now() > last.saturating_add(SOCKET_ABSENCE)
+    }
+
+    /// The pages that somebody was shown.
     pub(crate) fn last_page(&self) -> &LastPage {
         &self.0.last_page
     }

@@ -141,7 +141,7 @@ fn word_in(line: &str, worktree: &Path) -> Option<Word> {
     if let Some((_, what)) = line.split_once("[glob-loader] ")
         && what.contains("Failed to")
     {
-        return Some(Word::Error(error_from(what, worktree)));
+        return Some(Word::Logged(error_from(what, worktree)));
     }
     line.contains("file watcher error").then(|| {
         Word::Blind(PreviewError {
@@ -219,7 +219,7 @@ mod tests {
         );
 
         let content = "15:04:05 [ERROR] [glob-loader] Failed to reload p3.md: bad frontmatter";
-        let Some(Word::Error(error)) = word_in(content, root) else {
+        let Some(Word::Logged(error)) = word_in(content, root) else {
             panic!("an error");
         };
         assert_eq!(error.message, "Failed to reload p3.md: bad frontmatter");

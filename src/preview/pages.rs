@@ -17,11 +17,19 @@ pub(crate) const OWN_PREFIX: &str = "/__greenroom/";
 pub(crate) const STATUS: &str = "/__greenroom/status";
 pub(crate) const PRESENCE: &str = "/__greenroom/presence";
 pub(crate) const PRESENCE_SCRIPT: &str = "/__greenroom/presence.js";
+pub(crate) const BANNER_SCRIPT: &str = "/__greenroom/banner.js";
 pub(crate) const HOLDING_SCRIPT: &str = "/__greenroom/holding.js";
 
 /// Stands at the end of every HTML document of a site.
 pub(crate) const PRESENCE_TAG: &str =
     "\n<script src=\"/__greenroom/presence.js\" defer></script>\n";
+
+/// The same where errors are told in a banner.
+pub(crate) const BANNER_TAG: &str = "\n<script src=\"/__greenroom/presence.js\" defer></script>\
+     \n<script src=\"/__greenroom/banner.js\" defer></script>\n";
+/// The same of a page that is shown as it was.
+const LAST_GOOD_TAG: &str = "\n<script src=\"/__greenroom/presence.js\" defer></script>\
+     \n<script src=\"/__greenroom/banner.js\" data-last-good defer></script>\n";
 
 const TEMPLATE: &str = include_str!("holding.html");
 const HTML: &str = "text/html; charset=utf-8";
@@ -69,6 +77,15 @@ pub(crate) fn holding(status: &PreviewStatus) -> Page {
     response
         .headers_mut()
         .insert(RETRY_AFTER, HeaderValue::from_static("1"));
+    response
+}
+
+/// A page as it was before it broke, with a line that says so. `status` is what it answers now.
+pub(crate) fn last_good(status: StatusCode, html: &Bytes) -> Page {
+    let page = [&**html, LAST_GOOD_TAG.as_bytes()].concat();
+    let mut response = answer(status, HTML, page);
+    // It is the site's page, and loads what the site loads.
+    response.headers_mut().remove(CONTENT_SECURITY_POLICY);
     response
 }
 
@@ -138,6 +155,14 @@ pub(crate) fn presence_script() -> Page {
         .headers_mut()
         .insert(CACHE_CONTROL, HeaderValue::from_static("max-age=300"));
     response
+}
+
+pub(crate) fn banner_script() -> Page {
+    answer(
+        StatusCode::OK,
+        SCRIPT,
+        Bytes::from_static(include_bytes!("banner.js")),
+    )
 }
 
 pub(crate) fn holding_script() -> Page {

@@ -319,6 +319,7 @@ impl Downstream {
                 pages::status(&preview.status().borrow())
             }
             (&Method::GET, pages::PRESENCE_SCRIPT) => pages::presence_script(),
+            (&Method::GET, pages::BANNER_SCRIPT) => pages::banner_script(),
             (&Method::GET, pages::HOLDING_SCRIPT) => pages::holding_script(),
             (&Method::POST, pages::PRESENCE) => {
                 // Another site's page must not keep the container awake.
@@ -326,6 +327,14 @@ impl Downstream {
                     Ok(()) => {
                         self.proxy.activity.person(preview.slug());
                         preview.note_person();
+                        let wants_socket = request
+                            .headers()
+                            .get("x-greenroom-hears")
+                            .is_some_and(|hears| hears == "1");
+                        if wants_socket && preview.has_lost_its_sockets() {
+                            // The script loads the page again.
+                            return pages::empty(StatusCode::RESET_CONTENT);
+                        }
                         pages::empty(StatusCode::NO_CONTENT)
                     }
                     Err(refused) => refused,
@@ -371,17 +380,17 @@ impl Downstream {
         let guard = self.proxy.activity.request();
         let port = match to.preview.upstream() {
             Some(port) => port,
-            None if to.as_page => return Err(hold(&to.preview)),
+            None if to.as_page => return Err(self.hold(head, to)),
             None => Box::pin(await_upstream(&to.preview)).await?,
         };
         // RFC 9110 9.2.2.
         let is_repeatable = head.method.is_idempotent() && body.is_end_stream();
-        let request = self.to_upstream(head, RequestBody::Streamed(body), to, port);
+        let request = self.to_upstream(head, RequestBody::streamed(body), to, port);
         let again =
             is_repeatable.then_some(|| self.to_upstream(head, RequestBody::Empty, to, port));
         let response = match self.upstream.exchange(port, request, again).await {
             Ok(response) => response,
-            Err(UpstreamError::Unreachable) if to.as_page => return Err(hold(&to.preview)),
+            Err(UpstreamError::Unreachable) if to.as_page => return Err(self.hold(head, to)),
             Err(error) => return Err(upstream_problem(&error, to.as_page)),
         };
         let mut response = response.map(ResponseBody::streamed);
@@ -391,16 +400,67 @@ impl Downstream {
         }
         headers::strip_hop_by_hop(response.headers_mut());
         *response.version_mut() = Version::HTTP_11;
-        if headers::asks_for_document(&head.method, &head.headers)
-            && headers::is_plain_html(response.status(), response.headers())
-        {
-            headers::lengthen(response.headers_mut(), pages::PRESENCE_TAG.len());
-            response.body_mut().tail = Some(Bytes::from_static(pages::PRESENCE_TAG.as_bytes()));
+        if headers::asks_for_document(&head.method, &head.headers) {
+            self.keep_or_replace(head, &mut response, to)?;
         }
         if !headers::is_event_stream(response.headers()) {
             response.body_mut().guard = Some(guard);
         }
         Ok(response)
+    }
+
+    /// What is added to a page that people look at; a broken one is shown as it was before.
+    fn keep_or_replace(
+        &self,
+        head: &Parts,
+        response: &mut Response<ResponseBody>,
+        to: &Destination,
+    ) -> Result<(), Page> {
+        let shows_banner = self.proxy.previews.shows_banner();
+        if response.status().is_server_error() {
+            return match self.last_good(head, to) {
+                Some(html) => Err(pages::last_good(response.status(), &html)),
+                None => Ok(()),
+            };
+        }
+        if !headers::is_plain_html(response.status(), response.headers()) {
+            return Ok(());
+        }
+        let is_for_all = headers::is_for_all(&head.headers, response.headers());
+        if shows_banner && is_for_all {
+            let rendering = to.preview.last_good().begin(target(head));
+            response.body_mut().rendering = Some(rendering);
+        }
+        let tag = if shows_banner {
+            pages::BANNER_TAG
+        } else {
+            pages::PRESENCE_TAG
+        };
+        headers::lengthen(response.headers_mut(), tag.len());
+        response.body_mut().tail = Some(Bytes::from_static(tag.as_bytes()));
+        Ok(())
+    }
+
+    /// A page as it was before it broke, where that is wanted and known.
+    fn last_good(&self, head: &Parts, to: &Destination) -> Option<Bytes> {
+        let is_wanted = self.proxy.previews.shows_banner()
+            && headers::asks_for_document(&head.method, &head.headers);
+        is_wanted.then(|| to.preview.last_good().page(target(head)))?
+    }
+
+    /// A page where there is no server to ask: one that sleeps wakes, and one that failed is tried
+    /// once more, because somebody looks.
+    fn hold(&self, head: &Parts, to: &Destination) -> Page {
+        let status = to.preview.status();
+        let status = status.borrow();
+        let has_failed = status.state == PreviewState::Error;
+        if has_failed || status.state == PreviewState::Asleep {
+            to.preview.retry();
+        }
+        match self.last_good(head, to) {
+            Some(html) if has_failed => pages::last_good(StatusCode::SERVICE_UNAVAILABLE, &html),
+            _ => pages::holding(&status),
+        }
     }
 
     /// The request that the dev server gets for the browser's. That one stays as it was: another
@@ -483,7 +543,8 @@ impl Downstream {
             .headers
             .get(SEC_WEBSOCKET_PROTOCOL)
             .is_some_and(|protocol| protocol == "vite-hmr");
-        let first = is_hmr.then(|| to.preview.error_to_replay()).flatten();
+        let late = is_hmr.then(|| to.preview.error_to_replay()).flatten();
+        let hmr = is_hmr.then(|| to.preview.open_socket());
         if is_bridged {
             // A client that named none must not be given one (RFC 6455 4.1).
             head.headers.remove(SEC_WEBSOCKET_PROTOCOL);
@@ -491,7 +552,8 @@ impl Downstream {
         let tunnel = tunnel(
             on_downstream,
             on_upstream,
-            first,
+            hmr,
+            late,
             self.proxy.tasks.clone(),
             self.permit.clone(),
         );
@@ -553,14 +615,9 @@ async fn await_upstream(preview: &PreviewHandle) -> Result<u16, Page> {
         .ok_or_else(|| not_yet(false))
 }
 
-/// The holding page; a server that sleeps wakes, and one that failed is tried once more, because somebody looks.
-fn hold(preview: &PreviewHandle) -> Page {
-    let status = preview.status();
-    let status = status.borrow();
-    if matches!(status.state, PreviewState::Error | PreviewState::Asleep) {
-        preview.retry();
-    }
-    pages::holding(&status)
+/// A page's address, with its query.
+fn target(head: &Parts) -> &str {
+    head.uri.path_and_query().map_or("/", PathAndQuery::as_str)
 }
 
 fn local_host(port: u16) -> HeaderValue {

@@ -4,6 +4,7 @@ use http::StatusCode;
 
 use super::{
     alarm::Elapsed,
+    body::BodyError,
     filter::Refusal,
     headers,
     pages::{self, Page},
@@ -17,6 +18,21 @@ pub(crate) enum UpstreamError {
     /// The connection ended before an answer.
     Closed,
     TimedOut,
+    /// The request's body is none.
+    BrokenBody,
+    /// The browser took too long to send its body.
+    SlowBody,
+}
+
+impl From<hyper::Error> for UpstreamError {
+    fn from(error: hyper::Error) -> Self {
+        let source = std::error::Error::source(&error);
+        match source.and_then(|source| source.downcast_ref()) {
+            Some(BodyError::TooSlow) => Self::SlowBody,
+            Some(BodyError::Broken(_)) => Self::BrokenBody,
+            _ => Self::Closed,
+        }
+    }
 }
 
 impl From<Elapsed> for UpstreamError {
@@ -54,6 +70,11 @@ pub(crate) fn upstream_problem(error: &UpstreamError, as_page: bool) -> Page {
         UpstreamError::Closed => (
             StatusCode::BAD_GATEWAY,
             "The site's dev server broke off before it answered.",
+        ),
+        UpstreamError::BrokenBody => return bad_request("the body can't be read"),
+        UpstreamError::SlowBody => (
+            StatusCode::REQUEST_TIMEOUT,
+            "The upload came too slowly. Try it again.",
         ),
         UpstreamError::TimedOut => (
             StatusCode::GATEWAY_TIMEOUT,

@@ -1,37 +1,98 @@
 //! Which pages show a change: asked for after an edit, they make the dev server meet its errors.
 
-use std::sync::{Arc, Mutex};
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, Mutex, MutexGuard},
+};
+
+use super::served::is_visited_page;
 
 /// Longest path that is remembered, in bytes.
 const LONGEST: usize = 1024;
 /// Pages that are asked for at once.
 const MOST: usize = 4;
+/// Pages that are remembered.
+const MOST_VISITED: usize = 256;
 
-/// The page that a browser was shown last. Shared by those who show and those who ask.
+/// The pages that a browser was shown. Shared by those who show and those who ask.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct LastPage(Arc<Mutex<Option<String>>>);
+pub(crate) struct LastPage(Arc<Mutex<Shown>>);
+
+#[derive(Debug, Default)]
+struct Shown {
+    last: Option<String>,
+    /// Since the dev server's start.
+    visited: BTreeSet<String>,
+}
+
+impl Shown {
+    fn visit(&mut self, path: &str) {
+        if self.visited.len() < MOST_VISITED && !self.visited.contains(path) {
+            self.visited.insert(path.to_owned());
+        }
+    }
+}
 
 impl LastPage {
     /// Somebody is shown this path.
     pub(crate) fn note(&self, path: &str) {
-        let mut last = self.0.lock().expect("no panic while it is held");
-        if path.len() <= LONGEST && last.as_deref() != Some(path) {
-            *last = Some(path.to_owned());
+        let mut shown = self.shown();
+        if path.len() <= LONGEST {
+            if shown.last.as_deref() != Some(path) {
+                shown.last = Some(path.to_owned());
+            }
+            shown.visit(path);
         }
     }
 
+    /// A new dev server, which nobody has asked for anything but its first page.
+    pub(crate) fn begin(&self) {
+        let mut shown = self.shown();
+        shown.visited.clear();
+        shown.visit("/");
+    }
+
+    /// What a dev server was asked for.
+    pub(crate) fn visited(&self) -> BTreeSet<String> {
+        self.shown().visited.clone()
+    }
+
+    /// The page of this file is new: who asked for it before was shown another.
+    pub(crate) fn forget(&self, file: &str) {
+        self.shown()
+            .visited
+            .retain(|path| !is_visited_page(file, [path]));
+    }
+
     /// The pages on which a change or an error in these files would show: each page's own, and for
-    /// what is no page the one that somebody looks at, else the site's first.
+    /// what is no page the one that somebody looks at, else the site's first. They are about to be
+    /// asked for.
     pub(crate) fn and_pages_of<'a>(&self, files: impl IntoIterator<Item = &'a str>) -> Vec<String> {
-        let last = self.0.lock().expect("no panic while it is held").clone();
-        let mut pages = vec![last.unwrap_or_else(|| "/".to_owned())];
+        let mut shown = self.shown();
+        let mut pages = vec![shown.last.clone().unwrap_or_else(|| "/".to_owned())];
         for page in files.into_iter().filter_map(route) {
             if pages.len() < MOST && !pages.contains(&page) {
                 pages.push(page);
             }
         }
+        for page in &pages {
+            shown.visit(page);
+        }
         pages
     }
+
+    fn shown(&self) -> MutexGuard<'_, Shown> {
+        self.0.lock().expect("no panic while it is held")
+    }
+}
+
+/// Does the dev server have to be started anew for a change of this file? Astro 7 restarts itself
+/// in place, and then no longer hears of changes to its content (measured with 7.3.5).
+pub fn is_configuration(path: &str) -> bool {
+    path == "tsconfig.json"
+        || path.starts_with(".env")
+        || path.starts_with("astro.config.")
+        || path.starts_with("vite.config.")
 }
 
 /// The address of a page's file, where that is no pattern.

@@ -59,10 +59,11 @@ impl Upstream {
                     return Ok(response);
                 }
                 Err(mut error) => {
-                    request = error
-                        .take_message()
-                        .or_else(|| again.map(|again| again()))
-                        .ok_or(UpstreamError::Closed)?;
+                    request = match (error.take_message(), again) {
+                        (Some(unsent), _) => unsent,
+                        (None, Some(again)) => again(),
+                        (None, None) => return Err(error.into_error().into()),
+                    };
                 }
             }
         }
@@ -83,7 +84,7 @@ impl Upstream {
         };
         let sent = pin!(fresh.sender.send_request(request));
         let response = fresh.alarm.limit(deadline, sent).await?;
-        let response = response.map_err(|_| UpstreamError::Closed)?;
+        let response = response?;
         self.pin(fresh);
         Ok(response)
     }

@@ -583,6 +583,7 @@ async fn attach(
             worktree,
             export: move |folder: &Path| tree.export(folder).map_err(io::Error::other),
             cache,
+            archives: Some(site.paths.user.dependency_archives()),
         };
         let status = preview.clone();
         let attached = dependencies

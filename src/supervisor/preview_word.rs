@@ -10,6 +10,7 @@ use super::{Inner, prepare::Prepared};
 use crate::{
     domain::{CommitSummary, PreviewState, TurnEvent, TurnPreview},
     identity::ThreadKey,
+    preview::is_configuration,
     turn::{Folder, Journal},
 };
 
@@ -23,15 +24,6 @@ const DEPENDENCIES: [&str; 4] = [
     "pnpm-lock.yaml",
     "yarn.lock",
 ];
-
-/// Does the dev server have to be started anew for a change of this file? Astro 7 restarts itself
-/// in place, and then no longer hears of changes to its content (measured with 7.3.5).
-fn is_configuration(path: &str) -> bool {
-    path == "tsconfig.json"
-        || path.starts_with(".env")
-        || path.starts_with("astro.config.")
-        || path.starts_with("vite.config.")
-}
 
 /// Does `work`, a turn, while the preview's news go to its journal.
 pub(super) async fn with_news<T>(

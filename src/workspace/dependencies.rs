@@ -6,9 +6,15 @@
 //! links can't reach the worktree (another file system) the tree stands beside the masters and
 //! the worktree gets a symlink to it.
 //!
+//! A master is one archive on the workspace too (`archive`): another container unpacks it instead of
+//! installing. Both are checked file by file before they are used (`inventory`), since a linked
+//! file can be written from inside a worktree.
+//!
 //! What npm is asked for, and under which key the outcome is kept, is decided in `manifest`; the
 //! trees are handled in `tree`. The installer is the only child that sees npm's settings.
 
+mod archive;
+mod inventory;
 mod manifest;
 mod tree;
 
@@ -106,6 +112,9 @@ pub struct DependencyRequest<E> {
     pub export: E,
     /// Of this user of this client alone: masters are writable from inside a worktree.
     pub cache: PathBuf,
+    /// Where the user's masters are kept for other containers: on the workspace, where no agent
+    /// reaches. Without one they are not.
+    pub archives: Option<PathBuf>,
 }
 
 impl<E> fmt::Debug for DependencyRequest<E> {
@@ -134,6 +143,8 @@ pub enum AttachedKind {
     Current,
     /// Linked from a master that was there.
     Cached,
+    /// Unpacked from the workspace's archive, then linked.
+    Restored,
     /// Installed, then linked.
     Installed,
 }
@@ -179,6 +190,7 @@ impl Dependencies {
             worktree,
             export,
             cache,
+            archives,
         } = request;
         let done = |kind, linked_to| Attached {
             took: began.elapsed(),
@@ -197,13 +209,29 @@ impl Dependencies {
             return Ok(done(AttachedKind::Current, linked_to));
         }
         let master = cache.join("masters").join(&need.key);
+        let archive = archives.map(|folder| folder.join(format!("{}.zst", need.key)));
         let lock = self.lock_of(&master);
         let held = lock.lock().await;
-        let is_cached = tree::is_master(&master);
-        if !is_cached {
-            on_progress("Installing dependencies");
-            self.install(&need, export, &cache, &master, &mut on_progress)
-                .await?;
+        let mut kind = AttachedKind::Cached;
+        let (at, key) = (master.clone(), need.key.clone());
+        let is_whole = move || tree::is_whole(&at, &key);
+        if !blocking("checking the dependencies", DISK_DEADLINE, is_whole).await? {
+            on_progress("Unpacking dependencies");
+            kind = AttachedKind::Restored;
+            let (to, from, key) = (master.clone(), archive.clone(), need.key.clone());
+            let restore = move || tree::restore(&to, from.as_deref(), &key);
+            if !blocking("unpacking the dependencies", DISK_DEADLINE, restore).await?? {
+                on_progress("Installing dependencies");
+                kind = AttachedKind::Installed;
+                self.install(&need, export, &cache, &master, &mut on_progress)
+                    .await?;
+            }
+        }
+        let at = master.clone();
+        let pack = move || tree::pack(&at, archive.as_deref());
+        let packed = blocking("keeping the dependencies for others", DISK_DEADLINE, pack);
+        if let Err(error) = packed.await {
+            tracing::warn!(%error, "the dependencies are not kept for other containers");
         }
         drop(held);
         if tree::is_committed(&master) {
@@ -212,11 +240,6 @@ impl Dependencies {
         on_progress("Linking dependencies");
         let attach = move || tree::attach(&master, &worktree, &cache, &need.key);
         let linked_to = blocking("linking dependencies", DISK_DEADLINE, attach).await??;
-        let kind = if is_cached {
-            AttachedKind::Cached
-        } else {
-            AttachedKind::Installed
-        };
         Ok(done(kind, linked_to))
     }
 
@@ -308,7 +331,8 @@ impl Dependencies {
             self.run(need, &staging, on_progress).await?;
         }
         let (folders, master) = (staging.clone(), master.to_owned());
-        let settle = move || tree::settle(&folders.site, &master, is_committed);
+        let key = need.key.clone();
+        let settle = move || tree::settle(&folders.site, &master, &key, is_committed);
         blocking("keeping the dependencies", DISK_DEADLINE, settle).await??;
         Ok(())
     }

@@ -59,6 +59,11 @@ impl UserPaths {
         self.state().join("lease")
     }
 
+    /// Installed dependencies, packed for other containers.
+    pub fn dependency_archives(&self) -> PathBuf {
+        self.state().join("dependencies")
+    }
+
     /// Created, last accessed, repository.
     pub fn metadata(&self) -> PathBuf {
         self.root.join("metadata.json")

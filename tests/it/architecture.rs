@@ -131,6 +131,8 @@ const CRATES: &[(&str, &[&str])] = &[
     ("governor", &["api"]),
     ("landlock", &["process"]),
     ("metrics_exporter_prometheus", &["figures"]),
+    ("notify", &["preview"]),
+    ("zstd", &["workspace"]),
     ("ratatui", &["cli"]),
     (
         "nix",

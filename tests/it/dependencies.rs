@@ -80,10 +80,31 @@ impl Bench {
             worktree: worktree.to_owned(),
             export: |to: &Path| std::fs::write(to.join("committed.txt"), "committed"),
             cache: self.disk.path().join("cache"),
+            archives: Some(self.disk.path().join("archives")),
         };
         timeout(SOON, self.dependencies.ensure(request, |_| ()))
             .await
             .unwrap()
+    }
+
+    fn archives(&self) -> Vec<PathBuf> {
+        let folder = std::fs::read_dir(self.disk.path().join("archives"));
+        let mut all: Vec<_> = folder.unwrap().map(|entry| entry.unwrap().path()).collect();
+        all.sort();
+        all
+    }
+
+    fn break_archive(&self) {
+        for archive in self.archives() {
+            let mut bytes = std::fs::read(&archive).unwrap();
+            bytes.truncate(bytes.len() - 3);
+            std::fs::write(&archive, bytes).unwrap();
+        }
+    }
+
+    /// As a new container begins.
+    fn lose_cache(&self) {
+        std::fs::remove_dir_all(self.disk.path().join("cache")).unwrap();
     }
 
     /// What npm was asked for so far.
@@ -139,4 +160,78 @@ async fn a_failed_install_shows_its_last_lines_and_leaves_nothing_behind() {
     }
     // A failure is no master: the next one tries again.
     assert_eq!(bench.runs(), "ci\nci\n");
+}
+
+#[tokio::test]
+async fn a_file_that_is_overwritten_in_place_reaches_no_later_thread() {
+    let bench = Bench::new();
+    let a = bench.worktree("a", "");
+    assert_eq!(
+        bench.ensure(&a).await.unwrap().kind,
+        AttachedKind::Installed
+    );
+    let file = a.join("node_modules/p/index.js");
+    let before = std::fs::metadata(&file).unwrap();
+    assert!(before.permissions().readonly(), "one has to want it");
+    // Of the same length, with its old time.
+    std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
+    let open = std::fs::File::options().write(true).open(&file).unwrap();
+    std::io::Write::write_all(&mut &open, b"poisoned!").unwrap();
+    open.set_modified(before.modified().unwrap()).unwrap();
+
+    // Once more from the archive, and once from the registry where that is broken too.
+    for (name, kind) in [
+        ("b", AttachedKind::Restored),
+        ("c", AttachedKind::Installed),
+    ] {
+        if kind == AttachedKind::Installed {
+            bench.break_archive();
+            bench.lose_cache();
+        }
+        let worktree = bench.worktree(name, "");
+        assert_eq!(bench.ensure(&worktree).await.unwrap().kind, kind);
+        let text = std::fs::read_to_string(worktree.join("node_modules/p/index.js")).unwrap();
+        assert_eq!(text, "committed");
+    }
+    assert_eq!(
+        std::fs::read_to_string(&file).unwrap(),
+        "poisoned!",
+        "its own"
+    );
+}
+
+#[tokio::test]
+async fn a_new_container_unpacks_instead_of_installing() {
+    let bench = Bench::new();
+    let a = bench.worktree("a", "");
+    bench.ensure(&a).await.unwrap();
+    bench.lose_cache();
+    let b = bench.worktree("b", "");
+    assert_eq!(bench.ensure(&b).await.unwrap().kind, AttachedKind::Restored);
+    let text = std::fs::read_to_string(b.join("node_modules/p/index.js")).unwrap();
+    assert_eq!(text, "committed");
+    assert_eq!(bench.runs(), "", "npm was not asked again");
+
+    // Two lockfiles beside each other have each their own.
+    let other = bench.worktree("c", r#","more":1"#);
+    assert_eq!(
+        bench.ensure(&other).await.unwrap().kind,
+        AttachedKind::Installed
+    );
+    assert_eq!(bench.archives().len(), 2);
+    assert_eq!(bench.ensure(&a).await.unwrap().kind, AttachedKind::Current);
+
+    // Another's archive under the name of ours is no use.
+    let archives = bench.archives();
+    bench.lose_cache();
+    std::fs::copy(&archives[0], &archives[1]).unwrap();
+    let kinds = [
+        bench.ensure(&bench.worktree("d", "")).await.unwrap().kind,
+        bench
+            .ensure(&bench.worktree("e", r#","more":1"#))
+            .await
+            .unwrap()
+            .kind,
+    ];
+    assert!(kinds.contains(&AttachedKind::Restored) && kinds.contains(&AttachedKind::Installed));
 }

@@ -4,6 +4,9 @@
     reason = "a test that cannot be set up has failed"
 )]
 
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt;
 use serde_json::{Value, json};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -11,7 +14,9 @@ use tokio::{
     time::timeout,
 };
 
-use crate::support::{Folders, Options, PATIENCE, TestGreenroom, Who, who};
+use tokio_tungstenite::{WebSocketStream, client_async, tungstenite::client::IntoClientRequest};
+
+use crate::support::{Folders, Options, PATIENCE, TestGreenroom, Who, wait_for_async, who};
 
 /// The program on the built-in template.
 struct Room {
@@ -66,6 +71,54 @@ impl Room {
         self.greenroom.get(&path).await.ok()["result"].take()
     }
 }
+
+impl Room {
+    /// Waits until the preview is said to be this.
+    async fn becomes(&self, who: &Who, state: &str) -> Value {
+        let said = async || {
+            let preview = self.preview(who).await;
+            (preview["state"] == state).then_some(preview)
+        };
+        wait_for_async(&format!("the preview is {state}"), said).await
+    }
+
+    /// Waits until the first page shows a text.
+    async fn shows(&self, host: &str, text: &str) {
+        let shown = async || {
+            let page = self.ask(host, "/", "").await;
+            page.body.contains(text).then_some(())
+        };
+        wait_for_async(&format!("the page shows {text}"), shown).await;
+    }
+
+    /// A browser's HMR socket, greeted.
+    async fn hmr(&self, host: &str) -> WebSocketStream<TcpStream> {
+        let mut request = format!("ws://{host}/").into_client_request().unwrap();
+        let protocol = "vite-hmr".parse().unwrap();
+        request
+            .headers_mut()
+            .insert("sec-websocket-protocol", protocol);
+        let stream = TcpStream::connect(("127.0.0.1", self.greenroom.preview_port));
+        let (mut socket, _) = client_async(request, stream.await.unwrap()).await.unwrap();
+        let greeting = timeout(PATIENCE, socket.next()).await.unwrap();
+        let greeting = greeting.unwrap().unwrap();
+        assert_eq!(greeting.to_text().unwrap(), r#"{"type":"connected"}"#);
+        socket
+    }
+
+    fn write(&self, who: &Who, file: &str, text: &str) {
+        let path = self.folders.worktree(who).join(file);
+        std::fs::write(path, text).unwrap();
+    }
+
+    fn read(&self, who: &Who, file: &str) -> String {
+        let path = self.folders.worktree(who).join(file);
+        std::fs::read_to_string(path).unwrap()
+    }
+}
+
+const HEADING: &str = "Good pots for ordinary days";
+const INDEX: &str = "src/pages/index.astro";
 
 fn thread(name: &str) -> Who {
     who("demo", "me", name)
@@ -207,4 +260,175 @@ async fn of_two_threads_with_room_for_one_the_other_sleeps_and_wakes() {
     // So does an init.
     assert_eq!(room.init(&red).await, red_host);
     assert_eq!(room.preview(&blue).await["state"], "asleep");
+}
+
+#[tokio::test]
+async fn a_server_that_misses_changes_is_stale_and_heals() {
+    let room = Room::with(|options| options).await;
+    let main = thread("main");
+    let host = room.init(&main).await;
+    room.shows(&host, HEADING).await;
+
+    // A changed configuration leads to a new server by itself. This one makes Vite deaf.
+    let config = "export default { devToolbar: { enabled: false },
+        vite: { server: { watch: { ignored: ['**/src/**'] } } } };";
+    let restarted = Instant::now();
+    room.write(&main, "astro.config.mjs", config);
+    room.becomes(&main, "starting").await;
+    room.becomes(&main, "live").await;
+    room.shows(&host, HEADING).await;
+    // 3 to 4 s on a machine that has nothing else to do; the limits below are for such a one.
+    let restart = restarted.elapsed();
+    let busy = (restart.as_secs_f64() / 4.0).max(1.0);
+
+    let index = room.read(&main, INDEX);
+    let edited = Instant::now();
+    room.write(
+        &main,
+        INDEX,
+        &index.replace(HEADING, "Pots that were missed"),
+    );
+    let stale = room.becomes(&main, "stale").await;
+    let stale_after = edited.elapsed();
+    assert_eq!(stale["errors"][0]["file"], INDEX, "{stale}");
+    room.shows(&host, "Pots that were missed").await;
+    let healed_after = edited.elapsed();
+    println!("stale after {stale_after:?}, healed after {healed_after:?}, restart {restart:?}");
+    assert!(
+        stale_after < Duration::from_secs(3).mul_f64(busy),
+        "{stale_after:?}"
+    );
+    assert!(
+        healed_after < Duration::from_secs(10).mul_f64(busy),
+        "{healed_after:?}"
+    );
+    let live = room.becomes(&main, "live").await;
+    assert_eq!(live["errors"].as_array().map_or(0, Vec::len), 0, "{live}");
+
+    // Of what it does not serve it may be silent.
+    room.write(
+        &main,
+        "src/components/Unused.astro",
+        "<p>nobody uses it</p>",
+    );
+    room.write(&main, "src/components/Unused.astro", "<p>nobody at all</p>");
+    room.write(&main, "README.md", "changed");
+    for _ in 0..20 {
+        tokio::time::sleep(Duration::from_millis(150)).await;
+        assert_eq!(room.preview(&main).await["state"], "live");
+    }
+}
+
+#[tokio::test]
+async fn a_server_without_events_looks_for_changes_by_itself() {
+    // The limit of inotify, of a namespace in which 8 watches are allowed.
+    let few = "echo 8 > /proc/sys/user/max_inotify_watches && exec \"$@\"";
+    let room = Room::with(|options| options.started_by(few)).await;
+    let main = thread("main");
+    let answer = room.greenroom.init(&main, json!({})).await.ok();
+    let url = answer["preview"]["url"].as_str().unwrap();
+    let host = url.trim_start_matches("http://").to_owned();
+    room.becomes(&main, "live").await;
+    room.shows(&host, HEADING).await;
+    let index = room.read(&main, INDEX);
+    let edited = Instant::now();
+    room.write(
+        &main,
+        INDEX,
+        &index.replace(HEADING, "Pots that were looked for"),
+    );
+    room.shows(&host, "Pots that were looked for").await;
+    println!("shown after {:?}", edited.elapsed());
+    let log = room.greenroom.log().join("\n");
+    assert!(log.contains("it can't watch the site's files"), "{log}");
+}
+
+/// Reads until the page is told to load again.
+async fn is_told_to_reload(socket: &mut WebSocketStream<TcpStream>) {
+    let told = async {
+        while let Some(message) = socket.next().await {
+            if message.unwrap().to_text().unwrap().contains("full-reload") {
+                return;
+            }
+        }
+        panic!("the socket ended");
+    };
+    timeout(PATIENCE, told).await.expect("a reload");
+}
+
+#[tokio::test]
+async fn pages_load_again_where_vite_tells_them_nothing() {
+    let room = Room::with(|options| options).await;
+    let main = thread("main");
+    let host = room.init(&main).await;
+    room.shows(&host, HEADING).await;
+    assert_eq!(
+        room.ask(&host, "/new", "Accept: text/html\r\n")
+            .await
+            .status,
+        404
+    );
+    // A cold server tells its first browser to reload; what it has said is over after a while.
+    let mut socket = room.hmr(&host).await;
+    while timeout(Duration::from_secs(3), socket.next()).await.is_ok() {}
+
+    room.write(&main, "src/pages/new.astro", "<h1>New page</h1>");
+    is_told_to_reload(&mut socket).await;
+    let page = room.ask(&host, "/new", "Accept: text/html\r\n").await;
+    assert!(page.body.contains("New page"), "{}", page.body);
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    room.write(&main, "public/notes.txt", "one");
+    is_told_to_reload(&mut socket).await;
+    assert_eq!(room.ask(&host, "/notes.txt", "").await.body, "one");
+    assert_eq!(room.preview(&main).await["state"], "live");
+}
+
+#[tokio::test]
+async fn errors_stay_as_long_as_what_is_broken() {
+    let room = Room::with(|options| options).await;
+    let main = thread("main");
+    let host = room.init(&main).await;
+    room.shows(&host, HEADING).await;
+    let index = room.read(&main, INDEX);
+    let broken = index.replace(HEADING, "{broken(");
+
+    // Mended before the error of it has come.
+    for round in 0..3 {
+        room.write(&main, INDEX, &broken);
+        room.ask(&host, "/", "Accept: text/html\r\n").await;
+        room.write(
+            &main,
+            INDEX,
+            &index.replace(HEADING, &format!("Round {round}")),
+        );
+        room.shows(&host, &format!("Round {round}")).await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let live = room.becomes(&main, "live").await;
+        assert!(
+            live["errors"].as_array().is_none_or(Vec::is_empty),
+            "{live}"
+        );
+    }
+
+    // What Astro says in its log alone is not over because another page is fine.
+    let folder = room.folders.worktree(&main).join("src/content/journal");
+    let entry = std::fs::read_dir(folder).unwrap().flatten().next().unwrap();
+    let entry = format!(
+        "src/content/journal/{}",
+        entry.file_name().to_str().unwrap()
+    );
+    let good = room.read(&main, &entry);
+    let said = async || {
+        // A fresh server may miss the first change of its content.
+        room.write(&main, &entry, "---\ntitle: [1\n---\n");
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        (room.preview(&main).await["state"] == "error").then_some(())
+    };
+    wait_for_async("the broken entry is told", said).await;
+    room.write(&main, INDEX, &index);
+    room.shows(&host, HEADING).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(room.preview(&main).await["state"], "error");
+    room.write(&main, &entry, &good);
+    room.becomes(&main, "live").await;
 }

@@ -82,6 +82,7 @@ impl Bench {
             node: node(),
             private_root: disk.path().join("private"),
             most_awake: 3,
+            shows_banner: false,
         };
         let tasks = Tasks::new();
         let previews = Previews::new(launcher(), settings, tasks.clone());
@@ -381,6 +382,7 @@ async fn the_least_recently_used_server_sleeps_and_wakes_when_it_is_asked() {
         node: node(),
         private_root: bench.disk.path().join("private"),
         most_awake: 2,
+        shows_banner: false,
     };
     let previews = Previews::new(launcher(), settings, bench.tasks.clone());
     Proxy::serve(
@@ -507,6 +509,7 @@ async fn an_astro_site_is_installed_served_and_updated() {
         node: node(),
         private_root: disk.path().join("private"),
         most_awake: 3,
+        shows_banner: false,
     };
     let tasks = Tasks::new();
     let previews = Previews::new(launcher(), settings, tasks.clone());
@@ -535,6 +538,7 @@ async fn an_astro_site_is_installed_served_and_updated() {
                         Ok(())
                     },
                     cache: disk.path().join("cache"),
+                    archives: None,
                 },
                 |text| println!("{text}"),
             )

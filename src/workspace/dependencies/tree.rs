@@ -10,9 +10,13 @@ use std::{
 
 use sha2::{Digest, Sha256};
 
+use super::{archive, inventory::Inventory};
+
 const MODULES: &str = "node_modules";
 /// In an attached tree: the key that it was made for. A file of the tree's own, never a link.
 const MARKER: &str = ".greenroom-key";
+/// In a master: what its modules are made of.
+const INVENTORY: &str = "inventory.json";
 /// In a master whose site has its modules in git.
 const COMMITTED: &str = "committed";
 /// Where a `node_modules` that isn't ours is kept, inside the one that replaces it.
@@ -55,9 +59,83 @@ pub(super) fn remove(root: &Path) {
     }
 }
 
-/// Is there a complete master?
-pub(super) fn is_master(master: &Path) -> bool {
-    master.is_dir()
+/// Is there a complete master, as it was made? What is there and is not is removed.
+pub(super) fn is_whole(master: &Path, key: &str) -> bool {
+    if is_committed(master) {
+        return true;
+    }
+    let inventory = inventory_of(master);
+    if inventory.is_some_and(|all| all.key == key && all.is_of(&master.join(MODULES))) {
+        return true;
+    }
+    if master.exists() {
+        tracing::warn!("installed dependencies were changed in place: they are made anew");
+        remove(master);
+    }
+    false
+}
+
+fn inventory_of(master: &Path) -> Option<Inventory> {
+    serde_json::from_slice(&fs::read(master.join(INVENTORY)).ok()?).ok()
+}
+
+/// Makes a master of an archive; false where there is none, or it is broken or another's.
+pub(super) fn restore(
+    master: &Path,
+    archive: Option<&Path>,
+    key: &str,
+) -> Result<bool, AttachError> {
+    let Some(archive) = archive.filter(|archive| archive.exists()) else {
+        return Ok(false);
+    };
+    let fresh = beside(master)?;
+    let unpacked = archive::restore(archive, key, &fresh.join(MODULES));
+    let kept = unpacked.and_then(|inventory| keep(&fresh, master, &inventory));
+    if let Err(error) = &kept {
+        remove(&fresh);
+        tracing::warn!(%error, "an archive of dependencies was of no use");
+        // It is made anew after the installation.
+        fs::remove_file(archive).ok();
+    }
+    Ok(kept.is_ok())
+}
+
+/// Writes a master's archive where there is none. That it could not costs the next container time.
+pub(super) fn pack(master: &Path, archive: Option<&Path>) {
+    let Some(archive) = archive.filter(|archive| !archive.exists()) else {
+        return;
+    };
+    if let Some(inventory) = inventory_of(master)
+        && let Err(error) = archive::pack(&master.join(MODULES), &inventory, archive)
+    {
+        tracing::warn!(%error, "the dependencies are not kept for other containers");
+    }
+}
+
+/// A new folder beside a master, to become it.
+fn beside(master: &Path) -> Result<PathBuf, AttachError> {
+    let parent = master.parent().expect("masters have a folder");
+    fs::create_dir_all(parent).map_err(failed("make the dependency cache"))?;
+    let fresh = parent.join(format!(".new-{}", uuid::Uuid::new_v4().simple()));
+    fs::create_dir(&fresh).map_err(failed("make the dependency cache"))?;
+    Ok(fresh)
+}
+
+/// Gives a complete tree its inventory and its name.
+fn keep(fresh: &Path, master: &Path, inventory: &Inventory) -> io::Result<()> {
+    fs::write(fresh.join(INVENTORY), serde_json::to_vec(inventory)?)?;
+    take_name(fresh, master)
+}
+
+fn take_name(fresh: &Path, master: &Path) -> io::Result<()> {
+    match fs::rename(fresh, master) {
+        // Another process of ours was quicker: its tree is as good.
+        Err(_) if master.is_dir() => {
+            remove(fresh);
+            Ok(())
+        }
+        other => other,
+    }
 }
 
 /// Has the site its modules in git?
@@ -66,14 +144,17 @@ pub(super) fn is_committed(master: &Path) -> bool {
 }
 
 /// Makes the installed tree a master. It appears under its name complete or not at all.
-pub(super) fn settle(site: &Path, master: &Path, committed: bool) -> Result<(), AttachError> {
-    let parent = master.parent().expect("masters have a folder");
-    fs::create_dir_all(parent).map_err(failed("make the dependency cache"))?;
-    let fresh = parent.join(format!(".new-{}", uuid::Uuid::new_v4().simple()));
-    fs::create_dir(&fresh).map_err(failed("make the dependency cache"))?;
+pub(super) fn settle(
+    site: &Path,
+    master: &Path,
+    key: &str,
+    committed: bool,
+) -> Result<(), AttachError> {
+    let fresh = beside(master)?;
     let settled = (|| {
         if committed {
-            return fs::write(fresh.join(COMMITTED), b"");
+            fs::write(fresh.join(COMMITTED), b"")?;
+            return take_name(&fresh, master);
         }
         let modules = site.join(MODULES);
         // A site with scripts alone has none.
@@ -82,16 +163,10 @@ pub(super) fn settle(site: &Path, master: &Path, committed: bool) -> Result<(), 
         remove(&modules.join(".vite"));
         fs::remove_file(modules.join(MARKER)).ok();
         make_read_only(&modules)?;
-        fs::rename(&modules, fresh.join(MODULES))
+        let inventory = Inventory::take(&modules, key)?;
+        fs::rename(&modules, fresh.join(MODULES))?;
+        keep(&fresh, master, &inventory)
     })();
-    let settled = settled.and_then(|()| match fs::rename(&fresh, master) {
-        // Another process of ours was quicker: its tree is as good.
-        Err(_) if is_master(master) => {
-            remove(&fresh);
-            Ok(())
-        }
-        other => other,
-    });
     settled.map_err(|source| {
         remove(&fresh);
         AttachError {
@@ -327,7 +402,7 @@ mod tests {
             symlink("/etc/passwd", modules.join("pkg/out")).unwrap();
             fs::write(modules.join(".package-lock.json"), "{}").unwrap();
             fs::create_dir(disk.at("worktree")).unwrap();
-            settle(&disk.at("site"), &disk.at("cache/masters/k"), false).unwrap();
+            settle(&disk.at("site"), &disk.at("cache/masters/k"), KEY, false).unwrap();
             disk
         }
 
@@ -436,9 +511,10 @@ mod tests {
     #[test]
     fn modules_in_git_are_left_alone() {
         let disk = Disk::new();
-        settle(&disk.at("site"), &disk.at("cache/masters/git"), true).unwrap();
+        settle(&disk.at("site"), &disk.at("cache/masters/git"), KEY, true).unwrap();
         assert!(is_committed(&disk.at("cache/masters/git")));
         assert!(!is_committed(&disk.at("cache/masters/k")));
-        assert!(is_master(&disk.at("cache/masters/k")) && !is_master(&disk.at("cache/masters/x")));
+        assert!(is_whole(&disk.at("cache/masters/k"), KEY));
+        assert!(!is_whole(&disk.at("cache/masters/x"), KEY));
     }
 }

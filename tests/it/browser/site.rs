@@ -68,8 +68,8 @@ async fn an_edit_shows_by_itself_and_is_the_whole_commit() {
 }
 
 #[tokio::test]
-async fn a_broken_page_says_so_and_comes_back_by_itself() {
-    let room = Room::start().await;
+async fn a_broken_page_says_so_under_vites_overlay_and_comes_back_by_itself() {
+    let room = Room::with(|options| options.env("PREVIEW_ERRORS", "overlay")).await;
     let main = thread("main");
     let url = room.init(&main).await;
     let page = room.open(&url).await;
@@ -130,6 +130,59 @@ async fn a_broken_page_says_so_and_comes_back_by_itself() {
         let overlay = page.eval("document.querySelector('vite-error-overlay')");
         assert_eq!(overlay.await, Value::Null, "and it stays away");
     }
+}
+
+/// The line at the foot of a page that is broken.
+const BANNER: &str = "#greenroom-banner";
+
+#[tokio::test]
+async fn a_broken_page_is_shown_as_it_was_with_a_banner() {
+    let room = Room::start().await;
+    let main = thread("main");
+    let url = room.init(&main).await;
+    let page = room.open(&url).await;
+    page.wait_for_text("h1", HEADING).await;
+    let about = room.open(&format!("{url}/about")).await;
+    about.eval("window.mark = 'not loaded again'").await;
+
+    room.greenroom
+        .execute(&main, "Break the page on purpose")
+        .await
+        .ok();
+    page.wait_for_text(BANNER, "src/pages/index.astro").await;
+    page.wait_for_text("h1", HEADING).await;
+    let overlay = "[...document.querySelectorAll('vite-error-overlay')]
+        .every((overlay) => overlay.style.display === 'none')";
+    assert_eq!(page.eval(overlay).await, true);
+    page.screenshot("site-broken-with-banner").await;
+    // Who comes later sees it too, and other pages are there.
+    let late = room.chromium.open(&url).await;
+    late.wait_for_text(BANNER, "src/pages/index.astro").await;
+    late.wait_for_text("h1", HEADING).await;
+    about
+        .wait_for_text("h1", "Four people, one large kiln")
+        .await;
+
+    room.greenroom.execute(&main, "Repair it").await.ok();
+    for page in [&page, &late] {
+        page.wait_for(&format!("!document.querySelector('{BANNER}')"))
+            .await;
+        page.wait_for_text("h1", HEADING).await;
+    }
+}
+
+#[tokio::test]
+async fn a_page_that_was_not_there_yet_appears_by_itself() {
+    let room = Room::start().await;
+    let main = thread("main");
+    let url = room.init(&main).await;
+    let page = room.open(&format!("{url}/fresh")).await;
+    page.eval("window.mark = 'not loaded again'").await;
+    // Greenroom takes what comes right after a page was shown for that page's own doing.
+    tokio::time::sleep(std::time::Duration::from_millis(2500)).await;
+    let file = room.folders.worktree(&main).join("src/pages/fresh.astro");
+    std::fs::write(file, "<h1>Fresh from the kiln</h1>").unwrap();
+    page.wait_for_text("h1", "Fresh from the kiln").await;
 }
 
 #[tokio::test]

@@ -28,6 +28,8 @@ use super::{
 pub(crate) struct Options {
     pub(crate) folders: Folders,
     command: &'static str,
+    /// What starts the program in its own place.
+    starter: Vec<String>,
     args: Vec<String>,
     env: Vec<(String, OsString)>,
 }
@@ -41,6 +43,7 @@ impl Options {
         let options = Self {
             folders: folders.clone(),
             command: "serve",
+            starter: Vec::new(),
             args: Vec::new(),
             env: Vec::new(),
         };
@@ -82,6 +85,22 @@ impl Options {
     /// Adds an argument.
     pub(crate) fn arg(mut self, arg: &str) -> Self {
         self.args.push(arg.to_owned());
+        self
+    }
+
+    /// It is started by this shell script, in a user namespace of its own; `exec "$@"` at the
+    /// script's end makes it the program.
+    pub(crate) fn started_by(mut self, script: &str) -> Self {
+        let words = [
+            "unshare",
+            "--user",
+            "--map-root-user",
+            "sh",
+            "-c",
+            script,
+            "sh",
+        ];
+        self.starter = words.map(str::to_owned).to_vec();
         self
     }
 
@@ -128,9 +147,13 @@ impl Options {
     }
 
     fn spawn(&self) -> Child {
+        let program = env!("CARGO_BIN_EXE_greenroom").to_owned();
+        let words = self.starter.iter().cloned().chain([program]);
+        let words: Vec<String> = words.collect();
         #[expect(clippy::disallowed_methods, reason = "the program under test")]
-        let mut command = Command::new(env!("CARGO_BIN_EXE_greenroom"));
+        let mut command = Command::new(&words[0]);
         command
+            .args(&words[1..])
             .arg(self.command)
             .args(&self.args)
             .current_dir(self.folders.join("home"))

@@ -46,27 +46,40 @@ pub(crate) fn tools() -> &'static Tools {
 /// it). Fails in one line where there is none.
 pub(crate) fn ccusage() -> PathBuf {
     let named = env::var_os("CCUSAGE_BIN").map(PathBuf::from);
-    let cache = env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-    let cache = cache.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cache")));
-    let brought = cache.into_iter().flat_map(|cache| {
-        let tools = cache.join("greenroom-dev/tools");
-        let folders = std::fs::read_dir(tools).into_iter().flatten().flatten();
-        folders.filter_map(|folder| {
-            let arch = folder
-                .file_name()
-                .to_str()?
-                .strip_prefix("ccusage-")?
-                .rsplit_once('-')?
-                .1
-                .to_owned();
-            let package = format!("lib/node_modules/@ccusage/ccusage-linux-{arch}/bin/ccusage");
-            Some(folder.path().join(package))
-        })
+    let brought = brought_tools().filter_map(|folder| {
+        let name = folder.file_name()?.to_str()?;
+        let arch = name.strip_prefix("ccusage-")?.rsplit_once('-')?.1;
+        let package = format!("lib/node_modules/@ccusage/ccusage-linux-{arch}/bin/ccusage");
+        Some(folder.join(package))
     });
     let mut found = named.into_iter().chain(brought);
     found
         .find(|program| program.is_file())
         .expect("no ccusage: scripts/test installs it, or set CCUSAGE_BIN")
+}
+
+/// A folder with two WebSocket peers, npm's `ws` in `node_modules` and PyPI's `websockets` in
+/// `python` (`WEBSOCKET_PEERS`, else where scripts/test puts it). Fails in one line where there is
+/// none.
+pub(crate) fn websocket_peers() -> PathBuf {
+    let named = env::var_os("WEBSOCKET_PEERS").map(PathBuf::from);
+    let mut found = named.into_iter().chain(brought_tools());
+    found
+        .find(|folder| folder.join("python/websockets").is_dir())
+        .expect("no WebSocket peers: scripts/test installs them, or set WEBSOCKET_PEERS")
+}
+
+/// The folders that scripts/test made.
+fn brought_tools() -> impl Iterator<Item = PathBuf> {
+    let cache = env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+    let cache = cache.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cache")));
+    let tools = cache.map(|cache| cache.join("greenroom-dev/tools"));
+    let folders = tools.and_then(|tools| std::fs::read_dir(tools).ok());
+    folders
+        .into_iter()
+        .flatten()
+        .flatten()
+        .map(|folder| folder.path())
 }
 
 /// The stand-in for the CLI (`tests/acting`), for `CLAUDE_BIN`. The tests' runner builds it with them.

@@ -1,0 +1,307 @@
+//! What a running dev server says of its site, beside what changes there: is what it shows true?
+//!
+//! ```text
+//! change ─► the server says something within 1.8 s                     fine
+//!        └► it is silent ─► it serves the file?  no ─► rightly so
+//!                                                yes ─► `stale`; browsers load their page again;
+//!                     is a page answered (8 s), and nothing said yet? ─► a new server
+//! ```
+
+use std::{collections::BTreeSet, time::Duration};
+
+use tokio::{
+    sync::mpsc,
+    time::{Instant, sleep},
+};
+
+use super::{DevServer, MAX_ERRORS, Run};
+use crate::{
+    domain::{PreviewError, PreviewState},
+    preview::{
+        eyes::{Change, Kind},
+        hmr::Word,
+        probe,
+        served::is_served,
+        touched::is_configuration,
+    },
+    task::blocking,
+};
+
+/// A change of content is told after 0.5 s, most others at once.
+const QUIET: Duration = Duration::from_millis(1800);
+/// Several files are written at once.
+const SETTLE: Duration = Duration::from_millis(300);
+/// A broken configuration alone keeps Vite from answering for 6 s.
+const ANSWER: Duration = Duration::from_secs(8);
+/// Looks at the pages after one change: an error may be told late, of what is mended by then, and
+/// each look may bring another.
+const MOST_CHECKS: u32 = 4;
+/// A change so soon after a page was shown may be the page's own doing.
+const OWN_DOING: Duration = Duration::from_secs(2);
+const DISK_DEADLINE: Duration = Duration::from_secs(20);
+/// A server may be quicker than greenroom to see a change, and have spoken already.
+const HEAD_START: Duration = Duration::from_millis(500);
+const MOST_FILES: usize = 64;
+
+/// What is known of one run's honesty.
+#[derive(Debug, Default)]
+pub(super) struct Truth {
+    /// Somebody hears it: else its silence means nothing.
+    is_heard: bool,
+    /// How often it said anything of the site.
+    words: u64,
+    last_word: Option<Instant>,
+    /// Since the last update.
+    checks: u32,
+    /// Files that changed and that it has said nothing of.
+    unheard: BTreeSet<String>,
+    unheard_due: Option<Instant>,
+    reload_due: Option<Instant>,
+    restart_due: Option<(Instant, String)>,
+    /// Names of content entries that its log calls broken: pages answer well all the same.
+    broken_content: BTreeSet<String>,
+}
+
+impl Truth {
+    /// When [`DevServer::look_again`] has something to do.
+    pub(super) fn due(&self) -> Option<Instant> {
+        let restart = self.restart_due.as_ref().map(|(at, _)| *at);
+        [self.unheard_due, self.reload_due, restart]
+            .into_iter()
+            .flatten()
+            .min()
+    }
+
+    fn said_something(&mut self) {
+        self.words += 1;
+        self.last_word = Some(Instant::now());
+        self.unheard.clear();
+        self.unheard_due = None;
+    }
+}
+
+/// Why a server is to be started anew.
+pub(super) type Reason = String;
+
+impl DevServer {
+    /// Takes in what the server says while it serves.
+    pub(super) fn hear(&mut self, word: Word, run: &mut Run) -> Option<Reason> {
+        let truth = &mut run.truth;
+        let mut is_to_check = false;
+        let mut reason = None;
+        let mut is_doubted = None;
+        let is_polling = self.polls;
+        let is_blind = matches!(word, Word::Blind(_));
+        if let Word::Logged(error) = &word
+            && let Some(name) = entry_named(&error.message)
+        {
+            truth.broken_content.insert(name.to_owned());
+        }
+        self.publish.send_if_modified(|status| {
+            match word {
+                Word::Listening(is_heard) => {
+                    truth.is_heard = is_heard;
+                    truth.unheard.clear();
+                    truth.unheard_due = None;
+                    return false;
+                }
+                Word::Updated => {
+                    truth.said_something();
+                    truth.checks = 0;
+                    status.updates += 1;
+                    is_to_check = matches!(status.state, PreviewState::Error | PreviewState::Stale);
+                }
+                Word::Error(error) | Word::Logged(error) => {
+                    truth.said_something();
+                    // A browser that tries again makes the server say it again.
+                    let is_known = status.errors.contains(&error);
+                    if is_known && status.told_at == status.updates {
+                        return false;
+                    }
+                    // Of what was mended meanwhile?
+                    is_to_check = true;
+                    status.told_at = status.updates;
+                    status.errors.retain(|known| known.file != error.file);
+                    status.errors.push(error);
+                    let surplus = status.errors.len().saturating_sub(MAX_ERRORS);
+                    status.errors.drain(..surplus);
+                    status.state = PreviewState::Error;
+                }
+                Word::Blind(error) => {
+                    status.errors = vec![error];
+                    status.state = PreviewState::Stale;
+                    if !is_polling {
+                        reason = Some("it can't watch the site's files".to_owned());
+                    }
+                }
+                Word::Silent { words, file } => {
+                    if words != truth.words || status.state == PreviewState::Starting {
+                        return false;
+                    }
+                    is_doubted = Some(words);
+                    status.errors.push(PreviewError {
+                        message: format!(
+                            "what the preview shows may be old: the dev server has said nothing of \
+                             a change of {file}"
+                        ),
+                        file: Some(file),
+                        ..PreviewError::default()
+                    });
+                    status.state = PreviewState::Stale;
+                }
+                Word::StillSilent { words } => {
+                    if words == truth.words {
+                        reason = Some("it doesn't see changes".to_owned());
+                    } else {
+                        is_to_check = true;
+                    }
+                    return false;
+                }
+                Word::Fine { generation } if generation == status.generation => {
+                    let broken = &truth.broken_content;
+                    status
+                        .errors
+                        .retain(|error| broken.iter().any(|name| error.message.contains(name)));
+                    if status.errors.is_empty() {
+                        status.state = PreviewState::Live;
+                    }
+                }
+                Word::Fine { .. } => {
+                    is_to_check = matches!(status.state, PreviewState::Error | PreviewState::Stale);
+                    return false;
+                }
+            }
+            status.generation += 1;
+            true
+        });
+        if let Some(words) = is_doubted {
+            tracing::warn!(slug = self.site.slug, "the dev server misses changes");
+            self.notes.reload();
+            self.wait_for_a_word(words, run.tell.clone());
+        }
+        if is_to_check && run.truth.checks < MOST_CHECKS {
+            run.truth.checks += 1;
+            self.check(run);
+        }
+        if reason.is_some() {
+            // What was tried and did not help is not tried again.
+            self.polls = self.polls || is_blind || self.was_deaf;
+            self.was_deaf = true;
+        }
+        reason
+    }
+
+    /// A file of the site has changed.
+    pub(super) fn notice(&self, change: &Change, run: &mut Run) {
+        let now = Instant::now();
+        let truth = &mut run.truth;
+        let Change { path, kind } = change;
+        let has_turn = self.notes.has_turn();
+        truth
+            .broken_content
+            .retain(|name| !path.ends_with(name.as_str()));
+        if is_configuration(path) {
+            // A turn's own word does that at its end.
+            if !has_turn {
+                truth.restart_due = Some((now + SETTLE, format!("{path} changed")));
+            }
+            return;
+        }
+        let is_new_page = *kind == Kind::New && path.starts_with("src/pages/");
+        if is_new_page {
+            self.notes.last_page().forget(path);
+        }
+        if is_new_page || path.starts_with("public/") {
+            // Vite tells nobody.
+            let is_own = !has_turn && self.notes.last_document_age(now) < OWN_DOING;
+            if !is_own {
+                truth.reload_due = Some(now + SETTLE);
+            }
+        } else if *kind == Kind::Changed
+            && truth.is_heard
+            && truth.last_word.is_none_or(|at| at.elapsed() > HEAD_START)
+            && truth.unheard.len() < MOST_FILES
+        {
+            truth.unheard.insert(path.clone());
+            truth.unheard_due.get_or_insert(now + QUIET);
+        }
+    }
+
+    /// Something is due.
+    pub(super) fn look_again(&self, run: &mut Run) -> Option<Reason> {
+        let now = Instant::now();
+        let truth = &mut run.truth;
+        if truth.reload_due.is_some_and(|at| at <= now) {
+            truth.reload_due = None;
+            self.notes.reload();
+        }
+        if truth.unheard_due.is_some_and(|at| at <= now) {
+            truth.unheard_due = None;
+            let files = std::mem::take(&mut truth.unheard);
+            self.ask_whether_served(files, truth.words, run.tell.clone());
+        }
+        let is_due = truth.restart_due.as_ref().is_some_and(|(at, _)| *at <= now);
+        truth.restart_due.take_if(|_| is_due).map(|(_, why)| why)
+    }
+
+    /// Is it silent of files that it serves?
+    fn ask_whether_served(&self, files: BTreeSet<String>, words: u64, tell: mpsc::Sender<Word>) {
+        let worktree = self.site.worktree.clone();
+        let visited = self.notes.last_page().visited();
+        self.aside("preview doubt", async move {
+            let look = blocking("looking for who uses a file", DISK_DEADLINE, move || {
+                files
+                    .into_iter()
+                    .find(|file| is_served(&worktree, file, &visited))
+            });
+            if let Ok(Some(file)) = look.await {
+                tell.send(Word::Silent { words, file }).await.ok();
+            }
+        });
+    }
+
+    /// It may only be slow: does it say something once it has answered?
+    fn wait_for_a_word(&self, words: u64, tell: mpsc::Sender<Word>) {
+        let port = self.site.port;
+        let page = self.notes.last_page().and_pages_of([]).swap_remove(0);
+        self.aside("preview doubt", async move {
+            probe::page(port, &page, ANSWER).await;
+            sleep(probe::LATE).await;
+            tell.send(Word::StillSilent { words }).await.ok();
+        });
+    }
+
+    /// Nothing says that an error is gone: after a change the pages that it may have been on are
+    /// asked for, once what comes late has come.
+    fn check(&self, run: &Run) {
+        let (status, notes) = (self.publish.subscribe(), self.notes.clone());
+        let (port, tell) = (self.site.port, run.tell.clone());
+        self.aside("preview check", async move {
+            sleep(probe::LATE).await;
+            // Only now: an error of before the change may have come after it.
+            let (generation, pages) = {
+                let status = status.borrow();
+                let files = status
+                    .errors
+                    .iter()
+                    .filter_map(|error| error.file.as_deref());
+                (status.generation, notes.last_page().and_pages_of(files))
+            };
+            let answers = probe::pages(port, &pages, probe::PATIENCE).await;
+            if answers
+                .iter()
+                .all(|status| status.is_some_and(|code| !code.is_server_error()))
+            {
+                sleep(probe::LATE).await;
+                tell.send(Word::Fine { generation }).await.ok();
+            }
+        });
+    }
+}
+
+/// The entry that a line of Astro's content loader is about.
+fn entry_named(message: &str) -> Option<&str> {
+    let words = message.split_whitespace();
+    let mut names = words.map(|word| word.trim_end_matches([':', ',', '.']));
+    names.find(|word| word.contains('.') && !word.starts_with('.'))
+}
