@@ -54,7 +54,7 @@ const PARTS: [Part; 8] = parts! {
     rest 60,
     init 90,
     turn 180,
-    commit 300,
+    commit 600,
     history 120,
     hmr 90,
     proxy 180,
