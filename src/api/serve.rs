@@ -74,3 +74,32 @@ pub async fn serve(listener: TcpListener, router: Router, tasks: Tasks) {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::{Extension, routing::get};
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_request_knows_where_it_came_from() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let whence = async |Extension(Peer(peer)): Extension<Peer>| peer.to_string();
+        let router = Router::new().route("/", get(whence));
+        let tasks = Tasks::new();
+        tasks.spawn("api", serve(listener, router, tasks.clone()));
+        let mut socket = tokio::net::TcpStream::connect(address).await.unwrap();
+        let request = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n";
+        socket.write_all(request).await.unwrap();
+        let mut answer = String::new();
+        let read = socket.read_to_string(&mut answer);
+        tokio::time::timeout(Duration::from_secs(20), read)
+            .await
+            .unwrap()
+            .unwrap();
+        assert!(answer.ends_with("\r\n\r\n127.0.0.1"), "{answer}");
+        tasks.cancel();
+    }
+}

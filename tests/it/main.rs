@@ -7,6 +7,7 @@ mod architecture;
 mod bad_input;
 mod browser;
 mod campaign;
+mod canary;
 mod cli;
 mod conformance;
 mod dependencies;
