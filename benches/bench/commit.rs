@@ -190,13 +190,14 @@ fn timed(
     watch: &Watch,
 ) -> anyhow::Result<(f64, f64)> {
     let before = worktree.head()?;
+    let branch = folder.join("project/.git/refs/heads/thread/bench/u/t0");
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let started = Instant::now();
-        let (done, before) = (&done, &before);
+        let (done, before, branch) = (&done, &before, &branch);
         let watcher = scope.spawn(move || {
             while !done.load(Ordering::Acquire) {
-                if worktree.head().is_ok_and(|head| head != *before) {
+                if fs::read_to_string(branch).is_ok_and(|head| head.trim() != before) {
                     break;
                 }
                 std::thread::sleep(Duration::from_micros(200));

@@ -16,6 +16,7 @@ use std::{
         Mutex, PoisonError,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
+    time::{Duration, Instant},
 };
 
 use git2::{AttrCheckFlags, Odb, Repository, Tree, build::CheckoutBuilder};
@@ -31,10 +32,13 @@ use super::{
     index::{Index, LINK_MODE, SUBMODULE_MODE, Stat},
 };
 
-/// Most threads that write at once, and for how many files each. More than there are cores: where
-/// the disk is slow they wait for it nearly all the time.
+/// Most threads that write at once where the disk is slow, and for how many files each: they wait for
+/// it nearly all the time. Where it is quick there are as many as cores.
 const MAX_THREADS: usize = 32;
 const FILES_PER_THREAD: usize = 8;
+/// Files that tell how slow it is, and what a slow one takes for each.
+const PROBED: usize = 4;
+const SLOW: Duration = Duration::from_millis(1);
 /// Most files that a thread takes on at a time; they are of one folder.
 const FILES_AT_ONCE: usize = 32;
 /// Larger contents, in bytes, are held in memory one at a time.
@@ -113,25 +117,43 @@ struct Writer<'a> {
     large: Mutex<()>,
 }
 
+/// What threads share out among themselves.
+struct Jobs {
+    jobs: Vec<Range<usize>>,
+    next: AtomicUsize,
+    failed: AtomicBool,
+}
+
+impl Jobs {
+    fn next(&self) -> Option<Range<usize>> {
+        let is_over = self.failed.load(Ordering::Relaxed);
+        let job = self.jobs.get(self.next.fetch_add(1, Ordering::Relaxed));
+        job.filter(|_| !is_over).cloned()
+    }
+}
+
 impl Writer<'_> {
     /// Writes these files; what they look like on disk after that.
     fn write_all(&self, slots: &BTreeSet<usize>) -> Result<Vec<(usize, Stat)>> {
         let slots: Vec<usize> = slots.iter().copied().collect();
-        let jobs = self.jobs(&slots);
-        let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
-        let work = || {
-            let done = self.work(&slots, &jobs, &next, &failed);
-            if done.is_err() {
-                failed.store(true, Ordering::Relaxed);
-            }
-            done
+        let (probed, slots) = slots.split_at(slots.len().min(PROBED));
+        let started = Instant::now();
+        let mut stats = self.work(probed, &self.jobs(probed))?;
+        let is_slow = started.elapsed() > SLOW * PROBED as u32;
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let most = match is_slow {
+            true => MAX_THREADS,
+            false => cores.min(MAX_THREADS),
         };
-        let threads = (slots.len() / FILES_PER_THREAD).min(jobs.len());
+        let jobs = self.jobs(slots);
+        let threads = (slots.len() / FILES_PER_THREAD)
+            .min(jobs.jobs.len())
+            .min(most);
         std::thread::scope(|scope| {
-            let others: Vec<_> = (1..threads.min(MAX_THREADS))
-                .map(|_| scope.spawn(work))
+            let others: Vec<_> = (1..threads)
+                .map(|_| scope.spawn(|| self.work(slots, &jobs)))
                 .collect();
-            let mut outcome = work();
+            let mut outcome = self.work(slots, &jobs);
             for other in others {
                 let done = other
                     .join()
@@ -142,44 +164,57 @@ impl Writer<'_> {
                     (Err(_), _) => {}
                 }
             }
-            outcome
+            stats.extend(outcome?);
+            Ok(stats)
         })
     }
 
-    /// Cuts the files into pieces of one folder each.
-    fn jobs(&self, slots: &[usize]) -> Vec<Range<usize>> {
+    /// Cuts the files into pieces of one folder each. Neighbours are of different folders, where it
+    /// can be had: the kernel lets one at a time make files in a folder.
+    fn jobs(&self, slots: &[usize]) -> Jobs {
         let folder = |at: usize| {
             let name = self.index.name(slots[at]);
             &name[..name.iter().rposition(|&b| b == b'/').unwrap_or(0)]
         };
-        let mut jobs: Vec<Range<usize>> = Vec::new();
+        // With each its number among those of its folder.
+        let mut jobs: Vec<(usize, Range<usize>)> = Vec::new();
         for at in 0..slots.len() {
             match jobs.last_mut() {
-                Some(job) if job.len() < FILES_AT_ONCE && folder(job.start) == folder(at) => {
-                    job.end = at + 1;
+                Some((number, job)) if folder(job.start) == folder(at) => {
+                    if job.len() < FILES_AT_ONCE {
+                        job.end = at + 1;
+                    } else {
+                        let next = *number + 1;
+                        jobs.push((next, at..at + 1));
+                    }
                 }
-                _ => jobs.push(at..at + 1),
+                _ => jobs.push((0, at..at + 1)),
             }
         }
-        jobs
+        jobs.sort_by_key(|(number, _)| *number);
+        Jobs {
+            jobs: jobs.into_iter().map(|(_, job)| job).collect(),
+            next: AtomicUsize::new(0),
+            failed: AtomicBool::new(false),
+        }
     }
 
-    fn work(
-        &self,
-        slots: &[usize],
-        jobs: &[Range<usize>],
-        next: &AtomicUsize,
-        failed: &AtomicBool,
-    ) -> Result<Vec<(usize, Stat)>> {
-        let mut stats = Vec::new();
-        let repo = Repository::open_bare(self.repository).during("open the repository")?;
-        let objects = repo.odb().during("open the repository")?;
-        while let Some(job) = jobs.get(next.fetch_add(1, Ordering::Relaxed))
-            && !failed.load(Ordering::Relaxed)
-        {
-            self.write_folder(&objects, &slots[job.clone()], &mut stats)?;
+    /// Takes on one piece after the other until there are none left, or one failed.
+    fn work(&self, slots: &[usize], jobs: &Jobs) -> Result<Vec<(usize, Stat)>> {
+        let work = || {
+            let mut stats = Vec::new();
+            let repo = Repository::open_bare(self.repository).during("open the repository")?;
+            let objects = repo.odb().during("open the repository")?;
+            while let Some(job) = jobs.next() {
+                self.write_folder(&objects, &slots[job], &mut stats)?;
+            }
+            Ok(stats)
+        };
+        let done = work();
+        if done.is_err() {
+            jobs.failed.store(true, Ordering::Relaxed);
         }
-        Ok(stats)
+        done
     }
 
     /// Writes files of one folder.
