@@ -42,13 +42,32 @@ pub struct Watch(Arc<Mutex<Option<Armed>>>);
 #[derive(Debug)]
 struct Armed {
     root: PathBuf,
-    queue: Inotify,
+    queue: Queue,
     /// Relative to the worktree.
     folders: HashMap<WatchDescriptor, PathBuf>,
     /// What is to be looked at whether it changed or not.
     open: Changed,
     /// The tree of the commit that everything else is as in.
     tree: Oid,
+}
+
+/// The kernel takes 10 to 20 ms to close a queue with watches, and nobody has to wait for that.
+#[derive(Debug)]
+struct Queue(Option<Inotify>);
+
+impl Queue {
+    fn kernel(&self) -> &Inotify {
+        self.0.as_ref().expect("it is there until it is dropped")
+    }
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        let queue = self.0.take();
+        let closer = std::thread::Builder::new().name("watch's end".into());
+        // Where there is no thread to be had it is closed here.
+        closer.spawn(move || drop(queue)).ok();
+    }
 }
 
 /// What may have changed.
@@ -108,7 +127,7 @@ impl Armed {
         let queue = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
         let mut armed = Self {
             root: root.to_owned(),
-            queue,
+            queue: Queue(Some(queue)),
             folders: HashMap::new(),
             open: Changed::default(),
             tree: Oid::ZERO_SHA1,
@@ -154,7 +173,10 @@ impl Armed {
             | AddWatchFlags::IN_DELETE_SELF
             | AddWatchFlags::IN_ONLYDIR
             | AddWatchFlags::IN_DONT_FOLLOW;
-        let number = self.queue.add_watch(&self.root.join(folder), events)?;
+        let number = self
+            .queue
+            .kernel()
+            .add_watch(&self.root.join(folder), events)?;
         self.folders.insert(number, folder.to_owned());
         Ok(())
     }
@@ -163,7 +185,7 @@ impl Armed {
     fn read(mut self) -> Option<Changed> {
         let mut changed = std::mem::take(&mut self.open);
         loop {
-            let events = match self.queue.read_events() {
+            let events = match self.queue.kernel().read_events() {
                 Ok(events) => events,
                 Err(Errno::EAGAIN) => return Some(changed),
                 Err(_) => return None,
