@@ -206,9 +206,13 @@ impl Worktree {
                 self.write_index(&index, tree, changes);
             }
             None if !changes.is_empty() => {
-                let index = Index::load(&self.index_file(), repo, &head_tree);
-                let (index, _) = index.during("read the index")?;
-                self.write_index(&index, tree, changes);
+                // The commit stands by now: nothing here may make it look as if it had failed.
+                match Index::load(&self.index_file(), repo, &head_tree) {
+                    Ok((index, _)) => self.write_index(&index, tree, changes),
+                    Err(error) => {
+                        tracing::warn!(%error, branch = self.branch, "the index could not be read");
+                    }
+                }
             }
             _ => {}
         }
