@@ -1,7 +1,7 @@
 //! Which pages show a change: asked for after an edit, they make the dev server meet its errors.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::{Arc, Mutex, MutexGuard},
 };
 
@@ -13,7 +13,9 @@ use super::served::is_visited_page;
 const LONGEST: usize = 1024;
 /// Pages that are asked for at once.
 const MOST: usize = 4;
-/// Pages that are remembered.
+/// Pages that somebody may still have before them, also from the dev server before.
+const MOST_RECENT: usize = 16;
+/// Pages that are remembered of one dev server.
 const MOST_VISITED: usize = 256;
 
 /// The pages that a browser was shown. Shared by those who show and those who ask.
@@ -22,7 +24,8 @@ pub(crate) struct LastPage(Arc<Mutex<Shown>>);
 
 #[derive(Debug, Default)]
 struct Shown {
-    last: Option<String>,
+    /// What was asked for, the last one at the end.
+    recent: VecDeque<String>,
     /// What the dev server has answered, and when first: before that it knows nothing of the
     /// page's files, and has nothing to say of a change in them.
     answered: BTreeMap<String, Instant>,
@@ -31,9 +34,13 @@ struct Shown {
 impl LastPage {
     /// Somebody asks for this path.
     pub(crate) fn note(&self, path: &str) {
-        let mut shown = self.shown();
-        if path.len() <= LONGEST && shown.last.as_deref() != Some(path) {
-            shown.last = Some(path.to_owned());
+        let recent = &mut self.shown().recent;
+        if path.len() <= LONGEST && recent.back().is_none_or(|last| last != path) {
+            recent.retain(|known| known != path);
+            recent.push_back(path.to_owned());
+            if recent.len() > MOST_RECENT {
+                recent.pop_front();
+            }
         }
     }
 
@@ -60,7 +67,8 @@ impl LastPage {
     /// What somebody may have before them.
     pub(crate) fn shown_to_anybody(&self) -> BTreeSet<String> {
         let shown = self.shown();
-        shown.answered.keys().chain(&shown.last).cloned().collect()
+        let answered = shown.answered.keys();
+        answered.chain(&shown.recent).cloned().collect()
     }
 
     /// The page of this file is new: who asked for it before was shown another.
@@ -73,7 +81,8 @@ impl LastPage {
     /// The pages on which a change or an error in these files would show: each page's own, and for
     /// what is no page the one that somebody looks at, else the site's first.
     pub(crate) fn and_pages_of<'a>(&self, files: impl IntoIterator<Item = &'a str>) -> Vec<String> {
-        let mut pages = vec![self.shown().last.clone().unwrap_or_else(|| "/".to_owned())];
+        let last = self.shown().recent.back().cloned();
+        let mut pages = vec![last.unwrap_or_else(|| "/".to_owned())];
         for page in files.into_iter().filter_map(route) {
             if pages.len() < MOST && !pages.contains(&page) {
                 pages.push(page);
