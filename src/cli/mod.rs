@@ -72,7 +72,7 @@ fn is_closed_pipe(error: &anyhow::Error) -> bool {
 #[error("failed to write to standard output")]
 struct Unprinted(#[source] io::Error);
 
-fn run(args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
+fn run(args: Vec<OsString>) -> anyhow::Result<()> {
     let matches = match command().try_get_matches_from(args) {
         Ok(matches) => matches,
         Err(error) => return parse_failure(&error),
@@ -351,8 +351,8 @@ mod tests {
         for (called, means) in [
             ("greenroom serve --debug", "serve --debug"),
             ("/usr/local/bin/claude -p hello", "claude -p hello"),
-            ("claude", "claude"),
-            ("claude usage", "claude usage"),
+            ("/usr/local/bin/claude --version", "claude --version"),
+            ("claude usage daily", "claude usage daily"),
             ("monitor --json", "usage live --json"),
             ("ccusage", "usage daily"),
             ("ccusage --json", "usage daily --json"),
@@ -361,7 +361,8 @@ mod tests {
             ("/opt/greenroom-claude openapi", "openapi"),
         ] {
             let args = called_as(called.split(' ').map(OsString::from));
-            assert_eq!(args[1..], means.split(' ').collect::<Vec<_>>(), "{called}");
+            let means: Vec<_> = means.split(' ').map(OsString::from).collect();
+            assert_eq!(args[1..], means, "{called}");
         }
     }
 
