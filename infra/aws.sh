@@ -2,7 +2,7 @@
 # What scripts/deploy and scripts/tenant share: the AWS CLI, and the words of the platform's stack.
 # Sourced from the project's folder. AWS_REGION, AWS_PROFILE and so on are the AWS CLI's own.
 
-STACK="${GREENROOM_STACK:-greenroom}"
+PLATFORM="${GREENROOM_STACK:-greenroom}"
 
 say() {
   printf '==> %s\n' "$*" >&2
@@ -15,7 +15,7 @@ die() {
 
 command -v aws >/dev/null 2>&1 || die "the AWS CLI is missing: see https://docs.aws.amazon.com/cli/"
 
-# outputs STACK: its outputs, one to a line, name and value apart by a tab.
+# outputs PLATFORM: its outputs, one to a line, name and value apart by a tab.
 outputs() {
   aws cloudformation describe-stacks --stack-name "$1" \
     --query 'Stacks[0].Outputs[].[OutputKey,OutputValue]' --output text
@@ -32,5 +32,5 @@ deploy_stack() {
   shift 2
   aws cloudformation deploy --stack-name "$name" --template-file "$template" \
     --capabilities CAPABILITY_IAM --no-fail-on-empty-changeset \
-    ${1+--parameter-overrides "$@"} --tags "greenroom:stack=$STACK" >&2
+    ${1+--parameter-overrides "$@"} --tags "greenroom:stack=$PLATFORM" >&2
 }
