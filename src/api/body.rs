@@ -1,13 +1,22 @@
-//! Reading a JSON body: wrong types name their field, unknown fields are ignored.
+//! Bodies of JSON. Of requests: wrong types name their field, unknown fields are ignored. Of
+//! answers: what a success looks like.
 
 use axum::{
+    Json as Answer,
     body::Bytes,
     extract::{FromRequest, Request},
+    response::{IntoResponse, Response},
 };
-use serde::de::DeserializeOwned;
+use serde::{Serialize, de::DeserializeOwned};
+use serde_json::json;
 
 use super::ApiError;
 use crate::{identity::ThreadKey, usage::Tenants};
+
+/// `{success, result}`.
+pub(super) fn success(result: impl Serialize) -> Response {
+    Answer(json!({"success": true, "result": result})).into_response()
+}
 
 /// A body of a known shape.
 pub(super) struct Json<T>(pub(super) T);

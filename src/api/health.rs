@@ -69,6 +69,7 @@ pub(super) async fn health(
         "activeTurns": state.activity.count(HolderKind::Turn),
         "pendingRequests": state.activity.count(HolderKind::Request),
         "draining": is_draining,
+        "serviceCircuit": state.service.circuit().as_str(),
     });
     if state.facts.is_rehearsal {
         answer["rehearsal"] = json!({
@@ -211,7 +212,7 @@ fn prometheus(state: &Base) -> Response {
     let (running, waiting) = state.service.load();
     gauge!("greenroom_service_running").set(running as f64);
     gauge!("greenroom_service_waiting").set(waiting as f64);
-    let breaker = state.service.breaker();
+    let breaker = state.service.circuit();
     for of in BreakerState::ALL {
         let is = f64::from(u8::from(of == breaker));
         gauge!("greenroom_service_breaker", "state" => of.as_str()).set(is);
@@ -241,7 +242,7 @@ fn prometheus(state: &Base) -> Response {
 /// What this process counted of model requests. No tenant is named.
 fn model_metrics(state: &Base) -> String {
     let tally = state.ledger.tally();
-    let tokens = tally.tokens;
+    let tokens = tally.tokens.by_kind();
     /// Name, help, the label's name, its values.
     type Family<'a> = (&'a str, &'a str, &'a str, &'a [(&'a str, f64)]);
     let families: [Family<'_>; 7] = [
@@ -260,13 +261,7 @@ fn model_metrics(state: &Base) -> String {
             "greenroom_model_tokens_total",
             "Tokens by what they cost.",
             "kind",
-            &[
-                ("input", tokens.input as f64),
-                ("output", tokens.output as f64),
-                ("cache_read", tokens.cache_read as f64),
-                ("cache_write_5m", tokens.cache_write_5m as f64),
-                ("cache_write_1h", tokens.cache_write_1h as f64),
-            ],
+            &tokens.map(|(kind, count)| (kind, count as f64)),
         ),
         (
             "greenroom_model_cost_usd_total",

@@ -1,19 +1,14 @@
 //! Undo, redo, restore: what is done to a thread beside its agent's turns.
 
-use axum::{
-    Json as Answer,
-    extract::State,
-    http::HeaderMap,
-    response::{IntoResponse, Response},
-};
+use axum::{extract::State, http::HeaderMap, response::Response};
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 use utoipa::ToSchema;
 
 use super::{
     ApiError, Shared,
-    body::JsonOrNothing,
+    body::{JsonOrNothing, success},
     error::request_id,
+    publish::{PublishView, SyncView},
     threads::{ThreadPath, check_author, idempotency_key, path_key},
     turns::turn_id,
 };
@@ -109,7 +104,8 @@ pub(super) async fn undo(
     JsonOrNothing(body): JsonOrNothing<UndoBody>,
 ) -> Result<Response, ApiError> {
     let (turn, wishes) = body.unpack(&state)?;
-    operate(&state, &path, &headers, wishes, Operation::Undo { turn }).await
+    let operation = Operation::Undo { turn };
+    operate(&state, &path, Some(&headers), wishes, operation).await
 }
 
 /// Takes the newest undo that is in force back (or the one of `turnId`), by a new commit. Turns
@@ -129,7 +125,8 @@ pub(super) async fn redo(
     JsonOrNothing(body): JsonOrNothing<UndoBody>,
 ) -> Result<Response, ApiError> {
     let (turn, wishes) = body.unpack(&state)?;
-    operate(&state, &path, &headers, wishes, Operation::Redo { turn }).await
+    let operation = Operation::Redo { turn };
+    operate(&state, &path, Some(&headers), wishes, operation).await
 }
 
 /// Sets the site to the state of an earlier commit of this thread, by a new commit. Files that are
@@ -153,14 +150,8 @@ pub(super) async fn restore(
         .ok_or_else(|| ApiError::invalid("commit is missing: name the state to go back to"))?;
     let commit = commit_id("commit", commit)?;
     let wishes = Wishes::new(body.expected_head, body.dry_run, body.author)?;
-    operate(
-        &state,
-        &path,
-        &headers,
-        wishes,
-        Operation::Restore { commit },
-    )
-    .await
+    let operation = Operation::Restore { commit };
+    operate(&state, &path, Some(&headers), wishes, operation).await
 }
 
 /// The id of a commit in hex, or the beginning of one, as git writes it.
@@ -199,14 +190,14 @@ impl Wishes {
     }
 }
 
-/// Asks for an operation. `headers` are those of one that is done once for each idempotency key.
-pub(super) async fn ask(
+/// Has it done. `headers` are those of one that is done once for each idempotency key.
+pub(super) async fn operate(
     state: &Shared,
     path: &ThreadPath,
     headers: Option<&HeaderMap>,
     wishes: Wishes,
     operation: Operation,
-) -> Result<OperationAnswer, ApiError> {
+) -> Result<Response, ApiError> {
     let request = OperationRequest {
         key: path_key(state, path)?,
         operation,
@@ -216,27 +207,28 @@ pub(super) async fn ask(
         idempotency_key: headers.map(idempotency_key).transpose()?.flatten(),
         request_id: request_id(),
     };
-    Ok(state.supervisor.operate(request).await?)
+    match state.supervisor.operate(request).await? {
+        OperationAnswer::Done(turn) => {
+            let turn = succeeded(turn)?;
+            Ok(match turn.kind {
+                // Of an earlier call with its key.
+                TurnKind::Sync => success(SyncView::new(Vec::new(), Some(turn))),
+                _ => success(turn),
+            })
+        }
+        OperationAnswer::Synced(merged, turn) => {
+            let turn = turn.map(succeeded).transpose()?;
+            Ok(success(SyncView::new(merged, turn)))
+        }
+        OperationAnswer::DryRun(run) => Ok(success(DryRunView::from(*run))),
+        OperationAnswer::Published(answer) => Ok(success(PublishView::from(*answer))),
+        OperationAnswer::Seen(_) => unreachable!("the supervisor answers with its turn"),
+    }
 }
 
-async fn operate(
-    state: &Shared,
-    path: &ThreadPath,
-    headers: &HeaderMap,
-    wishes: Wishes,
-    operation: Operation,
-) -> Result<Response, ApiError> {
-    match ask(state, path, Some(headers), wishes, operation).await? {
-        OperationAnswer::Done(result) if result.status == TurnStatus::Failed => {
-            Err(ApiError::turn(*result))
-        }
-        OperationAnswer::Done(result) => {
-            Ok(Answer(json!({"success": true, "result": result})).into_response())
-        }
-        OperationAnswer::DryRun(run) => {
-            let view = DryRunView::from(*run);
-            Ok(Answer(json!({"success": true, "result": view})).into_response())
-        }
-        answer => unreachable!("this operation answers otherwise: {answer:?}"),
+fn succeeded(turn: Box<TurnResult>) -> Result<Box<TurnResult>, ApiError> {
+    if turn.status == TurnStatus::Failed {
+        return Err(ApiError::turn(*turn));
     }
+    Ok(turn)
 }

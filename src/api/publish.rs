@@ -1,25 +1,19 @@
 //! Publishing a thread's work, and bringing others' work down to it.
 
-use axum::{
-    Json as Answer,
-    extract::State,
-    http::HeaderMap,
-    response::{IntoResponse, Response},
-};
+use axum::{extract::State, http::HeaderMap, response::Response};
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 use utoipa::ToSchema;
 
 use super::{
     ApiError, Shared,
     body::JsonOrNothing,
-    operations::{Wishes, ask},
+    operations::{Wishes, operate},
     threads::{ThreadPath, not_empty},
 };
 use crate::{
-    domain::{Author, HeldBack, MergeStep, TurnKind, TurnResult, TurnStatus},
+    domain::{Author, HeldBack, MergeStep, TurnKind, TurnResult},
     repository::{Destination, PullRequest, PushedBranch},
-    supervisor::{Operation, OperationAnswer, PublishAnswer, PublishWish, PullRequestWish},
+    supervisor::{Operation, PublishAnswer, PublishWish, PullRequestWish},
 };
 
 /// How far up the work goes.
@@ -150,10 +144,26 @@ impl From<PublishAnswer> for PublishView {
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub(super) struct SyncView {
-    kind: TurnKind,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    kind: Option<TurnKind>,
     /// The thread had it all: there is no turn.
     up_to_date: bool,
     merged: Vec<MergeStep>,
+    #[serde(flatten)]
+    turn: Option<Box<TurnResult>>,
+}
+
+impl SyncView {
+    /// `turn`: where the thread changed.
+    pub(super) fn new(merged: Vec<MergeStep>, turn: Option<Box<TurnResult>>) -> Self {
+        Self {
+            // The turn has one of its own.
+            kind: turn.is_none().then_some(TurnKind::Sync),
+            up_to_date: turn.is_none(),
+            merged,
+            turn,
+        }
+    }
 }
 
 /// Brings the thread's work up. What is in the worktree is committed first; files that are in no
@@ -200,13 +210,7 @@ pub(super) async fn publish(
     let wishes = Wishes::new(body.expected_head, None, None)?;
     let operation = Operation::Publish(Box::new(wish));
     // Asking again does nothing anew, so there are no keys.
-    match ask(&state, &path, None, wishes, operation).await? {
-        OperationAnswer::Published(answer) => {
-            let view = PublishView::from(*answer);
-            Ok(Answer(json!({"success": true, "result": view})).into_response())
-        }
-        answer => unreachable!("a publication answers as one: {answer:?}"),
-    }
+    operate(&state, &path, None, wishes, operation).await
 }
 
 /// Brings others' work down: from the origin (its branch of the client, else the base branch) into
@@ -229,30 +233,7 @@ pub(super) async fn sync(
     JsonOrNothing(body): JsonOrNothing<SyncBody>,
 ) -> Result<Response, ApiError> {
     let wishes = Wishes::new(body.expected_head, None, body.author)?;
-    let asked = ask(&state, &path, Some(&headers), wishes, Operation::Sync);
-    let (merged, turn) = match asked.await? {
-        OperationAnswer::Synced(merged, turn) => (merged, turn),
-        // Of an earlier call with this key.
-        OperationAnswer::Done(turn) => (Vec::new(), Some(turn)),
-        answer => unreachable!("a sync answers as one: {answer:?}"),
-    };
-    if let Some(failed) = turn
-        .as_ref()
-        .filter(|turn| turn.status == TurnStatus::Failed)
-    {
-        return Err(ApiError::turn(TurnResult::clone(failed)));
-    }
-    let view = SyncView {
-        kind: TurnKind::Sync,
-        up_to_date: turn.is_none(),
-        merged,
-    };
-    let mut result = json!(view);
-    if let (Some(result), Some(turn)) = (result.as_object_mut(), turn) {
-        let turn = json!(turn);
-        result.extend(turn.as_object().cloned().unwrap_or_default());
-    }
-    Ok(Answer(json!({"success": true, "result": result})).into_response())
+    operate(&state, &path, Some(&headers), wishes, Operation::Sync).await
 }
 
 /// As `not_empty`, of a text that may have more than one line.

@@ -17,7 +17,7 @@ use utoipa::ToSchema;
 
 use super::{
     ApiError, Shared,
-    body::{Json, thread_key},
+    body::{Json, success, thread_key},
     error::request_id,
     operations::commit_id,
     sse,
@@ -262,7 +262,7 @@ pub(super) async fn execute(
     };
     match outcome.status {
         TurnStatus::Failed => Err(ApiError::turn(outcome)),
-        _ => Ok(Answer(json!({"success": true, "result": outcome})).into_response()),
+        _ => Ok(success(outcome)),
     }
 }
 
@@ -313,7 +313,7 @@ pub(super) async fn list(
         Some("any"),
     )?;
     let threads = state.supervisor.threads(&key.user_key()).await?;
-    Ok(Answer(json!({"success": true, "result": threads})).into_response())
+    Ok(success(threads))
 }
 
 pub(super) type ThreadPath = Path<(String, String, String)>;
@@ -335,7 +335,7 @@ pub(super) async fn one(
         .supervisor
         .thread_view(&path_key(&state, &path)?)
         .await?;
-    Ok(Answer(json!({"success": true, "result": view})).into_response())
+    Ok(success(view))
 }
 
 #[derive(Debug, Deserialize)]
@@ -365,10 +365,9 @@ pub(super) async fn remove(
         discard: flag("discard", query.discard.as_deref())?,
     };
     state.supervisor.remove(&key, removal).await?;
-    Ok(Answer(json!({"success": true, "result": {
+    Ok(success(json!({
         "threadId": key.thread, "branch": key.branch(), "branchRemoved": removal.branch,
-    }}))
-    .into_response())
+    })))
 }
 
 /// A yes or no in an address.
@@ -421,7 +420,7 @@ pub(super) async fn history(
     }
     let page = HistoryPage { limit, before };
     let history = state.supervisor.history(&key, page).await?;
-    Ok(Answer(json!({"success": true, "result": history})).into_response())
+    Ok(success(history))
 }
 
 #[derive(Debug, Deserialize)]
@@ -479,7 +478,7 @@ pub(super) async fn diff(
         files: found.files,
         truncated: found.diff.truncated,
     };
-    Ok(Answer(json!({"success": true, "result": view})).into_response())
+    Ok(success(view))
 }
 
 /// The thread's preview.
@@ -492,8 +491,7 @@ pub(super) async fn preview(
 ) -> Result<Response, ApiError> {
     let view = state.supervisor.preview(&path_key(&state, &path)?).await?;
     let errors = view.errors.clone();
-    Ok(Answer(json!({"success": true, "result": {
+    Ok(success(json!({
         "state": view.state, "url": view.url, "previewUrl": view.preview_url, "errors": errors,
-    }}))
-    .into_response())
+    })))
 }

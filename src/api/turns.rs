@@ -3,11 +3,14 @@
 use axum::{
     extract::{Path, State},
     http::HeaderMap,
-    response::{IntoResponse, Response},
+    response::Response,
 };
-use serde_json::json;
 
-use super::{ApiError, Shared, body::check_pins, sse};
+use super::{
+    ApiError, Shared,
+    body::{check_pins, success},
+    sse,
+};
 use crate::identity::TurnId;
 
 pub(super) fn turn_id(state: &Shared, text: &str) -> Result<TurnId, ApiError> {
@@ -28,7 +31,7 @@ pub(super) async fn one(
 ) -> Result<Response, ApiError> {
     let id = turn_id(&state, &turn)?;
     let result = state.supervisor.turn_result(&id).await?;
-    Ok(axum::Json(json!({"success": true, "result": result})).into_response())
+    Ok(success(result))
 }
 
 /// The turn's events, whole, from `Last-Event-ID` on.
@@ -63,5 +66,5 @@ pub(super) async fn cancel(
 ) -> Result<Response, ApiError> {
     let id = turn_id(&state, &turn)?;
     let result = state.supervisor.cancel(&id).await?;
-    Ok(axum::Json(json!({"success": true, "result": result})).into_response())
+    Ok(success(result))
 }

@@ -3,7 +3,6 @@
 use std::{convert::Infallible, time::Duration};
 
 use axum::{
-    Json,
     extract::{Query, State},
     response::{
         IntoResponse, Response,
@@ -13,9 +12,11 @@ use axum::{
 use futures_util::stream;
 use jiff::{civil::Date, tz::TimeZone};
 use serde::Deserialize;
-use serde_json::json;
 
-use super::{ApiError, Shared, body::check_tenants};
+use super::{
+    ApiError, Shared,
+    body::{check_tenants, success},
+};
 use crate::usage::{Live, Question, Report, Tenants};
 
 /// How often the live view is told anew.
@@ -92,7 +93,7 @@ pub(super) async fn report(
 ) -> Result<Response, ApiError> {
     let question = query.question(&state)?;
     let report = state.books.report(question).await?;
-    Ok(Json(json!({"success": true, "result": report})).into_response())
+    Ok(success(report))
 }
 
 /// What is spent right now: an event `usage` each second.

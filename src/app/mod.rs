@@ -2,6 +2,7 @@
 //! them; none knows it.
 
 mod programs;
+mod runtime;
 mod terminal;
 
 use std::{
@@ -15,6 +16,7 @@ use anyhow::{Context as _, bail};
 use tokio::net::TcpListener;
 
 use self::programs::{Programs, look_at_claude, look_at_programs};
+use self::runtime::RuntimeFolder;
 pub use self::terminal::terminal;
 use crate::{
     agent::{AgentSettings, Ceiling, Limits},
@@ -56,6 +58,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
 
     let mut listeners = Listeners::bind(settings).await?;
     let tasks = Tasks::new();
+    runtime.sweep_others(&tasks);
     let credential = loaded.credential()?;
     let is_rehearsal = credential == CredentialSource::Rehearsal;
     let ledger = Ledger::new(ledger_settings(settings).await?, &tasks);
@@ -72,7 +75,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         launcher.clone(),
         PreviewSettings {
             node: programs.node.clone().unwrap_or_else(|| "node".into()),
-            private_root: runtime.join("previews"),
+            private_root: runtime.path().join("previews"),
             most_awake: settings.max_previews,
             shows_banner: settings.preview_errors == config::PreviewErrors::Banner,
             access: preview_access(settings),
@@ -84,7 +87,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
     let service = one_shots(
         settings,
         agent.clone(),
-        &runtime,
+        runtime.path(),
         &launcher,
         &gateway,
         &tasks,
@@ -92,7 +95,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
     let supervisor = Supervisor::new(
         SupervisorSettings {
             node: readiness.node.clone(),
-            ..supervisor_settings(&loaded, agent, &runtime, &listeners)
+            ..supervisor_settings(&loaded, agent, runtime.path(), &listeners)
         },
         launcher.clone(),
         gateway,
@@ -114,7 +117,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         activity: activity.clone(),
         service: service.clone(),
         ledger,
-        figures: Figures::start(&tasks),
+        figures: Figures::start(&tasks, settings.metrics_tenants),
         pins: pins.clone(),
         facts: Facts {
             workspace: Some(settings.workspace_path.clone()),
@@ -175,6 +178,7 @@ pub async fn serve_one_shots(loaded: Loaded) -> anyhow::Result<()> {
     let network = gateway_listener(settings).await?;
 
     let tasks = Tasks::new();
+    runtime.sweep_others(&tasks);
     let credential = loaded.credential()?;
     let is_rehearsal = credential == CredentialSource::Rehearsal;
     let ledger = Ledger::new(
@@ -191,7 +195,7 @@ pub async fn serve_one_shots(loaded: Loaded) -> anyhow::Result<()> {
     let activity = Activity::new(settings.auto_shutdown);
     open_to_network(&gateway, network, &activity, &tasks).await?;
     let agent = agent_settings(settings, &programs, &launcher, &gateway);
-    let service = one_shots(settings, agent, &runtime, &launcher, &gateway, &tasks);
+    let service = one_shots(settings, agent, runtime.path(), &launcher, &gateway, &tasks);
     let readiness = Readiness::default();
     let port = crate::app::port(&listener);
     let base = Base::from(BaseState {
@@ -200,7 +204,7 @@ pub async fn serve_one_shots(loaded: Loaded) -> anyhow::Result<()> {
         activity: activity.clone(),
         service: service.clone(),
         ledger,
-        figures: Figures::start(&tasks),
+        figures: Figures::start(&tasks, settings.metrics_tenants),
         pins: Pins::default(),
         facts: Facts {
             workspace: None,
@@ -242,7 +246,8 @@ struct Ending {
     launcher: Launcher,
     tasks: Tasks,
     activity: Activity,
-    runtime: PathBuf,
+    /// Goes last.
+    runtime: RuntimeFolder,
 }
 
 impl Ending {
@@ -258,7 +263,7 @@ impl Ending {
             () = self.tasks.token().cancelled() => StopReason::Broken,
         };
         stop(reason, settings, &self).await;
-        std::fs::remove_dir_all(&self.runtime).ok();
+        drop(self.runtime);
         match reason {
             StopReason::Broken => bail!("a part of greenroom broke; the log says which"),
             StopReason::IdleTimeout | StopReason::Signal => Ok(()),
@@ -346,15 +351,15 @@ async fn prepare_folder(path: &Path, setting: &'static str) -> anyhow::Result<()
     }
 }
 
-/// A folder of this process alone, below the user's.
-fn runtime_folder(loaded: &Loaded) -> anyhow::Result<PathBuf> {
+fn runtime_folder(loaded: &Loaded) -> anyhow::Result<RuntimeFolder> {
     let shared = config::runtime_folder(&loaded.surroundings)
         .context("failed to make the runtime folder; set TMPDIR to a folder that is writable")?;
-    let own = shared.join(std::process::id().to_string());
-    // Of an earlier process with this id.
-    std::fs::remove_dir_all(&own).ok();
-    make_private_dir(&own)?;
-    Ok(own)
+    RuntimeFolder::claim(&shared).with_context(|| {
+        format!(
+            "failed to make a folder in {}; set TMPDIR to a folder that is writable",
+            shared.display()
+        )
+    })
 }
 
 async fn ledger_settings(settings: &Settings) -> anyhow::Result<LedgerSettings> {

@@ -227,8 +227,8 @@ settings! {
         "File with the bearer tokens of the gateway's clients";
 
     AUTO_SHUTDOWN_MINUTES, auto_shutdown: Option<Duration>, Number, value::minutes_or_never,
-        By(|c| Some(if c.mode == Mode::Service { "0" } else { "5" }.to_owned())),
-        "Idle time before shutdown; 5, or 0, which is never, for the service alone; fractions allowed";
+        Is("5"),
+        "Idle time before shutdown; 0 is never, fractions allowed";
     ASTRO_DEV_MODE, astro_dev_mode: bool, Switch, value::switch, Is("true"),
         "Run dev servers at all";
     PREVIEW_READY_SECONDS, preview_ready: Duration, Number, value::seconds, Is("30"),
@@ -282,7 +282,7 @@ settings! {
     CONTROL_PLANE_URL, control_plane_url: Option<String>, Text, value::url, Unset,
         "Where lifecycle events are posted";
     METRICS_TENANTS, metrics_tenants: bool, Switch, value::switch, Is("false"),
-        "Name tenants in /metrics";
+        "Figures by client in /metrics, of 100 clients at most";
     LOG_LEVEL, log_level: Level, Text, value::level, Is("info"),
         "How much is logged: error, warn, info, debug, trace";
     DEBUG, debug: bool, Switch, value::switch, Is("false"),

@@ -126,6 +126,7 @@ fn the_defaults_are_the_contracts() {
     assert_eq!(dev.workspace_path, place.cwd().join("workspace"));
     let service = place.load(Mode::Service).unwrap().settings;
     assert_eq!(service.claude_service_port, Some(3001));
+    assert_eq!(service.auto_shutdown, Some(Duration::from_secs(300)));
 }
 
 #[test]

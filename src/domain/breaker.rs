@@ -125,10 +125,10 @@ impl Breaker {
         Ok(Pass { epoch: self.epoch })
     }
 
-    /// Takes in how a run ended; whether the state changed by it.
-    pub fn leave(&mut self, pass: Pass, verdict: Verdict, now: Instant) -> bool {
+    /// Takes in how a run ended.
+    pub fn leave(&mut self, pass: Pass, verdict: Verdict, now: Instant) {
         if pass.epoch != self.epoch {
-            return false;
+            return;
         }
         let next = match (&mut self.inner, verdict) {
             (Inner::Closed(outcomes), Verdict::Success | Verdict::Failure) => {
@@ -142,7 +142,7 @@ impl Breaker {
                 }
                 let failed = outcomes.iter().filter(|(_, failed)| *failed).count();
                 if outcomes.len() < LEAST || failed * 2 < outcomes.len() {
-                    return false;
+                    return;
                 }
                 Inner::Open { until: now + PAUSE }
             }
@@ -150,13 +150,12 @@ impl Breaker {
             (Inner::HalfOpen { .. }, Verdict::Failure) => Inner::Open { until: now + PAUSE },
             (Inner::HalfOpen { is_trying }, Verdict::Unknown) => {
                 *is_trying = false;
-                return false;
+                return;
             }
-            (Inner::Closed(_), Verdict::Unknown) | (Inner::Open { .. }, _) => return false,
+            (Inner::Closed(_), Verdict::Unknown) | (Inner::Open { .. }, _) => return,
         };
         self.inner = next;
         self.epoch += 1;
-        true
     }
 }
 

@@ -35,14 +35,17 @@ pub(super) type Answer = Response<UnsyncBoxBody<Bytes, io::Error>>;
 
 /// The largest request body; the API itself takes 32 MB.
 pub(super) const MAX_BODY: u64 = 64 << 20;
-/// A request body that stands still for so long is given up.
 const COUNT_TOKENS: &str = "/v1/messages/count_tokens";
+/// A request body that stands still for so long is given up.
 const UPLOAD_IDLE: Duration = Duration::from_secs(60);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// Reading the platform's certificates.
 const CLIENT_DEADLINE: Duration = Duration::from_secs(20);
 /// A stream with no byte for so long is probed, so that a dead connection is noticed.
 const KEEP_ALIVE: Duration = Duration::from_secs(30);
+
+/// "Overloaded": of this API alone.
+const OVERLOADED: u16 = 529;
 
 /// Headers that are about one connection only (RFC 9110 section 7.6.1), and those of proxies.
 const HOP_BY_HOP: [&str; 9] = [
@@ -258,7 +261,13 @@ impl Relay {
                     Some(pause) => exchange.run().wait_out(answer.status(), pause).await,
                     None => false,
                 };
-                let mut relayed = relayed(answer, exchange);
+                let mut relayed =
+                    if exchange.run().waits() && answer.status().as_u16() == OVERLOADED {
+                        exchange.complete().await;
+                        overloaded(answer.headers())
+                    } else {
+                        relayed(answer, exchange)
+                    };
                 if is_over {
                     // The CLI asks again by itself: its body did not have to be kept here.
                     let soon = HeaderValue::from_static("1");
@@ -570,6 +579,19 @@ fn deny(denied: &Denied) -> Answer {
 
 fn sentence(denied: &Denied) -> String {
     format!("greenroom let no request through: {denied}")
+}
+
+/// The CLI gives up at the third 529 in a row, within seconds, and asks ten times over three minutes
+/// after any other refusal of this kind (measured with 2.1.329). Its turn is worth the three minutes.
+fn overloaded(upstream: &HeaderMap) -> Answer {
+    let why = "the model API is busy (status 529)";
+    let mut answer = refuse(StatusCode::SERVICE_UNAVAILABLE, why);
+    if let Some(pause) = upstream.get(header::RETRY_AFTER) {
+        answer
+            .headers_mut()
+            .insert(header::RETRY_AFTER, pause.clone());
+    }
+    answer
 }
 
 /// The same request would be taken now. The CLI asks again by itself.

@@ -252,6 +252,11 @@ impl Drop for ActiveRun {
 }
 
 impl Run {
+    /// Does somebody want it to go on when the upstream is busy? Else it is told as it is.
+    pub(super) fn waits(&self) -> bool {
+        self.deadline.is_some()
+    }
+
     /// Waits out a pause, if that is worth it; whether it did. Cancel safe.
     pub(super) async fn wait_out(&self, status: StatusCode, pause: Duration) -> bool {
         let until = tokio::time::Instant::now() + pause;

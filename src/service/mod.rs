@@ -22,7 +22,7 @@ use std::{
 };
 
 use serde::Serialize;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use utoipa::ToSchema;
 
@@ -82,7 +82,24 @@ pub struct Answer {
     pub output: String,
     /// Of the run itself.
     pub duration: Duration,
+}
+
+/// A run that is over.
+#[derive(Debug)]
+pub struct Ran {
+    pub answer: Result<Answer, ServiceError>,
+    /// What it spent, also where there is no answer.
     pub usage: Usage,
+}
+
+impl From<ServiceError> for Ran {
+    /// One that spent nothing.
+    fn from(error: ServiceError) -> Self {
+        Self {
+            answer: Err(error),
+            usage: Usage::default(),
+        }
+    }
 }
 
 impl Answer {
@@ -202,6 +219,8 @@ struct Inner {
     slots: Arc<Semaphore>,
     line: Arc<Semaphore>,
     breaker: Mutex<Breaker>,
+    /// Where the breaker stood when a run last met it.
+    circuit: watch::Sender<BreakerState>,
     counts: Mutex<Counts>,
     probe: tokio::sync::Mutex<Option<(Instant, Result<String, String>)>>,
     draining: CancellationToken,
@@ -288,14 +307,9 @@ struct Passage<'a> {
 
 impl Drop for Passage<'_> {
     fn drop(&mut self) {
-        let now = Instant::now();
-        let mut breaker = lock(&self.service.0.breaker);
-        if breaker.leave(self.pass, self.verdict, now) {
-            let state = breaker.state(now).as_str();
-            metrics::counter!("greenroom_service_breaker_changes_total", "to" => state)
-                .increment(1);
-            tracing::warn!(state, "the one-shot service's circuit breaker changed");
-        }
+        let (pass, verdict) = (self.pass, self.verdict);
+        self.service
+            .with_breaker(|breaker, now| breaker.leave(pass, verdict, now));
     }
 }
 
@@ -319,6 +333,7 @@ impl Service {
             slots: Arc::new(Semaphore::new(slots)),
             line: Arc::new(Semaphore::new(line)),
             breaker: Mutex::new(Breaker::new()),
+            circuit: watch::Sender::new(BreakerState::Closed),
             counts: Mutex::default(),
             probe: tokio::sync::Mutex::default(),
             draining: CancellationToken::new(),
@@ -347,8 +362,39 @@ impl Service {
     }
 
     /// Where the circuit breaker stands.
-    pub fn breaker(&self) -> BreakerState {
+    pub fn circuit(&self) -> BreakerState {
         lock(&self.0.breaker).state(Instant::now())
+    }
+
+    /// The same, for whoever wants to hear of changes. It half-opens with the run that is tried.
+    pub fn circuit_changes(&self) -> watch::Receiver<BreakerState> {
+        self.0.circuit.subscribe()
+    }
+
+    /// Does something with the breaker, and tells of a change.
+    fn with_breaker<T>(&self, act: impl FnOnce(&mut Breaker, Instant) -> T) -> T {
+        let now = Instant::now();
+        let mut breaker = lock(&self.0.breaker);
+        let done = act(&mut breaker, now);
+        let state = breaker.state(now);
+        self.0.circuit.send_if_modified(|told| {
+            let before = std::mem::replace(told, state);
+            if before == state {
+                return false;
+            }
+            let (from, to) = (before.as_str(), state.as_str());
+            metrics::counter!("greenroom_service_breaker_changes_total", "to" => to).increment(1);
+            match state {
+                BreakerState::Open => tracing::warn!(
+                    from,
+                    to,
+                    "the one-shot service's circuit breaker opened: most runs fail"
+                ),
+                _ => tracing::info!(from, to, "the one-shot service's circuit breaker changed"),
+            }
+            true
+        });
+        done
     }
 
     /// Runs under way, and calls that wait for a slot.
@@ -411,7 +457,7 @@ impl Service {
         let gone = CancellationToken::new();
         let guard = gone.clone().drop_guard();
         self.0.tasks.spawn("one-shot run", async move {
-            reply.send(ticket.run(shot, site, &gone).await).ok();
+            reply.send(ticket.run(shot, site, &gone).await.answer).ok();
         });
         let answer = answer.await.unwrap_or(Err(ServiceError::Cancelled));
         drop(guard.disarm());
@@ -440,7 +486,8 @@ impl Service {
             timeout: PROBE_LIMIT,
             account: Account::of_kind(Account::HEALTH),
         };
-        let answer = match self.run(&shot, &RunSite::default(), &self.0.stop).await {
+        let ran = self.run(&shot, &RunSite::default(), &self.0.stop).await;
+        let answer = match ran.answer {
             Ok(answer) => Ok(answer.output.trim().to_owned()),
             Err(error) => {
                 tracing::warn!(%error, "the CLI did not answer a health check");
@@ -471,11 +518,18 @@ impl Service {
         }
     }
 
-    async fn run(
+    async fn run(&self, shot: &Shot, site: &RunSite, cancel: &CancellationToken) -> Ran {
+        let mut usage = Usage::default();
+        let answer = self.attempt(shot, site, cancel, &mut usage).await;
+        Ran { answer, usage }
+    }
+
+    async fn attempt(
         &self,
         shot: &Shot,
         site: &RunSite,
         cancel: &CancellationToken,
+        usage: &mut Usage,
     ) -> Result<Answer, ServiceError> {
         let inner = &*self.0;
         let agent = inner.settings.agent.as_ref();
@@ -501,7 +555,7 @@ impl Service {
         };
         let raw = run::follow(child, &shot.prompt, &active, deadline, cancel).await;
         let duration = began.elapsed();
-        let usage = usage(&active.spent());
+        *usage = usage_of(&active.spent());
         drop(active);
         // It may have printed its environment: the token is worthless by now, and a token.
         let masked = |text: &str| (inner.settings.mask)(&text.replace(token.as_str(), "***"));
@@ -515,7 +569,6 @@ impl Service {
             End::Exited(exit) if exit.is_success() => Ok(Answer {
                 output: masked(&String::from_utf8_lossy(&raw.stdout)),
                 duration,
-                usage,
             }),
             End::Exited(exit) => Err(ServiceError::Failed {
                 exit,
@@ -539,41 +592,34 @@ impl Service {
 
 impl Ticket {
     /// Runs in `site`, to its end or until `cancel`. Dropped, it is killed at once.
-    ///
-    /// # Errors
-    /// [`ServiceError`].
-    pub async fn run(
-        mut self,
-        shot: Shot,
-        site: RunSite,
-        cancel: &CancellationToken,
-    ) -> Result<Answer, ServiceError> {
+    pub async fn run(mut self, shot: Shot, site: RunSite, cancel: &CancellationToken) -> Ran {
         let service = self.service.clone();
-        let ran = async {
-            let pass = lock(&service.0.breaker).enter(Instant::now());
-            let pass = pass.map_err(|retry_after| ServiceError::CircuitOpen { retry_after })?;
-            let mut passage = Passage {
-                service: &service,
-                pass,
-                verdict: Verdict::Unknown,
-            };
-            let stop = service.0.stop.child_token();
-            let mut run = std::pin::pin!(service.run(&shot, &site, &stop));
-            let ran = tokio::select! {
-                ran = &mut run => ran,
-                () = cancel.cancelled() => {
-                    stop.cancel();
-                    run.await
-                }
-            };
-            passage.verdict = match &ran {
-                Ok(_) => Verdict::Success,
-                Err(error) => error.verdict(),
-            };
-            ran
+        let entered = service.with_breaker(Breaker::enter);
+        let ran = match entered {
+            Err(retry_after) => ServiceError::CircuitOpen { retry_after }.into(),
+            Ok(pass) => {
+                let mut passage = Passage {
+                    service: &service,
+                    pass,
+                    verdict: Verdict::Unknown,
+                };
+                let stop = service.0.stop.child_token();
+                let mut run = std::pin::pin!(service.run(&shot, &site, &stop));
+                let ran = tokio::select! {
+                    ran = &mut run => ran,
+                    () = cancel.cancelled() => {
+                        stop.cancel();
+                        run.await
+                    }
+                };
+                passage.verdict = match &ran.answer {
+                    Ok(_) => Verdict::Success,
+                    Err(error) => error.verdict(),
+                };
+                ran
+            }
         };
-        let ran = ran.await;
-        match &ran {
+        match &ran.answer {
             Ok(answer) => self.call.end("success", Some(answer.duration)),
             Err(error) => {
                 if let Some(cause) = std::error::Error::source(error) {
@@ -586,7 +632,7 @@ impl Ticket {
     }
 }
 
-fn usage(spent: &Spent) -> Usage {
+fn usage_of(spent: &Spent) -> Usage {
     let tokens = spent.tokens;
     Usage {
         input_tokens: tokens.input,

@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     agent::{Ending, RunOutcome},
-    domain::{Account, CommitSummary, Effect, TurnKind, TurnMode},
+    domain::{Account, CommitSummary, Effect, TurnKind, TurnMode, Usage},
     identity::{ThreadKey, TurnId, UserKey},
     repository::Repair,
     service::{self, RunSite, ServiceError, Shot, Ticket},
@@ -221,7 +221,7 @@ async fn run_into(
         connect: vec![site.agent_site.preview_port],
         note: Some(NOTE),
     };
-    let mut answer = Err(ServiceError::Cancelled);
+    let (mut answer, mut usage) = (Err(ServiceError::Cancelled), Usage::default());
     let run = async || {
         let mut run = pin!(ticket.run(shot, place, &cancel));
         let ended = async {
@@ -237,9 +237,12 @@ async fn run_into(
             biased;
             // At once, and without a word to anybody: dropped, the run is killed.
             () = site.fence.lost() => Err(ServiceError::Cancelled),
-            ran = ended => ran,
+            ran = ended => {
+                usage = ran.usage;
+                ran.answer
+            }
         };
-        outcome(&answer)
+        outcome(&answer, usage)
     };
     let preview = async |commit: Option<&CommitSummary>| {
         preview_word::word_on(inner, prepared, commit, end.folder, updates).await
@@ -261,13 +264,13 @@ async fn run_into(
 }
 
 /// The run as the thread's history knows it.
-fn outcome(answer: &OneShotAnswer) -> RunOutcome {
+fn outcome(answer: &OneShotAnswer, usage: Usage) -> RunOutcome {
     let ending = match answer {
         Ok(answer) => {
             return RunOutcome {
                 ending: Ending::Completed,
                 text: answer.text(),
-                usage: answer.usage,
+                usage,
                 num_turns: 1,
                 ..RunOutcome::nothing()
             };
@@ -279,6 +282,7 @@ fn outcome(answer: &OneShotAnswer) -> RunOutcome {
     };
     RunOutcome {
         ending,
+        usage,
         ..RunOutcome::nothing()
     }
 }

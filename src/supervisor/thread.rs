@@ -28,7 +28,7 @@ use crate::{
     lifecycle::{Guard, HolderKind},
     turn::{
         Accepted, Folder, Journal, RunEnd, StoredContext, TurnFile, TurnRecord, blank_result,
-        run_turn,
+        count_outcome, run_turn,
     },
 };
 
@@ -659,9 +659,7 @@ impl Driver {
             let fence = prepared.site.fence.clone();
             let mut result = blank_result(&turn.accepted, context);
             result.status = TurnStatus::Cancelled;
-            let (kind, status) = (result.kind.as_str(), result.status.as_str());
-            metrics::counter!("greenroom_turns_total", "kind" => kind, "status" => status)
-                .increment(1);
+            count_outcome(&self.key, &result);
             context.record(&turn.accepted, &result);
             result.context = context.answer();
             let (context, path) = (context.clone(), self.inner.paths(&self.key).context());

@@ -376,14 +376,22 @@ impl TurnSite {
         journal.append(TurnEvent::terminal(result.clone())).await?;
         journal.flush().await?;
         let kind = result.kind.as_str();
-        metrics::counter!("greenroom_turns_total", "kind" => kind, "status" => result.status.as_str())
-            .increment(1);
+        count_outcome(&self.key, result);
         if result.status != TurnStatus::Recovered {
             metrics::histogram!("greenroom_turn_duration_seconds", "kind" => kind)
                 .record(result.duration_ms as f64 / 1e3);
         }
         Ok(())
     }
+}
+
+/// A turn has its outcome.
+pub fn count_outcome(key: &ThreadKey, result: &TurnResult) {
+    let (kind, status) = (result.kind.as_str(), result.status.as_str());
+    metrics::counter!("greenroom_turns_total", "kind" => kind, "status" => status).increment(1);
+    let client = key.client.to_string();
+    metrics::counter!("greenroom_client_turns_total", "client" => client, "status" => status)
+        .increment(1);
 }
 
 impl RunOutcome {

@@ -21,7 +21,9 @@ mod compare;
 mod file;
 mod ledger;
 mod live;
+mod meter;
 mod price;
+mod purses;
 mod report;
 mod row;
 #[cfg(test)]
@@ -35,10 +37,9 @@ pub use books::{Books, ReadError};
 pub use budget::{Breach, Budgets, Level, Limit, Term, Warning};
 pub use compare::Counts;
 pub use file::Tenants;
-pub use ledger::{
-    Ask, Denied, Ledger, LedgerSettings, Meter, News, Outcome, Reservation, Spent, Tally, Verdict,
-};
+pub use ledger::{Ledger, LedgerSettings, Tally};
 pub use live::{BudgetView, Live};
+pub use meter::{Ask, Denied, Meter, News, Outcome, Reservation, Spent, Verdict};
 pub use price::{Cost, PriceError, Prices};
 pub use report::{Book, By, NotOneOf, Period, Question, Recent, Report, ReportRow, Sums};
 
@@ -62,6 +63,17 @@ pub struct Tokens {
 }
 
 impl Tokens {
+    /// Each kind, for figures.
+    pub fn by_kind(&self) -> [(&'static str, u64); 5] {
+        [
+            ("input", self.input),
+            ("output", self.output),
+            ("cache_read", self.cache_read),
+            ("cache_write_5m", self.cache_write_5m),
+            ("cache_write_1h", self.cache_write_1h),
+        ]
+    }
+
     /// All that was sent.
     pub fn prompt(&self) -> u64 {
         self.input + self.cache_read + self.cache_creation()

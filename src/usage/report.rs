@@ -15,7 +15,7 @@ use utoipa::ToSchema;
 use super::{
     Tokens,
     file::{Look, Tail, Tenants},
-    ledger::LOST_AFTER,
+    purses::LOST_AFTER,
     row::{Request, Row},
 };
 use crate::{domain::Account, identity::ThreadId, lease::Owner};

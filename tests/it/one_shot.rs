@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::support::{
     Answer, CANARY, Folders, Options, SITE, Sent, StandIn, TestGreenroom, files_below, git,
-    processes_below, request, rule, runs, wait_for, wait_for_async, who, writes,
+    processes_below, request, request_at, rule, runs, wait_for, wait_for_async, who, writes,
 };
 
 /// What old callers send.
@@ -505,9 +505,11 @@ async fn the_circuit_opens_when_most_runs_fail() {
         scraped.contains("greenroom_service_breaker{state=\"open\"} 1"),
         "{scraped}"
     );
-    // A check beside it still tells whether the CLI is well.
-    let log = greenroom.log().concat();
-    assert!(log.contains("circuit breaker"), "{log}");
+    let health = greenroom.get("/health").await.body;
+    assert_eq!(
+        (&health["status"], &health["serviceCircuit"]),
+        (&json!("healthy"), &json!("open"))
+    );
     // After the pause one is tried, and closes it.
     wait_for_async("half-open", async || {
         let answer = execute(&greenroom, json!({"prompt": "echo fine"})).await;
@@ -517,6 +519,138 @@ async fn the_circuit_opens_when_most_runs_fail() {
     execute(&greenroom, json!({"prompt": "echo fine"}))
         .await
         .ok();
+    let scraped = Sent::new("GET", "/metrics", &Value::Null).header("accept", "text/plain");
+    let scraped = greenroom.send(scraped).await.text;
+    // Each change is a figure, and a line of the log that a machine can read.
+    let log: Vec<Value> = greenroom
+        .log()
+        .iter()
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .filter(|line: &Value| {
+            line["message"]
+                .as_str()
+                .unwrap_or_default()
+                .contains("circuit breaker")
+        })
+        .collect();
+    let steps: Vec<_> = log
+        .iter()
+        .map(|line| (&line["from"], &line["to"]))
+        .collect();
+    let expected = [
+        ("closed", "open"),
+        ("open", "half-open"),
+        ("half-open", "closed"),
+    ];
+    assert_eq!(steps.len(), expected.len(), "{log:?}");
+    for ((from, to), step) in expected.into_iter().zip(steps) {
+        assert_eq!(step, (&json!(from), &json!(to)));
+        let line = format!("greenroom_service_breaker_changes_total{{to=\"{to}\"}} 1\n");
+        assert!(scraped.contains(&line), "{line}{scraped}");
+    }
+}
+
+#[tokio::test]
+async fn what_a_killed_one_left_is_removed_at_the_next_start() {
+    let folders = Folders::new();
+    let mut greenroom = start_shell(&folders, |options| options).await;
+    let neighbour = start_shell(&folders, |options| options).await;
+    let sleep = |greenroom: &TestGreenroom| {
+        let body = json!({"prompt": "echo secret > left; sleep 3600", "timeout": 600_000});
+        request(greenroom.api_port, Sent::new("POST", "/execute", &body))
+    };
+    let both_run = wait_for("both runs", || {
+        let runs = run_folders(&folders);
+        let has_begun = |run: &std::path::PathBuf| run.join("work/left").exists();
+        (runs.len() == 2 && runs.iter().all(has_begun)).then_some(runs)
+    });
+    let neighbour_s = sleep(&neighbour);
+    let killed = async {
+        let runs = tokio::select! {
+            answer = sleep(&greenroom) => panic!("{answer:?}"),
+            runs = both_run => runs,
+        };
+        greenroom.kill().await;
+        let greenroom = greenroom.restart().await;
+        let left = wait_for("the dead one's folder gone", || {
+            let left = run_folders(&folders);
+            (left.len() == 1).then_some(left)
+        })
+        .await;
+        assert!(runs.contains(&left[0]) && left[0].join("work/left").exists());
+        wait_for("its lock gone", || {
+            let shared = left[0].ancestors().nth(3).unwrap();
+            let names = fs::read_dir(shared).unwrap().count();
+            // A folder and a lock of each of the living.
+            (names == 4).then_some(())
+        })
+        .await;
+        greenroom
+    };
+    tokio::select! {
+        answer = neighbour_s => panic!("{answer:?}"),
+        _ = killed => {}
+    }
+}
+
+/// An address of this machine's that is not loopback.
+fn own_address() -> Option<std::net::IpAddr> {
+    // Nothing is sent; the kernel says from where it would be.
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0").ok()?;
+    socket.connect("192.0.2.1:9").ok()?;
+    let address = socket.local_addr().ok()?.ip();
+    (!address.is_loopback() && !address.is_unspecified()).then_some(address)
+}
+
+#[tokio::test]
+async fn a_caller_from_elsewhere_may_ask_a_hundred_times_a_minute() {
+    let Some(address) = own_address() else {
+        eprintln!("skipped: this machine has no address but loopback");
+        return;
+    };
+    let folders = Folders::new();
+    let greenroom = start_shell(&folders, |options| {
+        options
+            .env("BIND", "0.0.0.0")
+            .env("CLAUDE_SERVICE_SECRET", "s3cret-of-theirs")
+    })
+    .await;
+    let port = greenroom.api_port;
+    let ask = async |from: std::net::IpAddr, path: &str| {
+        // One that fails on the way in costs nothing but its count.
+        let sent = Sent::new("POST", path, &json!({"prompt": "true"}));
+        request_at((from, port).into(), sent).await.unwrap()
+    };
+    let begun = std::time::Instant::now();
+    for _ in 0..100 {
+        ask(address, "/execute").await.error(401, "unauthenticated");
+    }
+    let refused = ask(address, "/execute").await;
+    if begun.elapsed() < Duration::from_millis(500) {
+        let wait: u64 = refused.headers["retry-after"]
+            .to_str()
+            .unwrap()
+            .parse()
+            .unwrap();
+        assert!((1..=60).contains(&wait), "{wait}");
+        refused.error(429, "rate_limited");
+    } else {
+        // A slow machine: a call came back every 600 ms.
+        let calls = async || ask(address, "/execute").await.status;
+        let mut statuses = vec![refused.status];
+        for _ in 0..50 {
+            statuses.push(calls().await);
+        }
+        assert!(statuses.contains(&429), "{statuses:?}");
+    }
+    // Health is not counted, and this machine itself may ask as often as it likes.
+    let health = Sent::new("GET", "/health", &Value::Null);
+    let health = request_at((address, port).into(), health).await.unwrap();
+    assert_eq!(health.status, 200);
+    for _ in 0..110 {
+        let answer = ask([127, 0, 0, 1].into(), "/execute").await;
+        answer.error(401, "unauthenticated");
+    }
 }
 
 #[tokio::test]
@@ -527,6 +661,7 @@ async fn in_place_it_is_a_turn_of_the_thread() {
             runs("git status --short; git commit -am mine; ls ../.."),
         ]),
         rule("import", &[writes("list.txt", "one\n")]),
+        rule("go on for ever", &[writes("begun.txt", "x\n"), writes("more.txt", "x\n")]),
     ]}))
     .await;
     let folders = Folders::new();
@@ -582,6 +717,28 @@ async fn in_place_it_is_a_turn_of_the_thread() {
         .ok();
     assert!(!worktree.join("public/robots.txt").exists());
     assert!(worktree.join("by-hand.txt").exists());
+
+    // One that fails has cost something, and what it wrote is kept.
+    let mut args = VECTOR.map(str::to_owned).to_vec();
+    args.extend(["--max-turns".to_owned(), "1".to_owned()]);
+    execute(
+        &greenroom,
+        json!({"prompt": "go on for ever", "args": args, "cwd": worktree, "timeout": 300_000}),
+    )
+    .await
+    .error(502, "agent_failed");
+    let history = greenroom
+        .get(&format!("{}/history", alice.path()))
+        .await
+        .ok();
+    let turn = &history["result"]["turns"][0];
+    assert_eq!(
+        (&turn["kind"], &turn["status"]),
+        (&json!("service"), &json!("failed")),
+        "{turn}"
+    );
+    assert!(turn["usage"]["inputTokens"].as_u64().unwrap() > 0, "{turn}");
+    assert!(turn["usage"]["costUsd"].as_f64().unwrap() > 0.0, "{turn}");
 
     // Elsewhere in the workspace: no commit, no lease.
     let imports = folders.workspace().join("acme/files/today");

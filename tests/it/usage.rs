@@ -84,7 +84,7 @@ async fn totals(greenroom: &TestGreenroom) -> Value {
 #[tokio::test]
 async fn every_request_is_counted_once_and_reports_agree() {
     let stage = Stage::new(json!({})).await;
-    let greenroom = TestGreenroom::start(stage.options()).await;
+    let greenroom = TestGreenroom::start(stage.options().env("METRICS_TENANTS", "true")).await;
     let alice = who("acme", "alice", "main");
     let bob = who("acme", "bob", "main");
     let mut expected = [0_u64; 4];
@@ -210,9 +210,25 @@ async fn every_request_is_counted_once_and_reports_agree() {
         settled.as_str(),
         "greenroom_usage_differences_total{from=\"cli\"} 0\n",
         "greenroom_usage_differences_total{from=\"transcript\"} 0\n",
+        // By name, since this operator wants it.
+        "greenroom_client_turns_total{client=\"acme\",status=\"completed\"} 3\n",
+        &format!("greenroom_client_request_cost_usd_count{{client=\"acme\"}} {model_requests}\n"),
+        &format!(
+            "greenroom_client_tokens_total{{client=\"acme\",kind=\"output\"}} {}\n",
+            expected[1]
+        ),
     ] {
         assert!(metrics.contains(line), "{line}{metrics}");
     }
+    let spent: f64 = metrics
+        .lines()
+        .find_map(|line| {
+            line.strip_prefix("greenroom_client_request_cost_usd_sum{client=\"acme\"} ")
+        })
+        .and_then(|value| value.parse().ok())
+        .unwrap();
+    assert!((spent - cost).abs() < 1e-6, "{spent} {cost}");
+    assert!(!metrics.contains("alice"), "{metrics}");
 }
 
 #[tokio::test]
@@ -379,6 +395,30 @@ async fn what_the_upstream_refuses_costs_nothing() {
     greenroom.execute(&alice, "busy").await.ok();
     assert_eq!((stage.rows("refused"), stage.rows("settled")), (1, 1));
     assert_eq!(totals(&greenroom).await["requests"], 1);
+}
+
+#[tokio::test]
+async fn a_model_api_that_is_busy_is_waited_for() {
+    // The CLI by itself gives up at the third.
+    let stage = Stage::new(json!({"rules": [{"match": "busy", "steps": [
+        {"act": {"status": {"status": 529}}, "times": 4, "text": "Now."}]}]}))
+    .await;
+    let greenroom = TestGreenroom::start(stage.options()).await;
+    let alice = who("acme", "alice", "main");
+    stage.init(&greenroom, &alice).await;
+    let id = greenroom.begin(&alice, "busy").await;
+    let events = greenroom.events(&id, 0).await.all().await;
+    let last = events.last().unwrap();
+    assert_eq!(last.name, "turn.completed", "{last:?}");
+    assert_eq!(last.data["result"]["text"], "Now.");
+    let waits: Vec<_> = events.iter().filter(|e| e.name == "turn.waiting").collect();
+    assert_eq!(waits.len(), 4, "{events:?}");
+    for wait in waits {
+        let until: jiff::Timestamp = wait.data["until"].as_str().unwrap().parse().unwrap();
+        assert!(until > jiff::Timestamp::now() - jiff::SignedDuration::from_mins(2));
+        assert_eq!(wait.data["reason"], "the model API is overloaded");
+    }
+    assert_eq!((stage.rows("refused"), stage.rows("settled")), (4, 1));
 }
 
 #[tokio::test]

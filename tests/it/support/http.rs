@@ -1,5 +1,7 @@
 //! A plain HTTP/1.1 client: one connection a request, every header as the test wants it.
 
+use std::net::SocketAddr;
+
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
 use hyper::{Request, Response, body::Incoming, client::conn::http1};
@@ -99,14 +101,18 @@ impl Answer {
     }
 }
 
-async fn open(port: u16, sent: Sent) -> std::io::Result<Response<Incoming>> {
-    let socket = TcpStream::connect(("127.0.0.1", port)).await?;
+fn loopback(port: u16) -> SocketAddr {
+    ([127, 0, 0, 1], port).into()
+}
+
+async fn open(address: SocketAddr, sent: Sent) -> std::io::Result<Response<Incoming>> {
+    let socket = TcpStream::connect(address).await?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(socket))
         .await
         .map_err(std::io::Error::other)?;
     #[expect(clippy::disallowed_methods, reason = "it ends with its connection")]
     tokio::spawn(connection);
-    let mut headers = vec![("host".to_owned(), format!("localhost:{port}"))];
+    let mut headers = vec![("host".to_owned(), format!("localhost:{}", address.port()))];
     if !sent.body.is_empty() {
         headers.push(("content-type".to_owned(), "application/json".to_owned()));
     }
@@ -136,9 +142,14 @@ async fn open(port: u16, sent: Sent) -> std::io::Result<Response<Incoming>> {
 /// # Errors
 /// Where there is no connection, or it breaks off.
 pub(crate) async fn request(port: u16, sent: Sent) -> std::io::Result<Answer> {
+    request_at(loopback(port), sent).await
+}
+
+/// The same by another address of this machine.
+pub(crate) async fn request_at(address: SocketAddr, sent: Sent) -> std::io::Result<Answer> {
     let what = format!("{} {}", sent.method, sent.path);
     let call = async {
-        let (head, body) = open(port, sent).await?.into_parts();
+        let (head, body) = open(address, sent).await?.into_parts();
         let bytes = body
             .collect()
             .await
@@ -176,7 +187,7 @@ pub(crate) struct Events {
 /// Opens a stream of events.
 pub(crate) async fn stream(port: u16, sent: Sent) -> Events {
     let sent = sent.header("accept", "text/event-stream");
-    let response = timeout(PATIENCE, open(port, sent))
+    let response = timeout(PATIENCE, open(loopback(port), sent))
         .await
         .expect("an answer")
         .unwrap();
