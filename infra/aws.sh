@@ -15,7 +15,7 @@ die() {
 
 command -v aws >/dev/null 2>&1 || die "the AWS CLI is missing: see https://docs.aws.amazon.com/cli/"
 
-# outputs PLATFORM: its outputs, one to a line, name and value apart by a tab.
+# outputs STACK: its outputs, one to a line, name and value apart by a tab.
 outputs() {
   aws cloudformation describe-stacks --stack-name "$1" \
     --query 'Stacks[0].Outputs[].[OutputKey,OutputValue]' --output text
