@@ -55,6 +55,10 @@ pub(crate) enum Intent {
     },
     Progress(String),
     Fail(PreviewError),
+    /// All pages in question answered well, and no error came since the state had this generation.
+    Seen {
+        generation: u64,
+    },
     Stop {
         grace: Duration,
         done: oneshot::Sender<()>,
@@ -83,6 +87,8 @@ pub(crate) struct DevServer {
     polls: bool,
     /// It was started anew for missing a change.
     was_deaf: bool,
+    /// Has somebody a page that hears of no changes?
+    deafness: watch::Receiver<bool>,
 }
 
 enum Phase {
@@ -124,6 +130,8 @@ enum Event {
     SleepDue,
     /// Somebody wants to see the site.
     Asked,
+    /// Somebody has a page that hears of no changes, or nobody any more.
+    Deaf(bool),
     /// No handle is left, or the program ends.
     Closing,
 }
@@ -143,6 +151,7 @@ impl DevServer {
             inbox,
             publish,
             restarts,
+            deafness: notes.deafness(),
             notes,
             changes: None,
             polls: false,
@@ -170,6 +179,7 @@ impl DevServer {
 
     async fn next_event(&mut self, phase: &mut Phase) -> Event {
         let Inbox { intents, retry } = &mut self.inbox;
+        let deafness = &mut self.deafness;
         let child = async {
             match phase {
                 Phase::Idle | Phase::Asleep | Phase::Broken { restart_at: None } => {
@@ -206,6 +216,7 @@ impl DevServer {
             Some(change) = next(&mut self.changes) => Event::Changed(change),
             // Taken in every phase, so that none is left over for a later one.
             () = retry.notified() => Event::Asked,
+            Ok(()) = deafness.changed() => Event::Deaf(*deafness.borrow_and_update()),
         }
     }
 
@@ -295,6 +306,16 @@ impl DevServer {
                 }
                 Phase::Running(run)
             }
+            (Event::Intent(Intent::Seen { generation }), Phase::Running(mut run)) => {
+                if run.proof.is_none() {
+                    self.hear(Word::Fine { generation }, &mut run);
+                }
+                Phase::Running(run)
+            }
+            (Event::Deaf(is_deaf), Phase::Running(mut run)) => {
+                self.note_deafness(is_deaf, &mut run);
+                Phase::Running(run)
+            }
             // Perhaps that was what it failed for. A turn says so itself, once it is done.
             (Event::Changed(_), Phase::Broken { restart_at }) if !self.notes.has_turn() => {
                 let soon = Instant::now() + AFTER_CHANGE;
@@ -308,7 +329,8 @@ impl DevServer {
                 | Event::LookDue
                 | Event::Changed(_)
                 | Event::Said(_)
-                | Event::Intent(Intent::Progress(_))
+                | Event::Intent(Intent::Progress(_) | Intent::Seen { .. })
+                | Event::Deaf(_)
                 | Event::Proved(_)
                 | Event::Ended(_)
                 | Event::Closing,

@@ -33,6 +33,7 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::TokioIo;
+use nix::sys::socket::{setsockopt, sockopt};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
@@ -44,7 +45,7 @@ use super::{
     access::{Verdict, hide_cookies},
     body::{RequestBody, ResponseBody},
     header_deadline::HeaderDeadline,
-    headers,
+    headers, package_files,
     pages::{self, Page},
     refusals::{
         UpstreamError, bad_request, names_no_host, not_yet, refused, upgrade_required,
@@ -60,6 +61,10 @@ use crate::{
     text::status_class,
 };
 
+/// A browser that is gone without a word is noticed after a quiet minute.
+const QUIET_BEFORE_PROBE: u32 = 30;
+const PROBE_EVERY: u32 = 10;
+const MOST_PROBES: u32 = 3;
 /// Connections at once on one listener, tunnels included; more wait in the kernel's backlog.
 const MAX_CONNECTIONS: usize = 1024;
 /// Of one request's head, in bytes (request line and fields). Of fields hyper takes 100; another
@@ -153,6 +158,7 @@ impl Proxy {
         permit: OwnedSemaphorePermit,
     ) {
         stream.set_nodelay(true).ok();
+        notice_death(&stream);
         let token = self.tasks.token().clone();
         let stream = HeaderDeadline::new(stream);
         let switch = stream.switch();
@@ -338,7 +344,7 @@ impl Downstream {
                             .headers()
                             .get("x-greenroom-hears")
                             .is_some_and(|hears| hears == "1");
-                        if wants_socket && preview.has_lost_its_sockets() {
+                        if wants_socket && preview.is_deaf() {
                             // The script loads the page again.
                             return pages::empty(StatusCode::RESET_CONTENT);
                         }
@@ -402,6 +408,11 @@ impl Downstream {
         };
         if to.as_page {
             to.preview.note_answer(head.uri.path());
+        }
+        if response.status() == StatusCode::FORBIDDEN
+            && let Some(file) = Box::pin(package_file(head, &to.preview)).await
+        {
+            return Err(file);
         }
         let mut response = response.map(ResponseBody::streamed);
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
@@ -553,7 +564,7 @@ impl Downstream {
             .headers
             .get(SEC_WEBSOCKET_PROTOCOL)
             .is_some_and(|protocol| protocol == "vite-hmr");
-        let late = is_hmr.then(|| to.preview.error_to_replay()).flatten();
+        let late = is_hmr.then(|| to.preview.missed_word()).flatten();
         let hmr = is_hmr.then(|| to.preview.open_socket());
         if is_bridged {
             // A client that named none must not be given one (RFC 6455 4.1).
@@ -573,6 +584,16 @@ impl Downstream {
             ResponseBody::whole(Bytes::new()),
         ))
     }
+}
+
+/// Has the kernel ask a silent browser whether it is there: what sleeps or went out of reach says no
+/// goodbye, and its HMR socket would count as one that hears for ever.
+fn notice_death(stream: &TcpStream) {
+    // A browser is served without that too.
+    setsockopt(stream, sockopt::TcpKeepIdle, &QUIET_BEFORE_PROBE).ok();
+    setsockopt(stream, sockopt::TcpKeepInterval, &PROBE_EVERY).ok();
+    setsockopt(stream, sockopt::TcpKeepCount, &MOST_PROBES).ok();
+    setsockopt(stream, sockopt::KeepAlive, &true).ok();
 }
 
 /// The one host that a request names (RFC 9112 3.2): a request that is unclear about it could be
@@ -602,6 +623,17 @@ fn host_value(request: &Request<Incoming>) -> Result<&HeaderValue, Page> {
         (None, _, None) if request.version() == Version::HTTP_10 => Ok(&LOCALHOST),
         _ => Err(names_no_host()),
     }
+}
+
+/// A font or image of a package that Vite refuses because it lies on another disk than the site.
+async fn package_file(head: &Parts, preview: &PreviewHandle) -> Option<Page> {
+    if !matches!(head.method, Method::GET | Method::HEAD) {
+        return None;
+    }
+    let folders = &preview.site().writable;
+    let file = package_files::named(head.uri.path(), folders.iter().map(AsRef::as_ref))?;
+    let kind = file.kind;
+    Some(pages::file(kind, file.read().await.ok()?))
 }
 
 /// Waits for a server that starts, wakes or is being repaired.
