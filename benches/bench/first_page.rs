@@ -112,7 +112,7 @@ impl Container {
         let preview_port = free_port()?;
         let port = preview_port.to_string();
         let mut env = vec![
-            ("GREENROOM_REHEARSAL".to_owned(), "true".to_owned()),
+            ("ANTHROPIC_API_KEY".to_owned(), "none".to_owned()),
             ("PREVIEW_PORT".to_owned(), port),
             ("PREVIEW_READY_SECONDS".to_owned(), "150".to_owned()),
         ];
