@@ -119,10 +119,14 @@ fn table(all: &[Served], direct: &Served) -> Table {
     };
     let mut bases = Vec::new();
     for (number, one) in all.iter().enumerate() {
-        let small = |of: fn(&Latency) -> &Vec<f64>| added(of(&one.small), of(&direct.small), 1.0);
-        let large = |of: fn(&Latency) -> &Vec<f64>| added(of(&one.large), of(&direct.large), 1e3);
-        let (p50, p99): (fn(&Latency) -> &Vec<f64>, fn(&Latency) -> &Vec<f64>) =
-            (|of| &of.p50_us, |of| &of.p99_us);
+        let [small, large] = [
+            (&one.small, &direct.small, 1.0),
+            (&one.large, &direct.large, 1e3),
+        ]
+        .map(|(own, direct, scale)| Latency {
+            p50_us: added(&own.p50_us, &direct.p50_us, scale),
+            p99_us: added(&own.p99_us, &direct.p99_us, scale),
+        });
         let rows = [
             (
                 "requests/s, 32 connections",
@@ -139,17 +143,17 @@ fn table(all: &[Served], direct: &Served) -> Table {
             (
                 "added to the median of one connection",
                 Unit::Us,
-                small(p50),
+                small.p50_us,
                 "",
             ),
-            ("added to its 99th percentile", Unit::Us, small(p99), ""),
+            ("added to its 99th percentile", Unit::Us, small.p99_us, ""),
             (
                 "added to the median of a body of 10 MB",
                 Unit::Ms,
-                large(p50),
+                large.p50_us,
                 "",
             ),
-            ("added to its 99th percentile", Unit::Ms, large(p99), ""),
+            ("added to its 99th percentile", Unit::Ms, large.p99_us, ""),
         ];
         for (row, (what, unit, values, aim)) in rows.into_iter().enumerate() {
             let what = format!("{}: {what}", one.running.name);
