@@ -35,6 +35,7 @@ use truth::Truth;
 /// From SIGTERM to SIGKILL where the caller names no grace. Astro ends in 30 to 70 ms.
 const GRACE: Duration = Duration::from_secs(5);
 const DISK_DEADLINE: Duration = Duration::from_secs(20);
+const SIGKILL: i32 = 9;
 /// Errors that are kept, the newest.
 const MAX_ERRORS: usize = 20;
 /// Words that wait for the driver, which is busy for moments only while a server runs.
@@ -479,7 +480,17 @@ impl DevServer {
         let output = run.output.clone();
         run.drain().await;
         let words = output.last_words();
+        let was_killed = exit
+            .is_some_and(|exit| exit.signal == Some(SIGKILL) || exit.code == Some(128 + SIGKILL));
+        let ran_out = output.ran_out_of_memory() || was_killed;
         let cause = why.unwrap_or_else(|| match exit {
+            Some(exit) if output.ran_out_of_memory() => {
+                format!("the dev server ran out of memory ({exit})")
+            }
+            // Not by us: that is how a system takes memory back. (A shell says so by its status.)
+            Some(exit) if was_killed => {
+                format!("the dev server was ended, most likely for want of memory ({exit})")
+            }
             Some(exit) => format!("the dev server ended by itself ({exit})"),
             None => "the dev server ended".to_owned(),
         });
@@ -490,7 +501,8 @@ impl DevServer {
             "the dev server is down"
         );
         let mut error = error_from(&words, &self.site.worktree);
-        error.message = if error.message.trim().is_empty() {
+        // What is printed about memory is of no use to those who build the site.
+        error.message = if ran_out || error.message.trim().is_empty() {
             cause
         } else {
             format!("{cause}\n{}", error.message)

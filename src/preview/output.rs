@@ -34,6 +34,7 @@ pub(crate) struct Output {
     stdout: Arc<Mutex<Tail>>,
     stderr: Arc<Mutex<Tail>>,
     moved: Arc<AtomicBool>,
+    out_of_memory: Arc<AtomicBool>,
 }
 
 /// Which of the two streams.
@@ -51,6 +52,7 @@ impl Output {
             stdout: tail(),
             stderr: tail(),
             moved: Arc::default(),
+            out_of_memory: Arc::default(),
         }
     }
 
@@ -77,6 +79,10 @@ impl Output {
         if line.contains("is in use, trying another") {
             self.moved.store(true, Ordering::Relaxed);
         }
+        // V8's last words, before a long dump.
+        if line.contains("JavaScript heap out of memory") {
+            self.out_of_memory.store(true, Ordering::Relaxed);
+        }
         if let Some((worktree, words)) = &self.words
             && let Some(word) = word_in(line, worktree)
         {
@@ -95,6 +101,11 @@ impl Output {
     /// Did the server say that it went to another port?
     pub(crate) fn moved_port(&self) -> bool {
         self.moved.load(Ordering::Relaxed)
+    }
+
+    /// Did it say that its memory was not enough?
+    pub(crate) fn ran_out_of_memory(&self) -> bool {
+        self.out_of_memory.load(Ordering::Relaxed)
     }
 
     /// The last words of a server that ended: its stderr, or its stdout where that is empty.
