@@ -62,6 +62,10 @@ impl Ecs {
         if metadata.is_none() && agent.is_none() {
             return None;
         }
+        // An error means that it is installed already.
+        rustls::crypto::ring::default_provider()
+            .install_default()
+            .ok();
         let http = Client::builder()
             .timeout(ANSWER)
             .redirect(reqwest::redirect::Policy::none())

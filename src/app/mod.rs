@@ -163,7 +163,9 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
     );
     tasks.spawn(
         "outcomes",
-        outside.clone().tell_outcomes(supervisor.outcomes()),
+        outside
+            .clone()
+            .tell_outcomes(supervisor.outcomes(), tasks.token().clone()),
     );
     let ending = Ending {
         outside,

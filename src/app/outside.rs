@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use tokio::sync::broadcast::{self, error::RecvError};
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::{Secret, Settings},
@@ -54,10 +55,19 @@ impl Outside {
         Ok(Self { control_plane, ecs })
     }
 
-    /// Tells of turns' ends, for as long as there are turns.
-    pub(super) async fn tell_outcomes(self, mut outcomes: broadcast::Receiver<Arc<Outcome>>) {
+    /// Tells of turns' ends, to the last one before `ending`.
+    pub(super) async fn tell_outcomes(
+        self,
+        mut outcomes: broadcast::Receiver<Arc<Outcome>>,
+        ending: CancellationToken,
+    ) {
         loop {
-            match outcomes.recv().await {
+            let outcome = tokio::select! {
+                biased;
+                outcome = outcomes.recv() => outcome,
+                () = ending.cancelled() => return,
+            };
+            match outcome {
                 Ok(outcome) => {
                     let ended = TurnEnded::of(&outcome.key, &outcome.result);
                     self.control_plane.tell(Notice::TurnEnded(Box::new(ended)));

@@ -275,12 +275,14 @@ impl Activity {
                             left
                         }
                     }
-                    IdleDecision::Held | IdleDecision::Forever => state
-                        .people
-                        .values()
-                        .map(|(until, _)| until.saturating_duration_since(now))
-                        .max()
-                        .unwrap_or(Duration::from_secs(3600)),
+                    IdleDecision::Held | IdleDecision::Forever => {
+                        is_told = false;
+                        let people = state.people.values();
+                        people
+                            .map(|(until, _)| until.saturating_duration_since(now))
+                            .max()
+                            .unwrap_or(Duration::from_secs(3600))
+                    }
                 }
             };
             // Woken by the last guard's drop; a person's end is only seen by the clock.

@@ -22,6 +22,7 @@ mod init;
 mod lifecycle;
 mod limits;
 mod one_shot;
+mod outside;
 mod owners;
 mod preview_astro;
 mod preview_dev_server;
