@@ -10,6 +10,7 @@
 )]
 
 mod commit;
+mod gateway;
 mod history;
 mod hmr;
 mod init;
@@ -49,7 +50,7 @@ macro_rules! parts {
     };
 }
 
-const PARTS: [Part; 8] = parts! {
+const PARTS: [Part; 9] = parts! {
     start 60,
     rest 60,
     init 90,
@@ -58,6 +59,7 @@ const PARTS: [Part; 8] = parts! {
     history 120,
     hmr 90,
     proxy 180,
+    gateway 90,
 };
 
 fn main() -> ExitCode {
@@ -74,6 +76,9 @@ fn run() -> anyhow::Result<()> {
     let mut args: Vec<String> = std::env::args().skip(1).collect();
     if args.first().is_some_and(|arg| arg == proxy::SERVE) {
         return proxy::serve(&args[1..]);
+    }
+    if args.first().is_some_and(|arg| arg == gateway::SERVE) {
+        return gateway::serve(&args[1..]);
     }
     // `cargo bench` says so; `cargo test --all-targets` must not measure anything.
     if !args.iter().any(|arg| arg == "--bench") {
