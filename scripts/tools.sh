@@ -139,7 +139,7 @@ bring_ccusage() {
 
 # Puts Node on PATH and the CLI into CLAUDE_BIN, for the program and its tests.
 bring_tools() {
-  local arch libc="" node_folder claude_folder package found
+  local arch libc="" claude_folder package found
   case "$(uname -m)" in
     x86_64) arch=x64 ;;
     aarch64) arch=arm64 ;;
@@ -163,12 +163,22 @@ bring_tools() {
   found="$(node --version 2>/dev/null || echo none)"
   if ! at_least "${found#v}" "$MIN_NODE_VERSION" || [ "$found" = none ]; then
     [ -z "$libc" ] || die "Node $MIN_NODE_VERSION or newer is missing: apk add nodejs npm"
-    node_folder="node-$NODE_VERSION-npm-$NPM_VERSION-$arch"
-    if [ ! -d "$TOOLS/$node_folder" ]; then
-      say "Fetching Node $NODE_VERSION (about 50 MB, once; the system has $found)"
-      install_packages "$node_folder" "node-linux-$arch@$NODE_VERSION" "npm@$NPM_VERSION"
-    fi
-    PATH="$TOOLS/$node_folder/bin:$PATH"
+    bring_node
+    PATH="$NODE_FOLDER/bin:$PATH"
   fi
   export PATH
+}
+
+# Puts a folder with Node and npm, in bin/ and lib/node_modules/, into NODE_FOLDER.
+bring_node() {
+  local arch
+  case "$(uname -m)" in
+    x86_64) arch=x64 ;;
+    *) arch=arm64 ;;
+  esac
+  NODE_FOLDER="$TOOLS/node-$NODE_VERSION-npm-$NPM_VERSION-$arch"
+  if [ ! -d "$NODE_FOLDER" ]; then
+    say "Fetching Node $NODE_VERSION (about 50 MB, once)"
+    install_packages "${NODE_FOLDER##*/}" "node-linux-$arch@$NODE_VERSION" "npm@$NPM_VERSION"
+  fi
 }

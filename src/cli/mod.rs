@@ -10,8 +10,9 @@ mod show;
 mod usage;
 
 use std::{
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     io::{self, Write},
+    path::Path,
     process::ExitCode,
     time::Duration,
 };
@@ -37,7 +38,7 @@ struct Usage(String);
 /// Runs the program with this process's arguments.
 pub fn main() -> ExitCode {
     // The panic hook of the log comes with it; before, the default one reports.
-    match run(std::env::args_os()) {
+    match run(called_as(std::env::args_os())) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) if error.is::<Ended>() => {
@@ -71,7 +72,7 @@ fn is_closed_pipe(error: &anyhow::Error) -> bool {
 #[error("failed to write to standard output")]
 struct Unprinted(#[source] io::Error);
 
-fn run(args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
+fn run(args: Vec<OsString>) -> anyhow::Result<()> {
     let matches = match command().try_get_matches_from(args) {
         Ok(matches) => matches,
         Err(error) => return parse_failure(&error),
@@ -88,6 +89,27 @@ fn run(args: impl Iterator<Item = OsString>) -> anyhow::Result<()> {
         "openapi" => print(&api::openapi_json()),
         other => unreachable!("clap knows no {other}"),
     }
+}
+
+/// The arguments as greenroom's own. In the container `claude`, `ccusage` and `monitor` are links to
+/// this program, where people and scripts expect those names.
+fn called_as(mut args: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let Some(program) = args.next() else {
+        return Vec::new();
+    };
+    let mut rest: Vec<OsString> = args.collect();
+    let command: &[&str] = match Path::new(&program).file_name().and_then(OsStr::to_str) {
+        Some("claude") => &["claude"],
+        Some("monitor") => &["usage", "live"],
+        Some("ccusage") => match rest.first().and_then(|arg| arg.to_str()) {
+            Some(arg) if ["-h", "--help"].contains(&arg) || !arg.starts_with('-') => &["usage"],
+            _ => &["usage", "daily"],
+        },
+        _ => &[],
+    };
+    rest.splice(0..0, command.iter().map(OsString::from));
+    rest.insert(0, program);
+    rest
 }
 
 fn serve(args: &ArgMatches, mode: Mode) -> anyhow::Result<()> {
@@ -322,6 +344,26 @@ mod tests {
     #[test]
     fn the_command_line_is_well_formed() {
         command().debug_assert();
+    }
+
+    #[test]
+    fn other_names_are_commands_of_ours() {
+        for (called, means) in [
+            ("greenroom serve --debug", "serve --debug"),
+            ("/usr/local/bin/claude -p hello", "claude -p hello"),
+            ("/usr/local/bin/claude --version", "claude --version"),
+            ("claude usage daily", "claude usage daily"),
+            ("monitor --json", "usage live --json"),
+            ("ccusage", "usage daily"),
+            ("ccusage --json", "usage daily --json"),
+            ("ccusage monthly --by user", "usage monthly --by user"),
+            ("ccusage --help", "usage --help"),
+            ("/opt/greenroom-claude openapi", "openapi"),
+        ] {
+            let args = called_as(called.split(' ').map(OsString::from));
+            let means: Vec<_> = means.split(' ').map(OsString::from).collect();
+            assert_eq!(args[1..], means, "{called}");
+        }
     }
 
     fn failure(line: &str) -> (String, bool) {

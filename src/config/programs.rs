@@ -71,6 +71,10 @@ fn real_program(path: &Path) -> Option<PathBuf> {
         return None;
     }
     let real = fs::canonicalize(path).ok()?;
+    // In the container image `claude` on PATH is a link to us.
+    if std::env::current_exe().is_ok_and(|us| us == real) {
+        return None;
+    }
     let package = real
         .ancestors()
         .find(|folder| folder.ends_with(Path::new(SCOPE).join("claude-code")));
@@ -198,6 +202,19 @@ mod tests {
             "nothing stands in for the setting"
         );
         assert_eq!(find_claude(None, None, &root.join("bin")), None);
+    }
+
+    #[test]
+    fn a_link_to_ourselves_is_no_cli() {
+        let root = tempfile::tempdir().unwrap();
+        let (ours, other) = (root.path().join("ours"), root.path().join("other"));
+        fs::create_dir(&ours).unwrap();
+        symlink(std::env::current_exe().unwrap(), ours.join("claude")).unwrap();
+        program(&other.join("claude"), "#!/bin/sh\n");
+        let path = path_of(&[&ours, &other]);
+        let find = |setting: Option<&Path>| find_claude(setting, Some(&path), root.path());
+        assert_eq!(find(None), Some(other.join("claude")), "the next one");
+        assert_eq!(find(Some(&ours.join("claude"))), None);
     }
 
     #[test]

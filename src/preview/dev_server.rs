@@ -267,7 +267,11 @@ impl DevServer {
                 run.proof = None;
                 self.set(PreviewState::Live, Vec::new(), Some(port), "");
                 self.notes.last_page().begin();
-                self.aside("preview warm-up", probe::warm_up(port));
+                let notes = self.notes.clone();
+                self.aside("preview warm-up", async move {
+                    let first = ["/".to_owned()];
+                    notes.ask_for(port, &first, probe::WARM_UP).await;
+                });
                 let (worktree, tell) = (self.site.worktree.clone(), run.tell.clone());
                 self.aside("preview listener", hmr::listen(port, worktree, tell));
                 Phase::Running(run)

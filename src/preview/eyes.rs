@@ -235,6 +235,8 @@ impl Eyes {
                     let at = (meta.modified().ok(), meta.len());
                     let kind = match self.known.insert(name.clone(), at) {
                         None => Kind::New,
+                        // One writing makes several events.
+                        Some(then) if then == at => continue,
                         Some(_) => Kind::Changed,
                     };
                     found.push(Change { path: name, kind });
@@ -260,6 +262,8 @@ impl Eyes {
 
 #[cfg(test)]
 mod tests {
+    use tokio::time::timeout;
+
     use super::*;
 
     async fn next(seen: &mut mpsc::Receiver<Change>, path: &str, kind: Kind) {
@@ -277,7 +281,7 @@ mod tests {
             }
             panic!("it goes on");
         };
-        tokio::time::timeout(Duration::from_secs(30), wait)
+        timeout(Duration::from_secs(30), wait)
             .await
             .unwrap_or_else(|_| panic!("never: {wanted:?}"));
     }
@@ -313,6 +317,8 @@ mod tests {
             next(&mut seen, "src/pages/index.astro", Kind::Changed).await;
             write("src/deep/er/new.css", "1");
             next(&mut seen, "src/deep/er/new.css", Kind::New).await;
+            let once_more = timeout(Duration::from_millis(300), seen.recv()).await;
+            assert!(once_more.is_err(), "one file, one change: {once_more:?}");
             write("src/deep/er/new.css", "22");
             next(&mut seen, "src/deep/er/new.css", Kind::Changed).await;
             // As careful editors write.

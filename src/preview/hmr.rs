@@ -55,6 +55,11 @@ pub(crate) enum Word {
         words: u64,
         file: String,
     },
+    /// The same of a file that it had no page of when the file changed, though somebody may be shown
+    /// one: it is rightly silent, and the page is old.
+    Unaware {
+        words: u64,
+    },
     /// It has answered, or had the time to, since then.
     StillSilent {
         words: u64,

@@ -389,10 +389,15 @@ impl PreviewHandle {
         self.upstream().is_some() && self.0.notes.has_lost_its_sockets()
     }
 
-    /// Somebody is shown this path.
+    /// Somebody asks for this page.
     pub(crate) fn note_page(&self, path: &str) {
         self.0.notes.note_document();
         self.0.notes.last_page().note(path);
+    }
+
+    /// The dev server has answered it.
+    pub(crate) fn note_answer(&self, path: &str) {
+        self.0.notes.last_page().note_answer(path);
     }
 
     /// The last error of a server that goes on serving: Vite keeps none for a browser that comes
@@ -418,7 +423,7 @@ impl PreviewHandle {
             .last_page()
             .and_pages_of(files.iter().map(String::as_str));
         let word = async {
-            let answers = probe::pages(port, &pages, patience).await;
+            let answers = self.0.notes.ask_for(port, &pages, patience).await;
             let is_broken = answers.iter().flatten().any(StatusCode::is_server_error);
             let is_content = files.iter().any(|file| file.starts_with("src/content/"));
             let heard = |status: &PreviewStatus| match status.state {

@@ -9,9 +9,11 @@ use std::{
     time::Duration,
 };
 
+use futures_util::future::join_all;
+use http::StatusCode;
 use tokio::{sync::watch, time::Instant};
 
-use super::{PreviewSite, filter::Folders, last_good::LastGood, touched::LastPage};
+use super::{PreviewSite, filter::Folders, last_good::LastGood, probe, touched::LastPage};
 
 /// A visible page says so every 30 s; it counts for half as long again.
 const PERSON_STAYS: Duration = Duration::from_secs(45);
@@ -172,6 +174,23 @@ impl Notes {
     /// The pages that somebody was shown.
     pub(crate) fn last_page(&self) -> &LastPage {
         &self.0.last_page
+    }
+
+    /// What these pages answer, asked for side by side.
+    pub(crate) async fn ask_for(
+        &self,
+        port: u16,
+        pages: &[String],
+        deadline: Duration,
+    ) -> Vec<Option<StatusCode>> {
+        let asked = pages.iter().map(async |path| {
+            let answer = probe::page(port, path, deadline).await;
+            if answer.is_some() {
+                self.last_page().note_answer(path);
+            }
+            answer
+        });
+        join_all(asked).await
     }
 
     /// Looks where the site's folders really are. Blocking; before a server is up.

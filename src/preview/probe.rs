@@ -85,15 +85,9 @@ fn is_ok(body: &[u8]) -> bool {
 pub(crate) const LATE: Duration = Duration::from_millis(350);
 /// For a page that is rendered for the first time, on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
-
-/// What these pages answer, asked for side by side.
-pub(crate) async fn pages(
-    port: u16,
-    paths: &[String],
-    deadline: Duration,
-) -> Vec<Option<StatusCode>> {
-    futures_util::future::join_all(paths.iter().map(|path| page(port, path, deadline))).await
-}
+/// For a server's first page, which loads the site's module graph: about a second that a person
+/// would wait for.
+pub(crate) const WARM_UP: Duration = Duration::from_secs(60);
 
 /// What a page answers within `deadline`, as a browser would ask for it.
 pub(crate) async fn page(port: u16, path: &str, deadline: Duration) -> Option<StatusCode> {
@@ -102,8 +96,7 @@ pub(crate) async fn page(port: u16, path: &str, deadline: Duration) -> Option<St
         .map(|(status, _)| status)
 }
 
-/// Has the first page rendered, which loads the site's module graph: about a second that a
-/// person would wait for. Its outcome says nothing about the server.
-pub(crate) async fn warm_up(port: u16) {
-    get(port, "/", "text/html", Duration::from_secs(60)).await;
+/// Waits until the server has got through what it is doing, as far as it does so within `deadline`.
+pub(crate) async fn turn_round(port: u16, deadline: Duration) {
+    get(port, "/@vite/env", "*/*", deadline).await;
 }

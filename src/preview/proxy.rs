@@ -400,6 +400,9 @@ impl Downstream {
             Err(UpstreamError::Unreachable) if to.as_page => return Err(self.hold(head, to)),
             Err(error) => return Err(upstream_problem(&error, to.as_page)),
         };
+        if to.as_page {
+            to.preview.note_answer(head.uri.path());
+        }
         let mut response = response.map(ResponseBody::streamed);
         if response.status() == StatusCode::SWITCHING_PROTOCOLS {
             // Nobody asked for it.

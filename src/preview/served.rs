@@ -30,6 +30,10 @@ pub(crate) fn is_served(worktree: &Path, file: &str, visited: &BTreeSet<String>)
         if is_visited_page(file, visited) {
             return true;
         }
+        if is_page(file) {
+            // Who names it, links to it.
+            continue;
+        }
         for (user, text) in &sources {
             if !reached.contains(user.as_str()) && uses(text, file) {
                 reached.insert(user);
@@ -111,6 +115,12 @@ fn segments_of(page: &str) -> Option<Vec<&str>> {
         segments.pop();
     }
     Some(segments)
+}
+
+/// Is it what an address leads to, and no part of others?
+fn is_page(file: &str) -> bool {
+    segments_of(file).is_some()
+        && extension(file).is_some_and(|kind| matches!(kind, "astro" | "md" | "mdx" | "html"))
 }
 
 /// Was a page of this file asked for?
@@ -203,7 +213,7 @@ mod tests {
         for (name, text) in [
             (
                 "src/pages/index.astro",
-                "import Base from '../layouts/Base.astro'",
+                "import Base from '../layouts/Base.astro'\n<a href=\"/about\">",
             ),
             (
                 "src/pages/about.astro",
@@ -254,6 +264,13 @@ mod tests {
             assert!(!served(file, &[]), "{file}");
         }
         assert!(served("src/components/team/Team.astro", &["/about/"]));
+        assert!(served("src/pages/about.astro", &["/about/"]));
+        for file in ["src/pages/about.astro", "src/components/team/Team.astro"] {
+            assert!(
+                !served(file, &["/"]),
+                "the first page only links to it: {file}"
+            );
+        }
         assert!(served("src/data/prices.yaml", &["/blog/one"]));
         assert!(!served("src/data/prices.yaml", &["/blog"]));
         for file in [

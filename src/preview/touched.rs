@@ -1,9 +1,11 @@
 //! Which pages show a change: asked for after an edit, they make the dev server meet its errors.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::{Arc, Mutex, MutexGuard},
 };
+
+use tokio::time::Instant;
 
 use super::served::is_visited_page;
 
@@ -11,7 +13,9 @@ use super::served::is_visited_page;
 const LONGEST: usize = 1024;
 /// Pages that are asked for at once.
 const MOST: usize = 4;
-/// Pages that are remembered.
+/// Pages that somebody may still have before them, also from the dev server before.
+const MOST_RECENT: usize = 16;
+/// Pages that are remembered of one dev server.
 const MOST_VISITED: usize = 256;
 
 /// The pages that a browser was shown. Shared by those who show and those who ask.
@@ -20,63 +24,69 @@ pub(crate) struct LastPage(Arc<Mutex<Shown>>);
 
 #[derive(Debug, Default)]
 struct Shown {
-    last: Option<String>,
-    /// Since the dev server's start.
-    visited: BTreeSet<String>,
-}
-
-impl Shown {
-    fn visit(&mut self, path: &str) {
-        if self.visited.len() < MOST_VISITED && !self.visited.contains(path) {
-            self.visited.insert(path.to_owned());
-        }
-    }
+    /// What was asked for, the last one at the end.
+    recent: VecDeque<String>,
+    /// What the dev server has answered, and when first: before that it knows nothing of the
+    /// page's files, and has nothing to say of a change in them.
+    answered: BTreeMap<String, Instant>,
 }
 
 impl LastPage {
-    /// Somebody is shown this path.
+    /// Somebody asks for this path.
     pub(crate) fn note(&self, path: &str) {
-        let mut shown = self.shown();
-        if path.len() <= LONGEST {
-            if shown.last.as_deref() != Some(path) {
-                shown.last = Some(path.to_owned());
+        let recent = &mut self.shown().recent;
+        if path.len() <= LONGEST && recent.back().is_none_or(|last| last != path) {
+            recent.retain(|known| known != path);
+            recent.push_back(path.to_owned());
+            if recent.len() > MOST_RECENT {
+                recent.pop_front();
             }
-            shown.visit(path);
         }
     }
 
-    /// A new dev server, which nobody has asked for anything but its first page.
-    pub(crate) fn begin(&self) {
-        let mut shown = self.shown();
-        shown.visited.clear();
-        shown.visit("/");
+    /// The dev server has rendered this path.
+    pub(crate) fn note_answer(&self, path: &str) {
+        let answered = &mut self.shown().answered;
+        if path.len() <= LONGEST && answered.len() < MOST_VISITED && !answered.contains_key(path) {
+            answered.insert(path.to_owned(), Instant::now());
+        }
     }
 
-    /// What a dev server was asked for.
-    pub(crate) fn visited(&self) -> BTreeSet<String> {
-        self.shown().visited.clone()
+    /// A new dev server, which has answered nothing yet.
+    pub(crate) fn begin(&self) {
+        self.shown().answered.clear();
+    }
+
+    /// What the dev server had answered by then.
+    pub(crate) fn answered_by(&self, then: Instant) -> BTreeSet<String> {
+        let shown = self.shown();
+        let early = shown.answered.iter().filter(|(_, at)| **at <= then);
+        early.map(|(path, _)| path.clone()).collect()
+    }
+
+    /// What somebody may have before them.
+    pub(crate) fn shown_to_anybody(&self) -> BTreeSet<String> {
+        let shown = self.shown();
+        let answered = shown.answered.keys();
+        answered.chain(&shown.recent).cloned().collect()
     }
 
     /// The page of this file is new: who asked for it before was shown another.
     pub(crate) fn forget(&self, file: &str) {
         self.shown()
-            .visited
-            .retain(|path| !is_visited_page(file, [path]));
+            .answered
+            .retain(|path, _| !is_visited_page(file, [path]));
     }
 
     /// The pages on which a change or an error in these files would show: each page's own, and for
-    /// what is no page the one that somebody looks at, else the site's first. They are about to be
-    /// asked for.
+    /// what is no page the one that somebody looks at, else the site's first.
     pub(crate) fn and_pages_of<'a>(&self, files: impl IntoIterator<Item = &'a str>) -> Vec<String> {
-        let mut shown = self.shown();
-        let mut pages = vec![shown.last.clone().unwrap_or_else(|| "/".to_owned())];
+        let last = self.shown().recent.back().cloned();
+        let mut pages = vec![last.unwrap_or_else(|| "/".to_owned())];
         for page in files.into_iter().filter_map(route) {
             if pages.len() < MOST && !pages.contains(&page) {
                 pages.push(page);
             }
-        }
-        for page in &pages {
-            shown.visit(page);
         }
         pages
     }

@@ -16,6 +16,7 @@
 mod archive;
 mod inventory;
 mod manifest;
+mod missing;
 mod tree;
 
 use std::{
@@ -71,13 +72,26 @@ pub enum InstallError {
         source: ProcessError,
     },
     /// The package manager, or a script of a package, ended badly. `output` is the end of what
-    /// it wrote, without colours, at most 4 kB.
-    #[error("{manager} ended with {exit}\n{output}")]
+    /// it wrote, without colours, at most 4 kB; `missing` are the system's programs that it wanted
+    /// and that are not there.
+    #[error("{manager} ended with {exit}{}\n{output}", what_to_install(missing))]
     Failed {
         manager: &'static str,
         exit: Exit,
+        missing: Vec<&'static str>,
         output: String,
     },
+}
+
+fn what_to_install(missing: &[&str]) -> String {
+    if missing.is_empty() {
+        return String::new();
+    }
+    format!(
+        ", because the site's dependencies want {}, not installed here; the container image has a \
+         variant with it, `full`",
+        missing.join(", ")
+    )
 }
 
 impl From<AttachError> for InstallError {
@@ -460,18 +474,25 @@ impl Dependencies {
             exit: run.exit,
             tail,
             is_lock_refused: run.stderr.contains("EUSAGE"),
+            missing: missing::missing_programs(
+                &format!("{}\n{}", run.stdout, run.stderr),
+                |program| self.folders().any(|folder| folder.join(program).is_file()),
+            ),
         })
+    }
+
+    /// The installer's PATH.
+    fn folders(&self) -> impl Iterator<Item = &Path> {
+        self.tools
+            .node
+            .parent()
+            .into_iter()
+            .chain(["/usr/local/bin", "/usr/bin", "/bin"].map(Path::new))
     }
 
     fn environment(&self, staging: &Staging) -> Vec<(OsString, OsString)> {
         let mut path = OsString::new();
-        for folder in self
-            .tools
-            .node
-            .parent()
-            .into_iter()
-            .chain(["/usr/local/bin", "/usr/bin", "/bin"].iter().map(Path::new))
-        {
+        for folder in self.folders() {
             if !path.is_empty() {
                 path.push(":");
             }
@@ -517,6 +538,7 @@ struct Run {
     /// `npm ci` refuses a lockfile that doesn't fit package.json, or that lacks the packages of
     /// other platforms; `npm install` takes it.
     is_lock_refused: bool,
+    missing: Vec<&'static str>,
 }
 
 /// The folders of one installation; removed when the last copy is dropped.
@@ -536,6 +558,7 @@ impl Run {
         InstallError::Failed {
             manager,
             exit: self.exit,
+            missing: self.missing.clone(),
             output: self.tail.text(SHOWN_BYTES),
         }
     }

@@ -85,7 +85,7 @@ impl Room {
     /// Waits until the first page shows a text.
     async fn shows(&self, host: &str, text: &str) {
         let shown = async || {
-            let page = self.ask(host, "/", "").await;
+            let page = self.ask(host, "/", "Accept: text/html\r\n").await;
             page.body.contains(text).then_some(())
         };
         wait_for_async(&format!("the page shows {text}"), shown).await;
@@ -320,6 +320,35 @@ async fn a_server_that_misses_changes_is_stale_and_heals() {
 }
 
 #[tokio::test]
+async fn a_change_right_after_the_start_is_no_reason_for_doubt() {
+    let room = Room::with(|options| options).await;
+    let heading = |round: u32| format!("Pots of round {round}");
+    let mut hosts = Vec::new();
+    for (round, pause) in (0..).zip([0, 300, 800]) {
+        let main = thread(&format!("early{round}"));
+        let host = room.init(&main).await;
+        tokio::time::sleep(Duration::from_millis(pause)).await;
+        let instruction = format!("Change the heading to “{}”", heading(round));
+        let turn = room.greenroom.execute(&main, &instruction).await.ok();
+        assert_eq!(turn["preview"]["state"], "live", "{turn}");
+        room.shows(&host, &heading(round)).await;
+        hosts.push((main, host));
+    }
+    // Longer than any doubt takes to become a restart.
+    let until = Instant::now() + Duration::from_secs(5);
+    while Instant::now() < until {
+        for (main, _) in &hosts {
+            let preview = room.preview(main).await;
+            assert_eq!(preview["state"], "live", "{preview}");
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+    let log = room.greenroom.log().join("\n");
+    assert!(!log.contains("misses changes"), "{log}");
+    assert!(!log.contains("it doesn't see changes"), "{log}");
+}
+
+#[tokio::test]
 async fn a_server_without_events_looks_for_changes_by_itself() {
     // The limit of inotify, of a namespace in which 8 watches are allowed.
     let few = "echo 8 > /proc/sys/user/max_inotify_watches && exec \"$@\"";
@@ -380,6 +409,24 @@ async fn pages_load_again_where_vite_tells_them_nothing() {
     room.write(&main, "public/notes.txt", "one");
     is_told_to_reload(&mut socket).await;
     assert_eq!(room.ask(&host, "/notes.txt", "").await.body, "one");
+    assert_eq!(room.preview(&main).await["state"], "live");
+
+    // A page that somebody has from the server before, and this one has never rendered.
+    let about = room.ask(&host, "/about", "Accept: text/html\r\n").await;
+    assert_eq!(about.status, 200);
+    room.write(&main, "tsconfig.json", "{}");
+    room.becomes(&main, "starting").await;
+    room.becomes(&main, "live").await;
+    room.shows(&host, HEADING).await;
+    let mut socket = room.hmr(&host).await;
+    while timeout(Duration::from_secs(3), socket.next()).await.is_ok() {}
+    let about = room.read(&main, "src/pages/about.astro");
+    room.write(
+        &main,
+        "src/pages/about.astro",
+        &format!("{about}\n<p>more</p>"),
+    );
+    is_told_to_reload(&mut socket).await;
     assert_eq!(room.preview(&main).await["state"], "live");
 }
 

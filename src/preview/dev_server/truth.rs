@@ -1,13 +1,17 @@
 //! What a running dev server says of its site, beside what changes there: is what it shows true?
 //!
 //! ```text
-//! change ─► the server says something within 1.8 s                     fine
-//!        └► it is silent ─► it serves the file?  no ─► rightly so
-//!                                                yes ─► `stale`; browsers load their page again;
+//! change ─► the server says something within 1.5 s, or soon after     fine
+//!        └► it is silent ─► it serves the file?
+//!             no, or only of late ─► rightly so; browsers load their page again
+//!                             yes ─► `stale`; browsers load their page again;
 //!                     is a page answered (8 s), and nothing said yet? ─► a new server
 //! ```
 
-use std::{collections::BTreeSet, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use tokio::{
     sync::mpsc,
@@ -28,7 +32,10 @@ use crate::{
 };
 
 /// A change of content is told after 0.5 s, most others at once.
-const QUIET: Duration = Duration::from_millis(1800);
+const QUIET: Duration = Duration::from_millis(1500);
+/// A server that has been silent for so long may be busy (with its first page, say): until it
+/// answers something small, this long at most, it is not in doubt.
+const BUSY: Duration = Duration::from_secs(1);
 /// Several files are written at once.
 const SETTLE: Duration = Duration::from_millis(300);
 /// A broken configuration alone keeps Vite from answering for 6 s.
@@ -53,8 +60,8 @@ pub(super) struct Truth {
     last_word: Option<Instant>,
     /// Since the last update.
     checks: u32,
-    /// Files that changed and that it has said nothing of.
-    unheard: BTreeSet<String>,
+    /// Files that changed and that it has said nothing of, and when that was seen.
+    unheard: BTreeMap<String, Instant>,
     unheard_due: Option<Instant>,
     reload_due: Option<Instant>,
     restart_due: Option<(Instant, String)>,
@@ -90,6 +97,7 @@ impl DevServer {
         let mut is_to_check = false;
         let mut reason = None;
         let mut is_doubted = None;
+        let mut is_unaware = false;
         let is_polling = self.polls;
         let is_blind = matches!(word, Word::Blind(_));
         if let Word::Logged(error) = &word
@@ -149,6 +157,10 @@ impl DevServer {
                     });
                     status.state = PreviewState::Stale;
                 }
+                Word::Unaware { words } => {
+                    is_unaware = words == truth.words;
+                    return false;
+                }
                 Word::StillSilent { words } => {
                     if words == truth.words {
                         reason = Some("it doesn't see changes".to_owned());
@@ -178,6 +190,9 @@ impl DevServer {
             tracing::warn!(slug = self.site.slug, "the dev server misses changes");
             self.notes.reload();
             self.wait_for_a_word(words, run.tell.clone());
+        }
+        if is_unaware {
+            self.notes.reload();
         }
         if is_to_check && run.truth.checks < MOST_CHECKS {
             run.truth.checks += 1;
@@ -222,7 +237,7 @@ impl DevServer {
             && truth.last_word.is_none_or(|at| at.elapsed() > HEAD_START)
             && truth.unheard.len() < MOST_FILES
         {
-            truth.unheard.insert(path.clone());
+            truth.unheard.entry(path.clone()).or_insert(now);
             truth.unheard_due.get_or_insert(now + QUIET);
         }
     }
@@ -244,18 +259,38 @@ impl DevServer {
         truth.restart_due.take_if(|_| is_due).map(|(_, why)| why)
     }
 
-    /// Is it silent of files that it serves?
-    fn ask_whether_served(&self, files: BTreeSet<String>, words: u64, tell: mpsc::Sender<Word>) {
+    /// Is it silent of files that it serves? Only what it had rendered before the change it has
+    /// to speak of.
+    fn ask_whether_served(
+        &self,
+        files: BTreeMap<String, Instant>,
+        words: u64,
+        tell: mpsc::Sender<Word>,
+    ) {
+        let (port, notes) = (self.site.port, self.notes.clone());
         let worktree = self.site.worktree.clone();
-        let visited = self.notes.last_page().visited();
         self.aside("preview doubt", async move {
+            let pages = notes.last_page();
+            let files = files
+                .into_iter()
+                .map(|(file, seen)| (file, pages.answered_by(seen)));
+            let (files, shown) = (files.collect::<Vec<_>>(), pages.shown_to_anybody());
             let look = blocking("looking for who uses a file", DISK_DEADLINE, move || {
-                files
-                    .into_iter()
-                    .find(|file| is_served(&worktree, file, &visited))
+                let served = |file: &str, pages| is_served(&worktree, file, pages);
+                let unsaid = files.iter().find(|(file, pages)| served(file, pages));
+                if let Some((file, _)) = unsaid {
+                    let file = file.clone();
+                    return Some(Word::Silent { words, file });
+                }
+                let is_shown = files.iter().any(|(file, _)| served(file, &shown));
+                is_shown.then_some(Word::Unaware { words })
             });
-            if let Ok(Some(file)) = look.await {
-                tell.send(Word::Silent { words, file }).await.ok();
+            let busy = async {
+                probe::turn_round(port, BUSY).await;
+                sleep(probe::LATE).await;
+            };
+            if let (Ok(Some(word)), ()) = tokio::join!(look, busy) {
+                tell.send(word).await.ok();
             }
         });
     }
@@ -263,9 +298,10 @@ impl DevServer {
     /// It may only be slow: does it say something once it has answered?
     fn wait_for_a_word(&self, words: u64, tell: mpsc::Sender<Word>) {
         let port = self.site.port;
-        let page = self.notes.last_page().and_pages_of([]).swap_remove(0);
+        let notes = self.notes.clone();
         self.aside("preview doubt", async move {
-            probe::page(port, &page, ANSWER).await;
+            let page = notes.last_page().and_pages_of([]);
+            notes.ask_for(port, &page, ANSWER).await;
             sleep(probe::LATE).await;
             tell.send(Word::StillSilent { words }).await.ok();
         });
@@ -287,7 +323,7 @@ impl DevServer {
                     .filter_map(|error| error.file.as_deref());
                 (status.generation, notes.last_page().and_pages_of(files))
             };
-            let answers = probe::pages(port, &pages, probe::PATIENCE).await;
+            let answers = notes.ask_for(port, &pages, probe::PATIENCE).await;
             if answers
                 .iter()
                 .all(|status| status.is_some_and(|code| !code.is_server_error()))

@@ -11,7 +11,10 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Read, Seek, SeekFrom, Write},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt, symlink},
+    os::unix::{
+        ffi::OsStrExt,
+        fs::{DirBuilderExt, OpenOptionsExt, symlink},
+    },
     path::{Component, Path},
 };
 
@@ -217,12 +220,13 @@ pub(super) fn restore(archive: &Path, key: &str, root: &Path) -> io::Result<Inve
 
 /// Plain names below the root.
 fn is_harmless(entry: &Entry) -> bool {
-    let path = Path::new(&entry.path);
-    !entry.path.is_empty()
-        && path
+    let path = entry.path.as_os_str();
+    !path.is_empty()
+        && entry
+            .path
             .components()
             .all(|part| matches!(part, Component::Normal(_)))
-        && !entry.path.contains('\0')
+        && !path.as_bytes().contains(&0)
 }
 
 fn unpack(part: &mut impl Read, root: &Path, entry: &Entry) -> io::Result<()> {
@@ -274,6 +278,9 @@ mod tests {
                 fs::write(disk.at(&format!("tree/p/lib/{number}.js")), text).unwrap();
             }
             symlink("../p/lib/1.js", disk.at("tree/p/one")).unwrap();
+            let odd = std::ffi::OsStr::from_bytes(b"\xff\xfe");
+            fs::write(disk.at("tree/p").join(odd), "odd").unwrap();
+            symlink(odd, disk.at("tree/p/to-odd")).unwrap();
             let inventory = Inventory::take(&disk.at("tree"), "key").unwrap();
             pack(&disk.at("tree"), &inventory, &disk.at("a/x.zst")).unwrap();
             (disk, inventory)
@@ -345,7 +352,7 @@ mod tests {
     fn what_is_forged_stays_inside() {
         let (disk, _) = Disk::new();
         let file = |path: &str| Entry {
-            path: path.to_owned(),
+            path: path.into(),
             what: What::File {
                 is_executable: false,
                 size: 3,
@@ -353,8 +360,8 @@ mod tests {
             },
         };
         let link = |path: &str, target: &str| Entry {
-            path: path.to_owned(),
-            what: What::Link(target.to_owned()),
+            path: path.into(),
+            what: What::Link(target.into()),
         };
         disk.forge(vec![file("fine.js")], b"abc");
         disk.restore("key").unwrap();

@@ -2,10 +2,14 @@
 //! inside a worktree, and an archive lies where others can reach it.
 
 use std::{
+    ffi::OsString,
     fs::{self, File},
     io::{self, Read},
     num::NonZero,
-    os::unix::fs::PermissionsExt,
+    os::unix::{
+        ffi::{OsStrExt, OsStringExt},
+        fs::PermissionsExt,
+    },
     path::{Path, PathBuf},
     thread,
 };
@@ -27,15 +31,16 @@ pub(super) struct Inventory {
 /// One name in a tree.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Entry {
-    /// Below the tree's root, with `/`.
-    pub(super) path: String,
+    /// Below the tree's root.
+    #[serde(with = "any_name")]
+    pub(super) path: PathBuf,
     pub(super) what: What,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum What {
     Folder,
-    Link(String),
+    Link(#[serde(with = "any_name")] PathBuf),
     File {
         is_executable: bool,
         size: u64,
@@ -53,17 +58,13 @@ impl Inventory {
         while let Some(below) = folders.pop() {
             for entry in fs::read_dir(root.join(&below))? {
                 let entry = entry?;
-                let name = below.join(entry.file_name());
-                let Some(path) = name.to_str().map(str::to_owned) else {
-                    return Err(io::ErrorKind::InvalidData.into());
-                };
+                let path = below.join(entry.file_name());
                 let kind = entry.file_type()?;
                 let what = if kind.is_dir() {
-                    folders.push(name);
+                    folders.push(path.clone());
                     What::Folder
                 } else if kind.is_symlink() {
-                    let target = fs::read_link(entry.path())?;
-                    What::Link(target.to_str().unwrap_or_default().to_owned())
+                    What::Link(fs::read_link(entry.path())?)
                 } else if kind.is_file() {
                     files.push(path);
                     continue;
@@ -74,7 +75,8 @@ impl Inventory {
             }
         }
         entries.extend(side_by_side(&files, |path| read(root, path))?);
-        entries.sort_by(|a, b| a.path.cmp(&b.path));
+        let bytes = |entry: &Entry| entry.path.as_os_str().as_bytes().to_vec();
+        entries.sort_by_cached_key(bytes);
         let key = key.to_owned();
         Ok(Self { key, entries })
     }
@@ -94,7 +96,35 @@ impl Inventory {
     }
 }
 
-fn read(root: &Path, path: &str) -> io::Result<Entry> {
+/// Names are bytes; JSON has them as text where they are text, else as a list of numbers.
+mod any_name {
+    use serde::{Deserializer, Serializer};
+
+    use super::{Deserialize, OsStrExt, OsString, OsStringExt, Path, PathBuf, Serialize};
+
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Written {
+        Text(String),
+        Bytes(Vec<u8>),
+    }
+
+    pub(super) fn serialize<S: Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Error> {
+        match path.to_str() {
+            Some(text) => to.serialize_str(text),
+            None => path.as_os_str().as_bytes().serialize(to),
+        }
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<PathBuf, D::Error> {
+        Ok(match Written::deserialize(from)? {
+            Written::Text(text) => text.into(),
+            Written::Bytes(bytes) => OsString::from_vec(bytes).into(),
+        })
+    }
+}
+
+fn read(root: &Path, path: &Path) -> io::Result<Entry> {
     let mut file = File::open(root.join(path))?;
     let is_executable = file.metadata()?.permissions().mode() & 0o111 != 0;
     let mut digest = Sha256::new();
@@ -155,12 +185,17 @@ mod tests {
         fs::write(at("p/lib/a.js"), "aaa").unwrap();
         fs::write(at("p/b.js"), "b").unwrap();
         std::os::unix::fs::symlink("b.js", at("p/c")).unwrap();
+        let odd = OsString::from_vec(b"p/\xff\xfe".to_vec());
+        std::os::unix::fs::symlink(&odd, disk.path().join(&odd)).unwrap();
         let inventory = Inventory::take(disk.path(), "k").unwrap();
         assert!(inventory.is_of(disk.path()));
         assert_eq!(inventory.size(), 4);
         let back: Inventory =
             serde_json::from_slice(&serde_json::to_vec(&inventory).unwrap()).unwrap();
         assert_eq!(back, inventory);
+        let links = inventory.entries.iter();
+        let links: Vec<_> = links.filter(|e| matches!(e.what, What::Link(_))).collect();
+        assert_eq!(links.len(), 2, "{links:?}");
 
         // Of the same length and time.
         let time = fs::metadata(at("p/lib/a.js")).unwrap().modified().unwrap();

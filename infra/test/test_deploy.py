@@ -1,0 +1,227 @@
+"""Runs scripts/deploy and scripts/tenant against moto, as far as moto goes: it knows the calls and keeps
+what it is told. It checks no rights, starts no container and keeps no promise about client tokens; what
+it drops of a template is judged by test_rules.py."""
+
+import concurrent.futures
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+import urllib.request
+
+import boto3
+
+from templates import resolved
+
+PROJECT = pathlib.Path(__file__).parent.parent.parent
+REGION = "eu-west-1"
+
+
+class OnMoto(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        cls.url = f"http://127.0.0.1:{port}"
+        cls.log = tempfile.TemporaryFile()
+        server = [sys.executable, str(PROJECT / "infra/test/moto_server.py"), "-H", "127.0.0.1", "-p", str(port)]
+        cls.server = subprocess.Popen(server, stdout=cls.log, stderr=cls.log)
+        cls.addClassCleanup(cls.log.close)
+        cls.addClassCleanup(cls.server.wait)
+        cls.addClassCleanup(cls.server.kill)
+        cls.env = {
+            "PATH": os.pathsep.join([str(pathlib.Path(p) / "bin") for p in sys.path if p] + [os.environ["PATH"]]),
+            "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
+            "HOME": os.environ.get("HOME", "/"),
+            "AWS_ENDPOINT_URL": cls.url,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_REGION": REGION,
+            "AWS_DEFAULT_REGION": REGION,
+            "AWS_PAGER": "",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "POLL_SECONDS": "0.2",
+            "PATIENCE_SECONDS": "60",
+        }
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(cls.url + "/moto-api/", timeout=2)
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+        # The account as an operator prepares it.
+        certificate = cls.client("acm").request_certificate(DomainName="*.sites.example.com")["CertificateArn"]
+        secret = cls.client("secretsmanager").create_secret(Name="model", SecretString="canary-model")["ARN"]
+        cls.run_script(
+            "deploy", "--no-image", "Domain=sites.example.com", f"CertificateArn={certificate}", f"ModelSecretArn={secret}"
+        )
+        cls.push_image("one")
+
+    @classmethod
+    def client(cls, service):
+        return boto3.client(
+            service, region_name=REGION, endpoint_url=cls.url, aws_access_key_id="test", aws_secret_access_key="test"
+        )
+
+    @classmethod
+    def run_script(cls, name, *args, fails=False):
+        done = subprocess.run(
+            [str(PROJECT / "scripts" / name), *args], env=cls.env, capture_output=True, text=True, timeout=180
+        )
+        if (done.returncode != 0) != fails:
+            raise AssertionError(f"{name} {args}: status {done.returncode}\n{done.stdout}\n{done.stderr}")
+        return done.stderr if fails else done.stdout
+
+    @classmethod
+    def push_image(cls, tag):
+        manifest = json.dumps({"schemaVersion": 2, "mediaType": "application/vnd.docker.distribution.manifest.v2+json", "config": {"digest": tag}})
+        cls.client("ecr").put_image(repositoryName=cls.output("RepositoryUri").split("/", 1)[1], imageManifest=manifest, imageTag=tag)
+
+    @classmethod
+    def output(cls, name, stack="greenroom"):
+        [stack] = cls.client("cloudformation").describe_stacks(StackName=stack)["Stacks"]
+        return {o["OutputKey"]: o["OutputValue"] for o in stack["Outputs"]}[name]
+
+    def up(self, *args):
+        return json.loads(self.run_script("tenant", "up", *args))
+
+    def running(self, client):
+        ecs, cluster = self.client("ecs"), self.output("ClusterName")
+        arns = ecs.list_tasks(cluster=cluster, desiredStatus="RUNNING")["taskArns"]
+        tasks = ecs.describe_tasks(cluster=cluster, tasks=arns, include=["TAGS"])["tasks"] if arns else []
+        return [t["taskArn"] for t in tasks if {"key": "greenroom:client", "value": client} in t["tags"] and t["lastStatus"] != "STOPPED"]
+
+    def targets(self, task):
+        """The addresses behind the tenant's API and behind its previews."""
+        stack = f"greenroom-tenant-{task['label']}"
+        elb = self.client("elbv2")
+        return [
+            [t["Target"]["Id"] for t in elb.describe_target_health(TargetGroupArn=self.output(name, stack))["TargetHealthDescriptions"]]
+            for name in ("ApiTargets", "PreviewTargets")
+        ]
+
+    def test_the_platform_is_there(self):
+        resources = self.client("cloudformation").list_stack_resources(StackName="greenroom")["StackResourceSummaries"]
+        made = {r["LogicalResourceId"] for r in resources}
+        # moto skips in silence what it does not know; what it skips here, and nothing else, is known.
+        unknown = {"LoadBalancerToApi", "LoadBalancerToPreviews", "TaskToDisk", "AlarmsPolicy", "ErrorsLogged",
+                   "ManyErrors", "AnswersFail", "DiskIsBusy"}
+        wanted = set(resolved("platform.yaml", {"CertificateArn": "x", "Domain": "x"}))
+        self.assertEqual(wanted - made - unknown, set())
+        [disk] = self.client("efs").describe_file_systems()["FileSystems"]
+        self.assertTrue(disk["Encrypted"])
+        self.assertEqual(len(self.client("efs").describe_mount_targets(FileSystemId=disk["FileSystemId"])["MountTargets"]), 2)
+        [repository] = self.client("ecr").describe_repositories()["repositories"]
+        self.assertTrue(repository["imageScanningConfiguration"]["scanOnPush"])
+        self.assertEqual(repository["imageTagMutability"], "IMMUTABLE")
+
+    def test_a_second_deploy_changes_nothing(self):
+        before = self.output("FileSystemId")
+        self.run_script("deploy", "--no-image")
+        self.assertEqual(self.output("FileSystemId"), before)
+
+    def test_one_task_for_one_tenant(self):
+        first = self.up("Acme", "Memory=2048")
+        self.assertEqual(self.running("Acme"), [first["task"]])
+        self.assertEqual(self.targets(first), [[first["address"]], [first["address"]]])
+        self.assertEqual(self.up("Acme")["task"], first["task"], "it runs already")
+        # Ids that differ in case are different tenants.
+        other = self.up("acme")
+        self.assertNotEqual((other["label"], other["task"]), (first["label"], first["task"]))
+        self.assertEqual(self.targets(other), [[other["address"]], [other["address"]]])
+        points = self.client("efs").describe_access_points()["AccessPoints"]
+        roots = {p["RootDirectory"]["Path"] for p in points}
+        self.assertLessEqual({f"/clients/{first['label']}", f"/clients/{other['label']}"}, roots)
+        for point in points:
+            self.assertNotIn("PosixUser", {k for k, v in point.items() if v})
+        listed = self.run_script("tenant", "list")
+        self.assertIn(first["task"], listed)
+        self.assertIn(other["task"], listed)
+        self.run_script("tenant", "down", "Acme")
+        self.assertEqual(self.running("Acme"), [])
+        self.assertEqual(self.targets(first), [[], []])
+        self.assertEqual(self.running("acme"), [other["task"]], "nobody else's")
+        again = self.up("Acme")
+        self.assertNotEqual(again["task"], first["task"])
+        self.assertEqual(self.running("Acme"), [again["task"]])
+
+    def test_two_callers_at_once_end_with_one_task(self):
+        self.up("twice")
+        self.run_script("tenant", "down", "twice")
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            both = list(pool.map(lambda _: self.up("twice"), range(2)))
+        running = self.running("twice")
+        self.assertEqual(len(running), 1, both)
+        self.assertEqual(self.up("twice")["task"], running[0])
+        self.assertEqual(len(self.running("twice")), 1)
+
+    def test_a_new_image_replaces_the_task_when_asked(self):
+        first = self.up("rolls")
+        self.push_image("two")
+        self.assertEqual(self.up("rolls")["task"], first["task"], "not by itself")
+        second = self.up("rolls", "--roll")
+        self.assertNotEqual(second["task"], first["task"])
+        self.assertEqual(self.running("rolls"), [second["task"]])
+        self.assertEqual(self.targets(second), [[second["address"]], [second["address"]]])
+        self.assertEqual(self.up("rolls", "--roll")["task"], second["task"], "it is the newest")
+
+    def test_an_address_that_is_given_out_again_leads_to_its_new_owner_alone(self):
+        old, new = self.up("gone"), self.up("heir")
+        # As if the first one's task had ended by itself, and the second one got its address.
+        elb = self.client("elbv2")
+        group = self.output("ApiTargets", f"greenroom-tenant-{old['label']}")
+        elb.register_targets(TargetGroupArn=group, Targets=[{"Id": new["address"]}])
+        self.up("heir")
+        self.assertNotIn(new["address"], self.targets(old)[0])
+        self.assertEqual(self.targets(new)[0], [new["address"]])
+
+    def test_deleting_a_tenant_leaves_its_neighbours(self):
+        stays, goes = self.up("stays"), self.up("goes")
+        self.run_script("tenant", "down", "goes", "--delete")
+        names = {s["StackName"] for s in self.client("cloudformation").list_stacks(StackStatusFilter=["CREATE_COMPLETE", "UPDATE_COMPLETE"])["StackSummaries"]}
+        self.assertNotIn(f"greenroom-tenant-{goes['label']}", names)
+        self.assertIn(f"greenroom-tenant-{stays['label']}", names)
+
+    def test_bad_ids_touch_nothing(self):
+        for bad in ("../x", "a b", "", "-x", "a..b"):
+            self.assertIn("client's id", self.run_script("tenant", "up", bad, fails=True))
+
+    def test_the_task_is_what_ecs_takes(self):
+        """By the API, since moto's CloudFormation drops half of a task definition."""
+
+        def api(node):
+            if isinstance(node, list):
+                return [api(item) for item in node]
+            if not isinstance(node, dict):
+                return node
+            small = {"EFSVolumeConfiguration": "efsVolumeConfiguration", "FilesystemId": "fileSystemId", "IAM": "iam"}
+            return {
+                small.get(key, key[0].lower() + key[1:]): item if key == "Options" else api(item)
+                for key, item in node.items()
+            }
+
+        parameters = {"Client": "acme", "Label": "acme-1", "FileSystemId": "fs-12345678", "Image": "r@sha256:0", "Domain": "x"}
+        task = api(resolved("tenant.yaml", parameters)["Task"]["Properties"])
+        it = task["containerDefinitions"][0]
+        it["cpu"], it["memory"] = int(it["cpu"]), int(it["memory"])
+        for pair in it["environment"]:
+            pair["value"] = str(pair["value"])
+        # botocore judges names and types of everything.
+        kept = self.client("ecs").register_task_definition(**task)["taskDefinition"]
+        [workspace] = [v for v in kept["volumes"] if v["name"] == "workspace"]
+        self.assertEqual(workspace["efsVolumeConfiguration"]["transitEncryption"], "ENABLED")
+        self.assertEqual(workspace["efsVolumeConfiguration"]["authorizationConfig"]["iam"], "ENABLED")
+        self.assertIs(kept["containerDefinitions"][0]["readonlyRootFilesystem"], True)
+
+
+if __name__ == "__main__":
+    unittest.main()

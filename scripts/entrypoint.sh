@@ -1,0 +1,3 @@
+#!/bin/sh
+# For task definitions that name it: greenroom is its own entry point.
+exec greenroom "${@:-serve}"

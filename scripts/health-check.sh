@@ -1,0 +1,3 @@
+#!/bin/sh
+# For task definitions that name it.
+exec greenroom health "$@"
