@@ -1,9 +1,4 @@
 //! A workspace that an agent fills to the last byte.
-#![expect(
-    clippy::unwrap_used,
-    reason = "a test that cannot be set up has failed"
-)]
-
 use std::fs;
 
 use serde_json::{Value, json};
