@@ -10,13 +10,17 @@
 )]
 
 mod commit;
+mod dependencies;
+mod first_page;
 mod gateway;
 mod history;
 mod hmr;
 mod init;
+mod proxies;
 mod proxy;
 mod report;
 mod rest;
+mod sockets;
 mod start;
 mod turn;
 mod world;
@@ -50,7 +54,7 @@ macro_rules! parts {
     };
 }
 
-const PARTS: [Part; 9] = parts! {
+const PARTS: [Part; 12] = parts! {
     start 60,
     rest 60,
     init 90,
@@ -58,7 +62,10 @@ const PARTS: [Part; 9] = parts! {
     commit 600,
     history 120,
     hmr 90,
-    proxy 180,
+    proxy 240,
+    sockets 180,
+    dependencies 300,
+    first_page 600,
     gateway 90,
 };
 

@@ -1,6 +1,11 @@
 //! `/health`, `/ready`, `/metrics`, `/api/idle`: what operators and platforms ask.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::OnceLock, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use axum::{
     Json,
@@ -15,6 +20,7 @@ use utoipa::ToSchema;
 use super::{ApiError, Base};
 use crate::{
     domain::{BreakerState, PreviewState},
+    ecs::Ecs,
     lifecycle::{HolderKind, IdleAnswer, Memory},
     process::Confinement,
     task,
@@ -28,6 +34,8 @@ pub struct Facts {
     /// Answers come from the scripted stand-in, no model is behind them.
     pub is_rehearsal: bool,
     pub confinement: Confinement,
+    /// `None` elsewhere.
+    pub ecs: Option<Arc<Ecs>>,
 }
 
 /// What init and execute need. Filled in after the start, so that the start does not wait.
@@ -71,6 +79,9 @@ pub(super) async fn health(
         "draining": is_draining,
         "serviceCircuit": state.service.circuit().as_str(),
     });
+    if let Some(task) = state.facts.ecs.as_ref().and_then(|ecs| ecs.task()) {
+        answer["ecs"] = json!(task);
+    }
     if state.facts.is_rehearsal {
         answer["rehearsal"] = json!({
             "notice": "No model is behind this: a script answers.",

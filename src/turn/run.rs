@@ -9,7 +9,10 @@ use std::{
 };
 
 use jiff::Timestamp;
-use tokio::{sync::mpsc, time::Instant};
+use tokio::{
+    sync::{broadcast, mpsc},
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -55,10 +58,21 @@ pub struct TurnSite {
     pub launcher: Launcher,
     pub gateway: Gateway,
     pub committer: Signature,
+    pub outcomes: Outcomes,
     /// Of the thread's lease.
     pub fence: Fence,
     pub tasks: Tasks,
 }
+
+/// A turn's outcome, as news.
+#[derive(Debug)]
+pub struct Outcome {
+    pub key: ThreadKey,
+    pub result: TurnResult,
+}
+
+/// Where outcomes are told, beside the journal. Nobody has to listen, and nobody is waited for.
+pub type Outcomes = broadcast::Sender<Arc<Outcome>>;
 
 /// What is left when a turn is over.
 #[derive(Debug)]
@@ -382,7 +396,7 @@ impl TurnSite {
         journal.append(TurnEvent::terminal(result.clone())).await?;
         journal.flush().await?;
         let kind = result.kind.as_str();
-        count_outcome(&self.key, result);
+        tell_outcome(&self.outcomes, &self.key, result);
         if result.status != TurnStatus::Recovered {
             metrics::histogram!("greenroom_turn_duration_seconds", "kind" => kind)
                 .record(result.duration_ms as f64 / 1e3);
@@ -392,7 +406,14 @@ impl TurnSite {
 }
 
 /// A turn has its outcome.
-pub fn count_outcome(key: &ThreadKey, result: &TurnResult) {
+pub fn tell_outcome(outcomes: &Outcomes, key: &ThreadKey, result: &TurnResult) {
+    let outcome = || Outcome {
+        key: key.clone(),
+        result: result.clone(),
+    };
+    if outcomes.receiver_count() > 0 {
+        outcomes.send(Arc::new(outcome())).ok();
+    }
     let (kind, status) = (result.kind.as_str(), result.status.as_str());
     metrics::counter!("greenroom_turns_total", "kind" => kind, "status" => status).increment(1);
     let client = key.client.to_string();
