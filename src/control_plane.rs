@@ -79,6 +79,10 @@ pub enum Notice {
     GoingIdle {
         stops_at: Timestamp,
     },
+    /// Where the one-shot service's circuit breaker stands from now on: `open`, `half-open`, `closed`.
+    ServiceCircuit {
+        state: &'static str,
+    },
     /// It admits nothing more. `idle-timeout`, `signal` or `broken`.
     Stopping {
         reason: &'static str,

@@ -145,12 +145,18 @@ pub(super) async fn ready(State(state): State<Base>) -> Response {
                 ".greenroom-probe-{}",
                 uuid::Uuid::new_v4().simple()
             ));
-            std::fs::write(&probe, b"").and_then(|()| std::fs::remove_file(&probe))
+            // An empty file fits on a full disk.
+            let written = std::fs::write(&probe, [0; 4096]);
+            let removed = std::fs::remove_file(&probe);
+            written.and(removed)
         },
     )
     .await;
     let workspace = match probe {
         Ok(Ok(())) => "ok".to_owned(),
+        Ok(Err(error)) if is_full(&error) => {
+            "the workspace's disk is full; make room, or give it more".to_owned()
+        }
         Ok(Err(error)) => {
             format!("the workspace cannot be written ({error}); check WORKSPACE_PATH")
         }
@@ -183,6 +189,14 @@ pub(super) async fn ready(State(state): State<Base>) -> Response {
         }),
     )
         .into_response()
+}
+
+fn is_full(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind;
+    matches!(
+        error.kind(),
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded
+    )
 }
 
 /// Figures for Prometheus, or for a service's own checks as JSON.

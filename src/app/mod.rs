@@ -275,6 +275,12 @@ impl Ending {
             let reaper = reap(self.launcher.clone(), self.tasks.clone());
             self.tasks.spawn("reaper", reaper);
         }
+        let circuit = self.outside.clone();
+        let circuit = circuit.tell_circuit(self.service.circuit_changes());
+        let ending = self.tasks.token().clone();
+        self.tasks.spawn("circuit", async move {
+            ending.run_until_cancelled(circuit).await;
+        });
         let told = &self.outside.control_plane;
         told.tell(Notice::Ready);
         let going = |stops_at| told.tell(Notice::GoingIdle { stops_at });

@@ -3,12 +3,16 @@
 use std::sync::Arc;
 
 use anyhow::Context as _;
-use tokio::sync::broadcast::{self, error::RecvError};
+use tokio::sync::{
+    broadcast::{self, error::RecvError},
+    watch,
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     config::{Secret, Settings},
     control_plane::{ControlPlane, ControlPlaneSettings, Instance, Notice, TurnEnded},
+    domain::BreakerState,
     ecs::Ecs,
     lifecycle::{Activity, HolderKind},
     task::Tasks,
@@ -53,6 +57,15 @@ impl Outside {
             });
         }
         Ok(Self { control_plane, ecs })
+    }
+
+    /// Tells of the one-shot service's circuit breaker, for as long as there is one. Of changes that
+    /// follow each other at once the last is told.
+    pub(super) async fn tell_circuit(self, mut circuit: watch::Receiver<BreakerState>) {
+        while circuit.changed().await.is_ok() {
+            let state = circuit.borrow_and_update().as_str();
+            self.control_plane.tell(Notice::ServiceCircuit { state });
+        }
     }
 
     /// Tells of turns' ends, to the last one before `ending`.

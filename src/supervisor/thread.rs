@@ -371,8 +371,13 @@ impl Driver {
                     self.prepare();
                     return;
                 }
-                self.context = Some(end.context);
                 self.agent = end.agent;
+                if end.is_unfinished {
+                    self.rest_agent();
+                    self.begin_anew();
+                    return;
+                }
+                self.context = Some(end.context);
                 if self.agent.is_some() {
                     self.keep_agent();
                 }

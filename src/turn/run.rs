@@ -81,6 +81,8 @@ pub struct RunEnd {
     /// The CLI, if it can serve another turn, with how it got at the conversation.
     pub agent: Option<(Agent, Continuity)>,
     pub context: StoredContext,
+    /// Its journal lacks the outcome: the thread has to be prepared anew, which recovers it.
+    pub is_unfinished: bool,
 }
 
 /// Why a turn or an operation could not be carried out by greenroom.
@@ -386,7 +388,11 @@ impl TurnSite {
             .retain(|entry| entry.turn_id != accepted.turn_id);
         context.record(accepted, result);
         result.context = context.answer();
-        self.save_context(context).await?;
+        let saved = self.save_context(context).await;
+        if matches!(&saved, Err(RunError::Workspace(error)) if error.is_no_space()) {
+            journal.give_up_full().await;
+        }
+        saved?;
         journal.append(TurnEvent::terminal(result.clone())).await?;
         journal.flush().await?;
         let kind = result.kind.as_str();
@@ -526,15 +532,16 @@ pub async fn run_turn(
             result,
             agent: None,
             context,
+            is_unfinished: true,
         };
     }
     result.preview = preview(result.commit.as_ref(), folder).await;
     result.duration_ms = started.elapsed().as_millis() as u64;
-    if let Err(error) = site
+    let finished = site
         .finish(accepted, journal, &mut context, &mut result)
-        .await
-    {
-        tracing::error!(error = %chain(&error), "failed to write a turn's outcome");
+        .await;
+    if let Err(error) = &finished {
+        tracing::error!(error = %chain(error), "failed to write a turn's outcome");
         result.status = TurnStatus::Failed;
         result.error = Some("The workspace's disk does not take the outcome of this turn.".into());
         result.code = Some(ErrorCode::Internal);
@@ -551,6 +558,7 @@ pub async fn run_turn(
         result,
         agent,
         context,
+        is_unfinished: finished.is_err(),
     }
 }
 

@@ -240,7 +240,8 @@ async fn a_task_of_ecs_is_named_and_protected_while_a_turn_runs() {
     let options = Options::new(&folders)
         .api(&api)
         .env("ECS_CONTAINER_METADATA_URI_V4", ear.url("/v4/abc"))
-        .env("ECS_AGENT_URI", ear.url("/api"));
+        .env("ECS_AGENT_URI", ear.url("/api"))
+        .env("DRAIN_SECONDS", "1");
     let mut greenroom = TestGreenroom::start(options).await;
     let alice = who("acme", "alice", "main");
     greenroom.init(&alice, json!({"repoUrl": site})).await.ok();
