@@ -18,6 +18,11 @@ CCUSAGE_VERSION=20.0.20
 WS_VERSION=8.23.0
 WEBSOCKETS_VERSION=17.4
 
+# The package managers besides npm that sites are locked with, for tests alone: the majors that the
+# program fetches (src/workspace/dependencies/manifest.rs).
+PNPM_VERSION=10.34.8
+YARN_VERSION=1.22.22
+
 # Beside the program's own cache, whose folders are named by clients.
 GREENROOM_CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/greenroom-dev"
 TOOLS="$GREENROOM_CACHE/tools"
@@ -115,6 +120,27 @@ bring_websocket_peers() {
     WEBSOCKET_PEERS="$TOOLS/$folder"
   fi
   export WEBSOCKET_PEERS
+}
+
+# Puts pnpm and yarn into PACKAGE_MANAGERS, as the program keeps them among a user's downloads.
+bring_package_managers() {
+  local folder="package-managers-$PNPM_VERSION-$YARN_VERSION" new
+  if [ -z "${PACKAGE_MANAGERS:-}" ]; then
+    if [ ! -d "$TOOLS/$folder" ]; then
+      say "Fetching pnpm $PNPM_VERSION and yarn $YARN_VERSION (about 6 MB, once)"
+      mkdir -p "$TOOLS"
+      new="$(mktemp -d "$TOOLS/.new-XXXXXX")"
+      chmod 755 "$new"
+      if ! patiently npm install --prefix "$new" --no-save --ignore-scripts --no-audit --no-fund \
+        --no-update-notifier --loglevel warn "pnpm@$PNPM_VERSION" "yarn@$YARN_VERSION"; then
+        rm -rf "$new"
+        die "pnpm and yarn could not be installed: npm's words are above"
+      fi
+      mv -T "$new" "$TOOLS/$folder" 2>/dev/null || rm -rf "$new"
+    fi
+    PACKAGE_MANAGERS="$TOOLS/$folder"
+  fi
+  export PACKAGE_MANAGERS
 }
 
 bring_ccusage() {

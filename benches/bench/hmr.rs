@@ -1,5 +1,5 @@
 //! From a file's write to the HMR message at a WebSocket: at Astro's dev server itself, through
-//! greenroom's preview proxy and through http-proxy, all three sockets open at once, so that one
+//! greenroom's preview proxy, nginx, Caddy and http-proxy, all sockets open at once, so that one
 //! write is seen by all.
 
 use std::{
@@ -14,21 +14,15 @@ use tokio::{sync::mpsc, task::JoinHandle, time::timeout};
 use tokio_tungstenite::{connect_async, tungstenite::client::IntoClientRequest as _};
 
 use crate::{
-    proxy,
+    proxies,
     report::{Table, Unit},
     world::{Http, Kid, World, free_port, until},
 };
 
-/// Each with its sockets opened in another order: the dev server writes to them in that order.
-const ORDERS: [[usize; 3]; 6] = [
-    [0, 1, 2],
-    [1, 2, 0],
-    [2, 0, 1],
-    [0, 2, 1],
-    [2, 1, 0],
-    [1, 0, 2],
-];
-const WRITES: usize = 5;
+/// Rounds, each with its sockets opened in another order: the dev server writes to them in that
+/// order.
+const ROUNDS: usize = 10;
+const WRITES: usize = 4;
 const SOON: Duration = Duration::from_secs(5);
 
 pub(crate) async fn measure(world: &World) -> anyhow::Result<Table> {
@@ -37,17 +31,23 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Table> {
     fs::create_dir_all(&home)?;
     let origin = free_port()?;
     let _astro = astro(world, site, &home, origin).await?;
-    let (_own, own) = proxy::greenroom(world, origin, None).await?;
-    let node = free_port()?;
-    let _node = world.rival("http-proxy.js", &[&origin.to_string(), &node.to_string()])?;
-    let ports = [origin, own, node];
-    for port in ports {
-        until("the site", SOON, async || load(port).await.ok()).await?;
+    let proxies = proxies::all(world, origin, None).await?;
+    let ports: Vec<u16> = [origin]
+        .into_iter()
+        .chain(proxies.iter().map(|one| one.port))
+        .collect();
+    for port in &ports {
+        until("the site", SOON, async || load(*port).await.ok()).await?;
     }
 
-    let mut times: [Vec<f64>; 3] = Default::default();
-    let mut added: [Vec<f64>; 3] = Default::default();
-    for order in ORDERS {
+    let mut times = vec![Vec::new(); ports.len()];
+    let mut added = vec![Vec::new(); ports.len()];
+    for round in 0..ROUNDS {
+        let mut order: Vec<usize> = (0..ports.len()).collect();
+        order.rotate_left(round % ports.len());
+        if round >= ports.len() {
+            order.reverse();
+        }
         let (sender, mut seen) = mpsc::channel(256);
         let mut sockets = Vec::new();
         for which in order {
@@ -63,7 +63,7 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Table> {
                 + &format!("<!-- bench {number} -->\n");
             let started = Instant::now();
             fs::write(&page, text)?;
-            let mut first = [None; 3];
+            let mut first: Vec<Option<Instant>> = vec![None; ports.len()];
             while first.contains(&None) {
                 let (which, at) = timeout(SOON, seen.recv())
                     .await
@@ -71,12 +71,14 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Table> {
                     .context("the sockets closed")?;
                 first[which].get_or_insert(at);
             }
-            let ms = first.map(|at: Option<Instant>| {
-                at.expect("all came").duration_since(started).as_secs_f64() * 1e3
-            });
-            for which in 0..3 {
-                times[which].push(ms[which]);
-                added[which].push((ms[which] - ms[0]) * 1e3);
+            let ms: Vec<f64> = first
+                .into_iter()
+                .flatten()
+                .map(|at| at.duration_since(started).as_secs_f64() * 1e3)
+                .collect();
+            for (which, ms_here) in ms.iter().enumerate() {
+                times[which].push(*ms_here);
+                added[which].push((ms_here - ms[0]) * 1e3);
             }
             // A browser that reloads makes the page be rendered again.
             load(origin).await?;
@@ -86,33 +88,37 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Table> {
             socket.abort();
         }
     }
-    let [direct, own, node] = times;
-    let [_, own_added, node_added] = added;
     let mut table = Table::default();
     let base = table.own(
         "write of a page to the HMR message, through greenroom",
         Unit::Ms,
-        own,
+        times[1].clone(),
         "",
     );
     table.rival(
         "the same, straight from Astro's dev server",
         Unit::Ms,
-        direct,
+        times[0].clone(),
         base,
     );
-    table.rival("the same, through http-proxy", Unit::Ms, node, base);
     let base = table.own(
         "what greenroom adds to one message",
         Unit::Us,
-        own_added,
-        "",
+        added[1].clone(),
+        "under 200 µs",
     );
-    table.rival("what http-proxy adds", Unit::Us, node_added, base);
+    for (one, added) in proxies.iter().zip(added.into_iter().skip(1)).skip(1) {
+        table.rival(format!("what {} adds", one.name), Unit::Us, added, base);
+    }
     Ok(table)
 }
 
-async fn astro(world: &World, site: &Path, home: &Path, port: u16) -> anyhow::Result<Kid> {
+pub(crate) async fn astro(
+    world: &World,
+    site: &Path,
+    home: &Path,
+    port: u16,
+) -> anyhow::Result<Kid> {
     // A line of its own at the end, for the bench to write over.
     let page = site.join("src/pages/index.astro");
     let text = fs::read_to_string(&page)?;

@@ -10,12 +10,16 @@
 )]
 
 mod commit;
+mod dependencies;
+mod first_page;
 mod history;
 mod hmr;
 mod init;
+mod proxies;
 mod proxy;
 mod report;
 mod rest;
+mod sockets;
 mod start;
 mod turn;
 mod world;
@@ -49,7 +53,7 @@ macro_rules! parts {
     };
 }
 
-const PARTS: [Part; 8] = parts! {
+const PARTS: [Part; 11] = parts! {
     start 60,
     rest 60,
     init 90,
@@ -57,7 +61,10 @@ const PARTS: [Part; 8] = parts! {
     commit 600,
     history 120,
     hmr 90,
-    proxy 180,
+    proxy 240,
+    sockets 180,
+    dependencies 300,
+    first_page 600,
 };
 
 fn main() -> ExitCode {

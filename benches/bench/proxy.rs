@@ -1,11 +1,11 @@
-//! The preview's reverse proxy beside nginx and http-proxy: requests per second over 32
-//! connections with one core each, and what a proxy adds to one connection's median.
+//! The preview's reverse proxy beside nginx, Caddy and http-proxy, with one core each: requests per
+//! second over 32 connections, and what a proxy adds to one connection's median and 99th
+//! percentile, of a small answer and of one of 10 MB.
 
 use std::{
     any::Any,
     fs,
     net::{Ipv4Addr, SocketAddr},
-    path::Path,
     process::{Command, Stdio},
     sync::Arc,
     time::Duration,
@@ -22,6 +22,7 @@ use greenroom::{
 use tokio::{net::TcpListener, sync::watch};
 
 use crate::{
+    proxies::{self, Running, nginx, pin},
     report::{Table, Unit},
     world::{Http, Kid, World, cpu_seconds, free_port, until},
 };
@@ -35,62 +36,97 @@ const LATENCY_SECONDS: u64 = 3;
 /// The core of whatever is measured; load and origin have the other one.
 const CORE: &str = "0";
 const OTHER: &str = "1";
+const SMALL: &str = "";
+const LARGE: &str = "large";
+const LARGE_BYTES: usize = 10_000_000;
 
 struct Served {
-    name: &'static str,
-    port: u16,
-    kid: Kid,
+    running: Running,
     rps: Vec<f64>,
     cpu_us: Vec<f64>,
+    small: Latency,
+    large: Latency,
+}
+
+#[derive(Default)]
+struct Latency {
     p50_us: Vec<f64>,
+    p99_us: Vec<f64>,
+}
+
+impl Latency {
+    fn push(&mut self, load: &Load) {
+        self.p50_us.push(load.p50_us);
+        self.p99_us.push(load.p99_us);
+    }
 }
 
 pub(crate) async fn measure(world: &World) -> anyhow::Result<Table> {
     let port = free_port()?;
-    let origin = nginx(world, "origin", port, ORIGIN, OTHER)?;
-    let mut all = vec![served("no proxy", port, origin)];
-    let (own, own_port) = greenroom(world, port, Some(CORE)).await?;
-    all.push(served("greenroom's preview proxy", own_port, own));
-    let nginx_port = free_port()?;
-    let conf = PROXY.replace("{upstream}", &port.to_string());
-    let kid = nginx(world, "proxy", nginx_port, &conf, CORE)?;
-    all.push(served(
-        "nginx, 1 worker, upstream keepalive",
-        nginx_port,
+    let kid = origin(world, port)?;
+    let origin = Running {
+        name: "no proxy",
+        port,
         kid,
-    ));
-    let node_port = free_port()?;
-    let kid = world.rival(
-        "http-proxy.js",
-        &[&port.to_string(), &node_port.to_string()],
-    )?;
-    pin(kid.id(), CORE)?;
-    all.push(served(
-        "http-proxy on Node, keep-alive agent",
-        node_port,
-        kid,
-    ));
+    };
+    let soon = Duration::from_secs(5);
+    until("nginx", soon, async || Http::connect(port).await.ok()).await?;
+    let mut all = vec![origin];
+    all.extend(proxies::all(world, port, Some(CORE)).await?);
+    let mut all: Vec<Served> = all
+        .into_iter()
+        .map(|running| Served {
+            running,
+            rps: Vec::new(),
+            cpu_us: Vec::new(),
+            small: Latency::default(),
+            large: Latency::default(),
+        })
+        .collect();
     for one in &all {
-        let soon = Duration::from_secs(5);
-        until(one.name, soon, async || Http::connect(one.port).await.ok()).await?;
-        wrk(one.port, 32, 1)?;
+        wrk(&one.running, SMALL, 32, 1)?;
+        if one.running.name != "no proxy" {
+            pin(one.running.kid.id(), CORE)?;
+        }
     }
     for _ in 0..ROUNDS {
         for one in &mut all {
-            let before = cpu_seconds(one.kid.id());
-            let load = wrk(one.port, 32, LOAD_SECONDS)?;
-            let cpu = cpu_seconds(one.kid.id()) - before;
+            let pid = one.running.kid.id();
+            let before = cpu_seconds(pid);
+            let load = wrk(&one.running, SMALL, 32, LOAD_SECONDS)?;
+            let cpu = cpu_seconds(pid) - before;
             one.rps.push(load.rps);
             one.cpu_us.push(cpu * 1e6 / load.requests);
         }
         for one in &mut all {
-            one.p50_us.push(wrk(one.port, 1, LATENCY_SECONDS)?.p50_us);
+            let load = wrk(&one.running, SMALL, 1, LATENCY_SECONDS)?;
+            one.small.push(&load);
+        }
+        for one in &mut all {
+            let load = wrk(&one.running, LARGE, 1, LATENCY_SECONDS)?;
+            one.large.push(&load);
         }
     }
     let direct = all.remove(0);
+    Ok(table(&all, &direct))
+}
+
+fn table(all: &[Served], direct: &Served) -> Table {
     let mut table = Table::default();
-    let mut bases = [0; 3];
+    let added = |own: &[f64], direct: &[f64], scale: f64| -> Vec<f64> {
+        let pairs = own.iter().zip(direct);
+        pairs.map(|(own, direct)| (own - direct) / scale).collect()
+    };
+    let mut bases = Vec::new();
     for (number, one) in all.iter().enumerate() {
+        let [small, large] = [
+            (&one.small, &direct.small, 1.0),
+            (&one.large, &direct.large, 1e3),
+        ]
+        .map(|(own, direct, scale)| Latency {
+            p50_us: added(&own.p50_us, &direct.p50_us, scale),
+            p99_us: added(&own.p99_us, &direct.p99_us, scale),
+        });
         let rows = [
             (
                 "requests/s, 32 connections",
@@ -107,18 +143,22 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Table> {
             (
                 "added to the median of one connection",
                 Unit::Us,
-                one.p50_us
-                    .iter()
-                    .zip(&direct.p50_us)
-                    .map(|(own, direct)| own - direct)
-                    .collect(),
-                "under 50 µs",
+                small.p50_us,
+                "",
             ),
+            ("added to its 99th percentile", Unit::Us, small.p99_us, ""),
+            (
+                "added to the median of a body of 10 MB",
+                Unit::Ms,
+                large.p50_us,
+                "",
+            ),
+            ("added to its 99th percentile", Unit::Ms, large.p99_us, ""),
         ];
         for (row, (what, unit, values, aim)) in rows.into_iter().enumerate() {
-            let what = format!("{}: {what}", one.name);
+            let what = format!("{}: {what}", one.running.name);
             if number == 0 {
-                bases[row] = table.own(what, unit, values, aim);
+                bases.push(table.own(what, unit, values, aim));
             } else {
                 table.rival(what, unit, values, bases[row]);
             }
@@ -127,25 +167,14 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Table> {
     table.rival(
         "no proxy: requests/s, 32 connections",
         Unit::PerSecond,
-        direct.rps,
+        direct.rps.clone(),
         bases[0],
     );
     table.note(
-        "Origin: nginx answering 70 bytes from memory. Each proxy is pinned to one core, load and \
-         origin to the other one; one round of each after the other.",
+        "Origin: nginx answering 70 bytes from memory, and 10 MB from a file. Each proxy is pinned to \
+         one core, load and origin to the other one; one round of each after the other.",
     );
-    Ok(table)
-}
-
-fn served(name: &'static str, port: u16, kid: Kid) -> Served {
-    Served {
-        name,
-        port,
-        kid,
-        rps: Vec::new(),
-        cpu_us: Vec::new(),
-        p50_us: Vec::new(),
-    }
+    table
 }
 
 /// What wrk saw.
@@ -153,27 +182,35 @@ struct Load {
     requests: f64,
     rps: f64,
     p50_us: f64,
+    p99_us: f64,
 }
 
-fn wrk(port: u16, connections: usize, seconds: u64) -> anyhow::Result<Load> {
+fn wrk(of: &Running, path: &str, connections: usize, seconds: u64) -> anyhow::Result<Load> {
     let output = Command::new("taskset")
         .args(["-c", OTHER, "wrk", "-t1", "--latency"])
         .arg(format!("-c{connections}"))
         .arg(format!("-d{seconds}s"))
-        .arg(format!("http://127.0.0.1:{port}/"))
+        .arg(format!("http://127.0.0.1:{}/{path}", of.port))
         .stdin(Stdio::null())
         .output()
         .context("failed to run wrk")?;
     let text = String::from_utf8_lossy(&output.stdout);
     ensure!(output.status.success(), "wrk failed: {text}");
-    ensure!(!text.contains("Non-2xx"), "wrk got errors: {text}");
+    ensure!(
+        !text.contains("Non-2xx") && !text.contains("Socket errors"),
+        "wrk got errors from {}: {text}",
+        of.name
+    );
     let word = |prefix: &str, nth: usize| {
         let line = text
             .lines()
             .find(|line| line.trim_start().starts_with(prefix))?;
         line.split_whitespace().nth(nth)
     };
-    let p50 = word("50%", 1).context("wrk told no median")?;
+    let share = |of: &str| {
+        let told = word(of, 1).with_context(|| format!("wrk told no {of}"))?;
+        microseconds(told).with_context(|| format!("wrk told {told}"))
+    };
     let requests = text
         .lines()
         .find(|line| line.contains(" requests in "))
@@ -183,7 +220,8 @@ fn wrk(port: u16, connections: usize, seconds: u64) -> anyhow::Result<Load> {
         rps: word("Requests/sec:", 1)
             .and_then(|rps| rps.parse().ok())
             .context("wrk told no rate")?,
-        p50_us: microseconds(p50).with_context(|| format!("wrk told {p50}"))?,
+        p50_us: share("50%")?,
+        p99_us: share("99%")?,
     })
 }
 
@@ -199,47 +237,20 @@ fn microseconds(text: &str) -> Option<f64> {
     Some(number.parse::<f64>().ok()? * scale)
 }
 
-fn pin(pid: u32, core: &str) -> anyhow::Result<()> {
-    let status = Command::new("taskset")
-        .args(["-a", "-p", "-c", core, &pid.to_string()])
-        .stdout(Stdio::null())
-        .status()
-        .context("failed to run taskset")?;
-    ensure!(status.success(), "taskset failed");
-    Ok(())
-}
-
-const ORIGIN: &str = r#"location / { default_type text/plain;
-    return 200 "0123456789012345678901234567890123456789012345678901234567890123456789"; }"#;
-const PROXY: &str = r#"location / { proxy_pass http://up; proxy_http_version 1.1;
-    proxy_set_header Connection ""; proxy_set_header Host $host;
-    proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for; }
-} upstream up { server 127.0.0.1:{upstream}; keepalive 64; keepalive_requests 100000000;"#;
-
-/// nginx with one worker on one core.
-fn nginx(world: &World, name: &str, port: u16, rules: &str, core: &str) -> anyhow::Result<Kid> {
-    let folder = world.folder(&format!("nginx-{name}"));
-    fs::create_dir_all(&folder)?;
-    let temporary = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
-        .map(|kind| format!("{kind}_temp_path {}/{kind};", folder.display()))
-        .join("\n");
-    let config = format!(
-        "daemon off; master_process off; worker_processes 1; pid {0}/pid; error_log {0}/error;\n\
-         events {{ worker_connections 1024; }}\n\
-         http {{ access_log off; keepalive_requests 100000000; tcp_nodelay on;\n{temporary}\n\
-         server {{ listen 127.0.0.1:{port};\n{rules} }} }}\n",
-        folder.display()
+/// What is asked through all proxies.
+fn origin(world: &World, port: u16) -> anyhow::Result<Kid> {
+    let files = world.folder("origin");
+    fs::create_dir_all(&files)?;
+    fs::write(files.join(LARGE), vec![b'x'; LARGE_BYTES])?;
+    let text = "0123456789".repeat(7);
+    let server = format!(
+        "location = / {{ default_type text/plain; return 200 \"{text}\"; }}\n\
+         location = /{LARGE} {{ root {}; }}",
+        files.display()
     );
-    let path = folder.join("nginx.conf");
-    fs::write(&path, config)?;
-    let mut command = world.command(Path::new("taskset"), &folder);
-    command
-        .env("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
-        .args(["-c", core, "nginx", "-e", "stderr", "-p"])
-        .arg(&folder)
-        .arg("-c")
-        .arg(&path);
-    Kid::spawn(&mut command)
+    let kid = nginx(world, "origin", port, "", &server)?;
+    pin(kid.id(), OTHER)?;
+    Ok(kid)
 }
 
 /// greenroom's proxy in a process of its own, before a dev server on `upstream`.

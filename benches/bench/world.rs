@@ -130,6 +130,57 @@ impl World {
         Kid::spawn(&mut command)
     }
 
+    /// What npm is told where the bench was started.
+    pub(crate) fn npm_settings() -> Vec<(String, String)> {
+        let network = [
+            "http_proxy",
+            "https_proxy",
+            "no_proxy",
+            "node_extra_ca_certs",
+        ];
+        let is_npms = |name: &str| {
+            let name = name.to_ascii_lowercase();
+            name.starts_with("npm_config_") || network.contains(&name.as_str())
+        };
+        let mut settings: Vec<(String, String)> = std::env::vars_os()
+            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+            .filter(|(name, _)| is_npms(name))
+            .collect();
+        let config = std::env::home_dir().unwrap_or_default().join(".npmrc");
+        if let Some(config) = config.to_str().filter(|_| config.is_file()) {
+            settings.push(("npm_config_userconfig".into(), config.into()));
+        }
+        settings
+    }
+
+    /// npm's script, beside Node or on PATH.
+    pub(crate) fn npm_program(&self) -> anyhow::Result<PathBuf> {
+        let beside = self.node()?.parent().map(Path::to_owned);
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        beside
+            .into_iter()
+            .chain(std::env::split_paths(&path))
+            .map(|folder| folder.join("npm"))
+            .find_map(|npm| npm.canonicalize().ok())
+            .context("npm is missing")
+    }
+
+    /// Runs npm in a folder, with its downloads in `cache`.
+    pub(crate) fn npm(&self, folder: &Path, cache: &Path, args: &[&str]) -> anyhow::Result<()> {
+        let mut command = self.command(self.node()?, self.scratch.path());
+        let status = command
+            .current_dir(folder)
+            .envs(Self::npm_settings())
+            .env("npm_config_cache", cache)
+            .arg(self.npm_program()?)
+            .args(args)
+            .args(["--no-audit", "--no-fund", "--loglevel", "error"])
+            .status()
+            .context("failed to run npm")?;
+        ensure!(status.success(), "npm {} failed", args.join(" "));
+        Ok(())
+    }
+
     /// A git repository of 50 small files in `name`.
     pub(crate) fn repository(&self, name: &str) -> anyhow::Result<PathBuf> {
         let folder = self.folder(name);
@@ -267,17 +318,23 @@ impl Greenroom {
 /// One connection that is kept.
 #[derive(Debug)]
 pub(crate) struct Http {
-    port: u16,
+    host: String,
     sender: SendRequest<Full<Bytes>>,
 }
 
 impl Http {
     pub(crate) async fn connect(port: u16) -> anyhow::Result<Self> {
+        Self::connect_as(port, "localhost").await
+    }
+
+    /// The same, with another name for the server.
+    pub(crate) async fn connect_as(port: u16, name: &str) -> anyhow::Result<Self> {
         let stream = TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await?;
         stream.set_nodelay(true)?;
         let (sender, connection) = handshake(TokioIo::new(stream)).await?;
         tokio::spawn(connection);
-        Ok(Self { port, sender })
+        let host = format!("{name}:{port}");
+        Ok(Self { host, sender })
     }
 
     pub(crate) async fn get(&mut self, path: &str) -> anyhow::Result<(u16, Value)> {
@@ -293,7 +350,7 @@ impl Http {
         let request = Request::builder()
             .method(method)
             .uri(path)
-            .header(header::HOST, format!("localhost:{}", self.port))
+            .header(header::HOST, &self.host)
             .header(header::CONTENT_TYPE, "application/json")
             .body(Full::new(body))?;
         let call = async {
@@ -395,6 +452,29 @@ fn describe(scratch: &Path) -> anyhow::Result<String> {
         kernel.join("."),
         quantile(&syncs, 0.5),
     ))
+}
+
+/// Copies a site without what is made of it, or with its dependencies.
+pub(crate) fn copy_site(from: &Path, to: &Path, with_modules: bool) -> std::io::Result<()> {
+    fs::create_dir_all(to)?;
+    for entry in fs::read_dir(from)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let is_made = [".astro", "dist", ".installed", "npm-cache"]
+            .iter()
+            .any(|made| name == *made)
+            || name == "node_modules" && !with_modules;
+        if is_made {
+            continue;
+        }
+        let target = to.join(&name);
+        if entry.file_type()?.is_dir() {
+            copy_site(&entry.path(), &target, with_modules)?;
+        } else {
+            fs::copy(entry.path(), target)?;
+        }
+    }
+    Ok(())
 }
 
 /// Waits until something is true.

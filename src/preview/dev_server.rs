@@ -35,6 +35,7 @@ use truth::Truth;
 /// From SIGTERM to SIGKILL where the caller names no grace. Astro ends in 30 to 70 ms.
 const GRACE: Duration = Duration::from_secs(5);
 const DISK_DEADLINE: Duration = Duration::from_secs(20);
+const SIGKILL: i32 = 9;
 /// Errors that are kept, the newest.
 const MAX_ERRORS: usize = 20;
 /// Words that wait for the driver, which is busy for moments only while a server runs.
@@ -55,6 +56,10 @@ pub(crate) enum Intent {
     },
     Progress(String),
     Fail(PreviewError),
+    /// All pages in question answered well, and no error came since the state had this generation.
+    Seen {
+        generation: u64,
+    },
     Stop {
         grace: Duration,
         done: oneshot::Sender<()>,
@@ -83,6 +88,8 @@ pub(crate) struct DevServer {
     polls: bool,
     /// It was started anew for missing a change.
     was_deaf: bool,
+    /// Has somebody a page that hears of no changes?
+    deafness: watch::Receiver<bool>,
 }
 
 enum Phase {
@@ -124,6 +131,8 @@ enum Event {
     SleepDue,
     /// Somebody wants to see the site.
     Asked,
+    /// Somebody has a page that hears of no changes, or nobody any more.
+    Deaf(bool),
     /// No handle is left, or the program ends.
     Closing,
 }
@@ -143,6 +152,7 @@ impl DevServer {
             inbox,
             publish,
             restarts,
+            deafness: notes.deafness(),
             notes,
             changes: None,
             polls: false,
@@ -170,6 +180,7 @@ impl DevServer {
 
     async fn next_event(&mut self, phase: &mut Phase) -> Event {
         let Inbox { intents, retry } = &mut self.inbox;
+        let deafness = &mut self.deafness;
         let child = async {
             match phase {
                 Phase::Idle | Phase::Asleep | Phase::Broken { restart_at: None } => {
@@ -206,6 +217,7 @@ impl DevServer {
             Some(change) = next(&mut self.changes) => Event::Changed(change),
             // Taken in every phase, so that none is left over for a later one.
             () = retry.notified() => Event::Asked,
+            Ok(()) = deafness.changed() => Event::Deaf(*deafness.borrow_and_update()),
         }
     }
 
@@ -295,6 +307,16 @@ impl DevServer {
                 }
                 Phase::Running(run)
             }
+            (Event::Intent(Intent::Seen { generation }), Phase::Running(mut run)) => {
+                if run.proof.is_none() {
+                    self.hear(Word::Fine { generation }, &mut run);
+                }
+                Phase::Running(run)
+            }
+            (Event::Deaf(is_deaf), Phase::Running(mut run)) => {
+                self.note_deafness(is_deaf, &mut run);
+                Phase::Running(run)
+            }
             // Perhaps that was what it failed for. A turn says so itself, once it is done.
             (Event::Changed(_), Phase::Broken { restart_at }) if !self.notes.has_turn() => {
                 let soon = Instant::now() + AFTER_CHANGE;
@@ -308,7 +330,8 @@ impl DevServer {
                 | Event::LookDue
                 | Event::Changed(_)
                 | Event::Said(_)
-                | Event::Intent(Intent::Progress(_))
+                | Event::Intent(Intent::Progress(_) | Intent::Seen { .. })
+                | Event::Deaf(_)
                 | Event::Proved(_)
                 | Event::Ended(_)
                 | Event::Closing,
@@ -457,7 +480,17 @@ impl DevServer {
         let output = run.output.clone();
         run.drain().await;
         let words = output.last_words();
+        let was_killed = exit
+            .is_some_and(|exit| exit.signal == Some(SIGKILL) || exit.code == Some(128 + SIGKILL));
+        let ran_out = output.ran_out_of_memory() || was_killed;
         let cause = why.unwrap_or_else(|| match exit {
+            Some(exit) if output.ran_out_of_memory() => {
+                format!("the dev server ran out of memory ({exit})")
+            }
+            // Not by us: that is how a system takes memory back. (A shell says so by its status.)
+            Some(exit) if was_killed => {
+                format!("the dev server was ended, most likely for want of memory ({exit})")
+            }
             Some(exit) => format!("the dev server ended by itself ({exit})"),
             None => "the dev server ended".to_owned(),
         });
@@ -468,7 +501,8 @@ impl DevServer {
             "the dev server is down"
         );
         let mut error = error_from(&words, &self.site.worktree);
-        error.message = if error.message.trim().is_empty() {
+        // What is printed about memory is of no use to those who build the site.
+        error.message = if ran_out || error.message.trim().is_empty() {
             cause
         } else {
             format!("{cause}\n{}", error.message)

@@ -170,6 +170,11 @@ fn is_hex(digits: &[u8]) -> bool {
     digits.iter().all(u8::is_ascii_hexdigit)
 }
 
+/// A path that may be asked for, decoded.
+pub(crate) fn plain_path(path: &str) -> Cow<'_, [u8]> {
+    percent_decode(path)
+}
+
 fn percent_decode(text: &str) -> Cow<'_, [u8]> {
     match percent_decode_bytes(text.as_bytes()) {
         Some(decoded) => Cow::Owned(decoded),

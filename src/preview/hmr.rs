@@ -46,8 +46,14 @@ pub(crate) enum Word {
     /// Something was swapped, or the page is to be loaded anew.
     Updated,
     Error(PreviewError),
-    /// The same of what it tells its log alone.
+    /// The same of what it tells its log alone: a content entry, by its name there.
     Logged(PreviewError),
+    /// A content entry is as it should be, by its log.
+    Reloaded {
+        name: String,
+    },
+    /// It says nothing of this file, which is broken.
+    Unsaid(PreviewError),
     /// Somebody hears it from now on, or no more.
     Listening(bool),
     /// It serves this file, which changed, and has said nothing since it had said so many words.
@@ -69,6 +75,10 @@ pub(crate) enum Word {
     /// The pages that matter answered, and no error came since the state had this generation.
     Fine {
         generation: u64,
+    },
+    /// They did not all answer well, by a look of this number.
+    StillBroken {
+        look: u32,
     },
 }
 

@@ -187,7 +187,7 @@ fn environment(
 }
 
 /// Reads a file that the agent may have replaced by anything: only a regular one, only so much.
-fn read_small(path: &Path) -> io::Result<String> {
+pub(crate) fn read_small(path: &Path) -> io::Result<String> {
     if !path.symlink_metadata()?.is_file() {
         return Err(io::ErrorKind::InvalidInput.into());
     }

@@ -11,6 +11,7 @@ mod access;
 mod alarm;
 mod body;
 mod command;
+mod css;
 mod dev_server;
 mod eyes;
 mod filter;
@@ -23,6 +24,7 @@ mod launch;
 mod notes;
 mod output;
 mod pace;
+mod package_files;
 mod pages;
 mod port;
 mod probe;
@@ -47,7 +49,10 @@ use std::{
 
 use futures_util::future::join_all;
 use http::StatusCode;
-use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::{
+    sync::{Notify, mpsc, oneshot, watch},
+    time::sleep,
+};
 
 pub use self::{
     access::Access,
@@ -384,9 +389,14 @@ impl PreviewHandle {
         self.0.notes.open_socket()
     }
 
-    /// Has no browser heard of changes for a while, though some did?
-    pub(crate) fn has_lost_its_sockets(&self) -> bool {
-        self.upstream().is_some() && self.0.notes.has_lost_its_sockets()
+    /// Has no browser heard of changes for a while, though some did and a page wants to? Then it
+    /// is said, too, until one hears again.
+    pub(crate) fn is_deaf(&self) -> bool {
+        let is_deaf = self.upstream().is_some() && self.0.notes.has_lost_its_sockets();
+        if is_deaf {
+            self.0.notes.set_deaf(true);
+        }
+        is_deaf
     }
 
     /// Somebody asks for this page.
@@ -400,31 +410,46 @@ impl PreviewHandle {
         self.0.notes.last_page().note_answer(path);
     }
 
-    /// The last error of a server that goes on serving: Vite keeps none for a browser that comes
-    /// later, since greenroom listens. None after a change: a page that is still broken says so.
-    pub(crate) fn error_to_replay(&self) -> Option<String> {
+    /// What a browser that comes now has missed: Vite keeps nothing for it, since greenroom listens.
+    /// The last error of a server that goes on serving (not after a change: a page that is still
+    /// broken says so), or that its page is an old one.
+    pub(crate) fn missed_word(&self) -> Option<String> {
         let status = self.0.status.borrow();
         status.upstream?;
-        let newest = status.errors.last()?;
-        (status.told_at == status.updates).then(|| hmr::replay(newest))
+        let error = status.errors.last();
+        let error = error
+            .filter(|_| status.state == PreviewState::Error && status.told_at == status.updates);
+        let has_news = self.0.notes.has_news_since_the_last_document();
+        match error {
+            Some(newest) => Some(hmr::replay(newest)),
+            None => has_news.then(|| hmr::RELOAD.to_owned()),
+        }
     }
 
     /// Looks at the pages on which a change of `files` would show, so that the server meets their
     /// errors; then waits until it has said something, `patience` at most. `updates` is what the
-    /// status said before the change was made.
-    pub async fn look(&self, files: &[String], updates: u64, patience: Duration) {
-        let Some(port) = self.upstream() else {
-            return;
-        };
+    /// status said before the change was made. Answers with a page that can't be shown.
+    pub async fn look(&self, files: &[String], updates: u64, patience: Duration) -> Option<String> {
+        let port = self.upstream()?;
         let mut status = self.status();
-        let pages = self
-            .0
-            .notes
-            .last_page()
-            .and_pages_of(files.iter().map(String::as_str));
+        // Those of known errors too: has the turn mended them?
+        let (generation, known) = {
+            let status = status.borrow();
+            let files = status.errors.iter().filter_map(|error| error.file.clone());
+            (status.generation, files.collect::<Vec<_>>())
+        };
+        let files_of_interest = files.iter().chain(&known).map(String::as_str);
+        let pages = self.0.notes.last_page().and_pages_of(files_of_interest);
+        let mut broken = None;
         let word = async {
             let answers = self.0.notes.ask_for(port, &pages, patience).await;
-            let is_broken = answers.iter().flatten().any(StatusCode::is_server_error);
+            let fails = |answer: &Option<StatusCode>| answer.is_some_and(|s| s.is_server_error());
+            broken = answers.iter().position(fails).map(|at| pages[at].clone());
+            let is_broken = broken.is_some();
+            if !known.is_empty() && answers.iter().all(Option::is_some) && !is_broken {
+                sleep(probe::LATE).await;
+                self.send(Intent::Seen { generation });
+            }
             let is_content = files.iter().any(|file| file.starts_with("src/content/"));
             let heard = |status: &PreviewStatus| match status.state {
                 // Is it the old one? What was mended is seen to be so a moment later.
@@ -435,6 +460,7 @@ impl PreviewHandle {
             status.wait_for(heard).await.ok();
         };
         tokio::time::timeout(patience, word).await.ok();
+        broken
     }
 
     /// Starts the dev server unless it runs; asking for it also ends a wait between restarts.

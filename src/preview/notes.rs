@@ -16,7 +16,7 @@ use tokio::{sync::watch, time::Instant};
 use super::{PreviewSite, filter::Folders, last_good::LastGood, probe, touched::LastPage};
 
 /// A visible page says so every 30 s; it counts for half as long again.
-const PERSON_STAYS: Duration = Duration::from_secs(45);
+pub(crate) const PERSON_STAYS: Duration = Duration::from_secs(45);
 
 /// Milliseconds without any HMR socket after which pages that want one are taken for deaf: Vite's
 /// client tries again each second.
@@ -37,8 +37,12 @@ struct Inner {
     last_good: LastGood,
     /// When a page was asked for last, as `last_used`.
     last_document: AtomicU64,
+    /// When the dev server last told of something new, as `last_used`; 0 if it never did.
+    last_update: AtomicU64,
     /// Grows when browsers are to load their page again.
     reloads: watch::Sender<u64>,
+    /// Has somebody a page that hears of no changes?
+    deaf: watch::Sender<bool>,
     sockets: AtomicUsize,
     /// When the last HMR socket went, as `last_used`; 0 if none did.
     last_socket: AtomicU64,
@@ -55,7 +59,9 @@ impl Default for Inner {
             last_page: LastPage::default(),
             last_good: LastGood::default(),
             last_document: AtomicU64::new(0),
+            last_update: AtomicU64::new(0),
             reloads: watch::channel(0).0,
+            deaf: watch::channel(false).0,
             sockets: AtomicUsize::new(0),
             last_socket: AtomicU64::new(0),
             folders: OnceLock::new(),
@@ -141,13 +147,40 @@ impl Notes {
 
     /// Somebody asks for a page.
     pub(crate) fn note_document(&self) {
-        self.0.last_document.store(self.0.now(), Ordering::Relaxed);
+        self.0
+            .last_document
+            .store(self.0.now().max(1), Ordering::Relaxed);
     }
 
     /// How long ago that was.
     pub(crate) fn last_document_age(&self, now: Instant) -> Duration {
         let at = self.0.since + Duration::from_millis(self.0.last_document.load(Ordering::Relaxed));
         now.saturating_duration_since(at)
+    }
+
+    /// The dev server told its browsers of something new.
+    pub(crate) fn note_update(&self) {
+        self.0
+            .last_update
+            .store(self.0.now().max(1), Ordering::Relaxed);
+    }
+
+    /// Has that happened since a page was asked for last? Then who comes for news now has missed it:
+    /// Vite keeps none for those who come later, since greenroom listens.
+    pub(crate) fn has_news_since_the_last_document(&self) -> bool {
+        let asked = self.0.last_document.load(Ordering::Relaxed);
+        asked > 0 && self.0.last_update.load(Ordering::Relaxed) > asked
+    }
+
+    /// Somebody has a page that hears of no changes, or nobody any more.
+    pub(crate) fn set_deaf(&self, is_deaf: bool) {
+        self.0
+            .deaf
+            .send_if_modified(|was| std::mem::replace(was, is_deaf) != is_deaf);
+    }
+
+    pub(crate) fn deafness(&self) -> watch::Receiver<bool> {
+        self.0.deaf.subscribe()
     }
 
     /// Has all browsers load their page again.
@@ -157,6 +190,7 @@ impl Notes {
 
     pub(crate) fn open_socket(&self) -> HmrSocket {
         self.0.sockets.fetch_add(1, Ordering::Relaxed);
+        self.set_deaf(false);
         HmrSocket {
             notes: self.clone(),
             reloads: self.0.reloads.subscribe(),

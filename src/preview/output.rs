@@ -34,6 +34,7 @@ pub(crate) struct Output {
     stdout: Arc<Mutex<Tail>>,
     stderr: Arc<Mutex<Tail>>,
     moved: Arc<AtomicBool>,
+    out_of_memory: Arc<AtomicBool>,
 }
 
 /// Which of the two streams.
@@ -51,6 +52,7 @@ impl Output {
             stdout: tail(),
             stderr: tail(),
             moved: Arc::default(),
+            out_of_memory: Arc::default(),
         }
     }
 
@@ -77,6 +79,10 @@ impl Output {
         if line.contains("is in use, trying another") {
             self.moved.store(true, Ordering::Relaxed);
         }
+        // V8's last words, before a long dump.
+        if line.contains("JavaScript heap out of memory") {
+            self.out_of_memory.store(true, Ordering::Relaxed);
+        }
         if let Some((worktree, words)) = &self.words
             && let Some(word) = word_in(line, worktree)
         {
@@ -95,6 +101,11 @@ impl Output {
     /// Did the server say that it went to another port?
     pub(crate) fn moved_port(&self) -> bool {
         self.moved.load(Ordering::Relaxed)
+    }
+
+    /// Did it say that its memory was not enough?
+    pub(crate) fn ran_out_of_memory(&self) -> bool {
+        self.out_of_memory.load(Ordering::Relaxed)
     }
 
     /// The last words of a server that ended: its stderr, or its stdout where that is empty.
@@ -138,10 +149,14 @@ async fn next_line<R: AsyncBufRead + Unpin>(source: &mut R, line: &mut Vec<u8>) 
 /// Astro 7 keeps the old content when an entry breaks, and Vite the old files when it can't watch
 /// them; both answer 200 and say it in the log alone (measured with 7.3.5).
 fn word_in(line: &str, worktree: &Path) -> Option<Word> {
-    if let Some((_, what)) = line.split_once("[glob-loader] ")
-        && what.contains("Failed to")
-    {
-        return Some(Word::Logged(error_from(what, worktree)));
+    if let Some((_, what)) = line.split_once("[glob-loader] ") {
+        if let Some(name) = what.strip_prefix("Reloaded data from ") {
+            let name = name.trim().to_owned();
+            return Some(Word::Reloaded { name });
+        }
+        if what.contains("Failed to") {
+            return Some(Word::Logged(error_from(what, worktree)));
+        }
     }
     line.contains("file watcher error").then(|| {
         Word::Blind(PreviewError {
@@ -223,6 +238,9 @@ mod tests {
             panic!("an error");
         };
         assert_eq!(error.message, "Failed to reload p3.md: bad frontmatter");
+        let mended = "15:04:06 [glob-loader] Reloaded data from p3.md";
+        let name = "p3.md".to_owned();
+        assert_eq!(word_in(mended, root), Some(Word::Reloaded { name }));
         let limit = "[ERROR] [vite] file watcher error: ENOSPC: System limit";
         assert!(matches!(word_in(limit, root), Some(Word::Blind(_))));
         assert_eq!(word_in("[200] / 4ms", root), None);

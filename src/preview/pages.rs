@@ -173,6 +173,15 @@ pub(crate) fn holding_script() -> Page {
     )
 }
 
+/// A file of a site's package.
+pub(crate) fn file(kind: &'static str, bytes: Bytes) -> Page {
+    let mut response = answer(StatusCode::OK, kind, bytes);
+    // As the dev server has it: packages change under their names.
+    let headers = response.headers_mut();
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    response
+}
+
 /// An answer without a body.
 pub(crate) fn empty(status: StatusCode) -> Page {
     let mut response = Box::new(Response::new(Bytes::new()));

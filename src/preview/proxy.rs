@@ -11,6 +11,9 @@
 //! a true 101 of the upstream a WebSocket is a byte tunnel that keeps the connection's permit and
 //! ends with the tasks' token; it holds nobody awake.
 
+mod forward;
+mod upgrade;
+
 use std::{
     convert::Infallible,
     fmt,
@@ -20,19 +23,13 @@ use std::{
     time::Duration,
 };
 
-use bytes::Bytes;
 use http::{
-    HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, Version,
-    header::{HOST, ORIGIN, SEC_WEBSOCKET_PROTOCOL},
-    request::Parts,
-    uri::PathAndQuery,
+    HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Version,
+    header::{HOST, ORIGIN},
 };
-use hyper::{
-    body::{Body, Incoming},
-    server::conn::http1,
-    service::service_fn,
-};
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::TokioIo;
+use nix::sys::socket::{setsockopt, sockopt};
 use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
@@ -41,37 +38,26 @@ use tokio::{
 
 use super::{
     ActivitySink, PreviewHandle, Previews,
-    access::{Verdict, hide_cookies},
-    body::{RequestBody, ResponseBody},
+    access::Verdict,
+    body::ResponseBody,
     header_deadline::HeaderDeadline,
     headers,
     pages::{self, Page},
-    refusals::{
-        UpstreamError, bad_request, names_no_host, not_yet, refused, upgrade_required,
-        upstream_problem,
-    },
+    refusals::{bad_request, names_no_host, refused, upgrade_required},
     routing::{Host, SameSite, is_own_origin},
-    tunnel::tunnel,
     upstream::Upstream,
 };
-use crate::{
-    domain::{PreviewState, PreviewStatus},
-    task::Tasks,
-    text::status_class,
-};
+use crate::{task::Tasks, text::status_class};
 
+/// A browser that is gone without a word is noticed after a quiet minute.
+const QUIET_BEFORE_PROBE: u32 = 30;
+const PROBE_EVERY: u32 = 10;
+const MOST_PROBES: u32 = 3;
 /// Connections at once on one listener, tunnels included; more wait in the kernel's backlog.
 const MAX_CONNECTIONS: usize = 1024;
 /// Of one request's head, in bytes (request line and fields). Of fields hyper takes 100; another
 /// number would be allocated anew for every request.
 const MAX_HEAD: usize = 64 * 1024;
-/// How long a request that can't be shown a page waits for a server that starts.
-const WAIT_FOR_LIVE: Duration = Duration::from_secs(30);
-/// Of that, how long a request waits for a server that has failed to be started again: a page that is
-/// shown as it was asks for much that would hold all of the browser's connections.
-const WAIT_FOR_RESTART: Duration = Duration::from_secs(2);
-/// Vite leaves handshakes that it doesn't know without an answer.
-const UPGRADE_DEADLINE: Duration = Duration::from_secs(15);
 /// For requests in flight when the program stops.
 const LAST_REQUESTS: Duration = Duration::from_secs(5);
 /// The Host of a request that needs none.
@@ -153,6 +139,7 @@ impl Proxy {
         permit: OwnedSemaphorePermit,
     ) {
         stream.set_nodelay(true).ok();
+        notice_death(&stream);
         let token = self.tasks.token().clone();
         let stream = HeaderDeadline::new(stream);
         let switch = stream.switch();
@@ -338,7 +325,7 @@ impl Downstream {
                             .headers()
                             .get("x-greenroom-hears")
                             .is_some_and(|hears| hears == "1");
-                        if wants_socket && preview.has_lost_its_sockets() {
+                        if wants_socket && preview.is_deaf() {
                             // The script loads the page again.
                             return pages::empty(StatusCode::RESET_CONTENT);
                         }
@@ -377,202 +364,16 @@ impl Downstream {
             false,
         ))
     }
+}
 
-    async fn forward(
-        &self,
-        head: &Parts,
-        body: Incoming,
-        to: &Destination,
-    ) -> Result<Response<ResponseBody>, Page> {
-        let guard = self.proxy.activity.request();
-        let port = match to.preview.upstream() {
-            Some(port) => port,
-            None if to.as_page => return Err(self.hold(head, to)),
-            None => Box::pin(await_upstream(&to.preview)).await?,
-        };
-        // RFC 9110 9.2.2.
-        let is_repeatable = head.method.is_idempotent() && body.is_end_stream();
-        let request = self.to_upstream(head, RequestBody::streamed(body), to, port);
-        let again =
-            is_repeatable.then_some(|| self.to_upstream(head, RequestBody::Empty, to, port));
-        let response = match self.upstream.exchange(port, request, again).await {
-            Ok(response) => response,
-            Err(UpstreamError::Unreachable) if to.as_page => return Err(self.hold(head, to)),
-            Err(error) => return Err(upstream_problem(&error, to.as_page)),
-        };
-        if to.as_page {
-            to.preview.note_answer(head.uri.path());
-        }
-        let mut response = response.map(ResponseBody::streamed);
-        if response.status() == StatusCode::SWITCHING_PROTOCOLS {
-            // Nobody asked for it.
-            return Err(upstream_problem(&UpstreamError::Closed, to.as_page));
-        }
-        headers::strip_hop_by_hop(response.headers_mut());
-        *response.version_mut() = Version::HTTP_11;
-        if headers::asks_for_document(&head.method, &head.headers) {
-            self.keep_or_replace(head, &mut response, to)?;
-        }
-        if !headers::is_event_stream(response.headers()) {
-            response.body_mut().guard = Some(guard);
-        }
-        Ok(response)
-    }
-
-    /// What is added to a page that people look at; a broken one is shown as it was before.
-    fn keep_or_replace(
-        &self,
-        head: &Parts,
-        response: &mut Response<ResponseBody>,
-        to: &Destination,
-    ) -> Result<(), Page> {
-        let shows_banner = self.proxy.previews.shows_banner();
-        if response.status().is_server_error() {
-            return match self.last_good(head, to) {
-                Some(html) => Err(pages::last_good(response.status(), &html)),
-                None => Ok(()),
-            };
-        }
-        if !headers::is_plain_html(response.status(), response.headers()) {
-            return Ok(());
-        }
-        let is_for_all = headers::is_for_all(&head.headers, response.headers());
-        if shows_banner && is_for_all {
-            let rendering = to.preview.last_good().begin(target(head));
-            response.body_mut().rendering = Some(rendering);
-        }
-        let tag = if shows_banner {
-            pages::BANNER_TAG
-        } else {
-            pages::PRESENCE_TAG
-        };
-        headers::lengthen(response.headers_mut(), tag.len());
-        response.body_mut().tail = Some(Bytes::from_static(tag.as_bytes()));
-        Ok(())
-    }
-
-    /// A page as it was before it broke, where that is wanted and known.
-    fn last_good(&self, head: &Parts, to: &Destination) -> Option<Bytes> {
-        let is_wanted = self.proxy.previews.shows_banner()
-            && headers::asks_for_document(&head.method, &head.headers);
-        is_wanted.then(|| to.preview.last_good().page(target(head)))?
-    }
-
-    /// A page where there is no server to ask: one that sleeps wakes, and one that failed is tried
-    /// once more, because somebody looks.
-    fn hold(&self, head: &Parts, to: &Destination) -> Page {
-        let status = to.preview.status();
-        let status = status.borrow();
-        let has_failed = status.state == PreviewState::Error;
-        if has_failed || status.state == PreviewState::Asleep {
-            to.preview.retry();
-        }
-        match self.last_good(head, to) {
-            Some(html) if has_failed => pages::last_good(StatusCode::SERVICE_UNAVAILABLE, &html),
-            _ => pages::holding(&status),
-        }
-    }
-
-    /// The request that the dev server gets for the browser's. That one stays as it was: another
-    /// can be made of it.
-    fn to_upstream(
-        &self,
-        head: &Parts,
-        body: RequestBody,
-        to: &Destination,
-        port: u16,
-    ) -> Request<RequestBody> {
-        let passes = to.host.passes_host_check(&to.preview.site().hosts);
-        let rewritten = (!passes).then(|| local_host(port));
-        let mut request = Request::new(body);
-        request.method_mut().clone_from(&head.method);
-        *request.uri_mut() = match head.uri.authority() {
-            None => head.uri.clone(),
-            Some(_) => {
-                let path = head.uri.path_and_query().cloned();
-                path.unwrap_or(PathAndQuery::from_static("/")).into()
-            }
-        };
-        let headers = request.headers_mut();
-        *headers = headers::to_upstream(&head.headers, &self.peer, to.host.value(), rewritten);
-        hide_cookies(headers);
-        request
-    }
-
-    async fn upgrade(
-        &self,
-        mut request: Request<Incoming>,
-        to: &Destination,
-    ) -> Result<Response<ResponseBody>, Page> {
-        let port = match to.preview.upstream() {
-            Some(port) => port,
-            // The browser takes a 101 for "it is back" and reloads.
-            None if headers::is_vite_ping(request.headers()) => return Err(not_yet(false)),
-            None => await_upstream(&to.preview).await?,
-        };
-        let on_downstream = hyper::upgrade::on(&mut request);
-        let (head, _) = request.into_parts();
-        let mut asked = self.to_upstream(&head, RequestBody::Empty, to, port);
-        headers::ask_for_websocket(asked.headers_mut());
-        let mut is_bridged = false;
-        if self.proxy.kind == ProxyKind::HmrOnly {
-            *asked.uri_mut() = root_of(asked.uri());
-            let headers = asked.headers_mut();
-            if !headers.contains_key(SEC_WEBSOCKET_PROTOCOL) {
-                is_bridged = true;
-                let hmr = HeaderValue::from_static("vite-hmr");
-                headers.insert(SEC_WEBSOCKET_PROTOCOL, hmr);
-                // We have checked it; with one, Vite also wants the token of its own client.
-                headers.remove(ORIGIN);
-            }
-        }
-        let exchange = async {
-            let mut sender = self.upstream.connect(port).await?;
-            sender
-                .send_request(asked)
-                .await
-                .map_err(|_| UpstreamError::Closed)
-        };
-        let answered = timeout(UPGRADE_DEADLINE, exchange).await;
-        let mut response = answered
-            .unwrap_or(Err(UpstreamError::TimedOut))
-            .map_err(|error| upstream_problem(&error, false))?;
-        let is_tunnel = headers::is_switched_to_websocket(response.status(), response.headers());
-        let on_upstream = is_tunnel.then(|| hyper::upgrade::on(&mut response));
-        let (mut head, body) = response.into_parts();
-        headers::strip_hop_by_hop(&mut head.headers);
-        head.version = Version::HTTP_11;
-        let Some(on_upstream) = on_upstream else {
-            if head.status == StatusCode::SWITCHING_PROTOCOLS {
-                return Err(upstream_problem(&UpstreamError::Closed, false));
-            }
-            return Ok(Response::from_parts(head, ResponseBody::streamed(body)));
-        };
-        headers::ask_for_websocket(&mut head.headers);
-        let is_hmr = head
-            .headers
-            .get(SEC_WEBSOCKET_PROTOCOL)
-            .is_some_and(|protocol| protocol == "vite-hmr");
-        let late = is_hmr.then(|| to.preview.error_to_replay()).flatten();
-        let hmr = is_hmr.then(|| to.preview.open_socket());
-        if is_bridged {
-            // A client that named none must not be given one (RFC 6455 4.1).
-            head.headers.remove(SEC_WEBSOCKET_PROTOCOL);
-        }
-        let tunnel = tunnel(
-            on_downstream,
-            on_upstream,
-            hmr,
-            late,
-            self.proxy.tasks.clone(),
-            self.permit.clone(),
-        );
-        self.proxy.tasks.spawn("preview tunnel", tunnel);
-        Ok(Response::from_parts(
-            head,
-            ResponseBody::whole(Bytes::new()),
-        ))
-    }
+/// Has the kernel ask a silent browser whether it is there: what sleeps or went out of reach says no
+/// goodbye, and its HMR socket would count as one that hears for ever.
+fn notice_death(stream: &TcpStream) {
+    // A browser is served without that too.
+    setsockopt(stream, sockopt::TcpKeepIdle, &QUIET_BEFORE_PROBE).ok();
+    setsockopt(stream, sockopt::TcpKeepInterval, &PROBE_EVERY).ok();
+    setsockopt(stream, sockopt::TcpKeepCount, &MOST_PROBES).ok();
+    setsockopt(stream, sockopt::KeepAlive, &true).ok();
 }
 
 /// The one host that a request names (RFC 9112 3.2): a request that is unclear about it could be
@@ -602,47 +403,4 @@ fn host_value(request: &Request<Incoming>) -> Result<&HeaderValue, Page> {
         (None, _, None) if request.version() == Version::HTTP_10 => Ok(&LOCALHOST),
         _ => Err(names_no_host()),
     }
-}
-
-/// Waits for a server that starts, wakes or is being repaired.
-async fn await_upstream(preview: &PreviewHandle) -> Result<u16, Page> {
-    let mut status = preview.status();
-    if status.borrow().state == PreviewState::Off {
-        return Err(not_yet(false));
-    }
-    preview.wake();
-    let has_failed = |status: &PreviewStatus| status.state == PreviewState::Error;
-    let live = async {
-        loop {
-            let seen = status.wait_for(|status| status.upstream.is_some() || has_failed(status));
-            if let Some(port) = seen.await.ok()?.upstream {
-                return Some(port);
-            }
-            let next = status.wait_for(|status| status.upstream.is_some() || !has_failed(status));
-            timeout(WAIT_FOR_RESTART, next).await.ok()?.ok()?;
-        }
-    };
-    timeout(WAIT_FOR_LIVE, live)
-        .await
-        .ok()
-        .flatten()
-        .ok_or_else(|| not_yet(false))
-}
-
-/// A page's address, with its query.
-fn target(head: &Parts) -> &str {
-    head.uri.path_and_query().map_or("/", PathAndQuery::as_str)
-}
-
-fn local_host(port: u16) -> HeaderValue {
-    HeaderValue::from_str(&format!("localhost:{port}")).expect("letters and digits")
-}
-
-/// `/` with the query of a request: the HMR socket is at the root whatever the site's base.
-fn root_of(uri: &Uri) -> Uri {
-    let root = match uri.query() {
-        Some(query) => PathAndQuery::try_from(format!("/?{query}")),
-        None => Ok(PathAndQuery::from_static("/")),
-    };
-    root.expect("the query was part of a valid target").into()
 }

@@ -8,7 +8,7 @@ use std::{
 
 use super::{Inner, prepare::Prepared};
 use crate::{
-    domain::{CommitSummary, PreviewState, TurnEvent, TurnPreview},
+    domain::{CommitSummary, PreviewError, PreviewState, TurnEvent, TurnPreview},
     identity::ThreadKey,
     preview::is_configuration,
     turn::{Folder, Journal},
@@ -74,6 +74,7 @@ pub(super) async fn word_on(
     folder: Folder,
     updates: u64,
 ) -> TurnPreview {
+    let mut broken = None;
     if folder == Folder::New {
         prepared.attach.again();
     } else if let Some(commit) = commit
@@ -103,7 +104,7 @@ pub(super) async fn word_on(
             tokio::time::timeout(PATIENCE, settled).await.ok();
         } else {
             let asked = Instant::now();
-            preview.look(&files, updates, PATIENCE).await;
+            broken = preview.look(&files, updates, PATIENCE).await;
             let came = preview.status().borrow().updates != updates;
             let word = if came { "came" } else { "none" };
             metrics::histogram!("greenroom_hmr_delay_seconds", "word" => word)
@@ -111,8 +112,18 @@ pub(super) async fn word_on(
         }
     }
     let status = inner.preview_status(&prepared.site.key);
-    TurnPreview {
-        state: status.state,
-        errors: status.errors,
+    match broken {
+        // Its reason is on its way.
+        Some(page) if status.state == PreviewState::Live => TurnPreview {
+            state: PreviewState::Error,
+            errors: vec![PreviewError {
+                message: format!("the page {page} can't be shown"),
+                ..PreviewError::default()
+            }],
+        },
+        _ => TurnPreview {
+            state: status.state,
+            errors: status.errors,
+        },
     }
 }

@@ -12,6 +12,8 @@ use greenroom::{
 };
 use tokio::time::timeout;
 
+use crate::support::package_managers;
+
 const SOON: Duration = Duration::from_secs(60);
 
 /// Notes each run in its download folder, then does as the site's package.json says.
@@ -234,4 +236,94 @@ async fn a_new_container_unpacks_instead_of_installing() {
             .kind,
     ];
     assert!(kinds.contains(&AttachedKind::Restored) && kinds.contains(&AttachedKind::Installed));
+}
+
+/// Copies a folder, as far as it has plain files.
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap().map(Result::unwrap) {
+        let (kind, target) = (entry.file_type().unwrap(), to.join(entry.file_name()));
+        if kind.is_dir() {
+            copy(&entry.path(), &target);
+        } else if kind.is_file() {
+            std::fs::copy(entry.path(), target).unwrap();
+        }
+    }
+}
+
+const PNPM_LOCK: &str = "lockfileVersion: '9.0'
+settings:
+  autoInstallPeers: true
+  excludeLinksFromLockfile: false
+importers:
+  .:
+    dependencies:
+      p:
+        specifier: file:./vendor/p
+        version: file:vendor/p
+packages:
+  p@file:vendor/p:
+    resolution: {directory: vendor/p, type: directory}
+snapshots:
+  p@file:vendor/p: {}
+";
+const YARN_LOCK: &str = "# yarn lockfile v1
+
+\"p@file:./vendor/p\":
+  version \"1.0.0\"
+";
+
+/// The real ones, on a package that needs no network.
+#[tokio::test]
+async fn sites_of_pnpm_and_yarn_are_installed_linked_and_restored() {
+    for (lockfile, text) in [("pnpm-lock.yaml", PNPM_LOCK), ("yarn.lock", YARN_LOCK)] {
+        let bench = Bench::new();
+        let managers = bench.disk.path().join("cache/downloads/managers");
+        copy(&package_managers(), &managers);
+        let site = bench.disk.path().join("site");
+        std::fs::create_dir_all(site.join("vendor/p")).unwrap();
+        for (name, text) in [
+            (
+                "package.json",
+                r#"{"private":true,"dependencies":{"p":"file:./vendor/p"}}"#,
+            ),
+            (lockfile, text),
+            ("vendor/p/package.json", r#"{"name":"p","version":"1.0.0"}"#),
+            ("vendor/p/index.js", "of the package"),
+        ] {
+            std::fs::write(site.join(name), text).unwrap();
+        }
+        for (name, kind) in [
+            ("a", AttachedKind::Installed),
+            ("b", AttachedKind::Cached),
+            ("c", AttachedKind::Restored),
+        ] {
+            if kind == AttachedKind::Restored {
+                // The package manager goes with it, and is not fetched again.
+                bench.lose_cache();
+            }
+            let worktree = bench.disk.path().join(name);
+            copy(&site, &worktree);
+            let from = site.clone();
+            let request = DependencyRequest {
+                worktree: worktree.clone(),
+                export: move |to: &Path| {
+                    copy(&from, to);
+                    Ok(())
+                },
+                cache: bench.disk.path().join("cache"),
+                archives: Some(bench.disk.path().join("archives")),
+            };
+            let attached = timeout(SOON, bench.dependencies.ensure(request, |_| ()));
+            let attached = attached.await.unwrap();
+            let attached = attached.unwrap_or_else(|error| panic!("{lockfile} {name}: {error}"));
+            assert_eq!(attached.kind, kind, "{lockfile} {name}");
+            let file = worktree.join("node_modules/p/index.js");
+            assert_eq!(std::fs::read_to_string(&file).unwrap(), "of the package");
+            let meta = std::fs::metadata(&file).unwrap();
+            let links = std::os::unix::fs::MetadataExt::nlink(&meta);
+            assert!(links > 1 && meta.permissions().readonly(), "{links}");
+            assert!(!managers.exists() || kind != AttachedKind::Restored);
+        }
+    }
 }

@@ -478,4 +478,103 @@ async fn errors_stay_as_long_as_what_is_broken() {
     assert_eq!(room.preview(&main).await["state"], "error");
     room.write(&main, &entry, &good);
     room.becomes(&main, "live").await;
+    // Mended before the log has said that it was broken.
+    for pause in [0, 5, 20, 50, 120] {
+        room.write(&main, &entry, "---\ntitle: [1\n---\n");
+        tokio::time::sleep(Duration::from_millis(pause)).await;
+        room.write(&main, &entry, &good);
+        tokio::time::sleep(Duration::from_millis(700)).await;
+    }
+    room.becomes(&main, "live").await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(room.preview(&main).await["state"], "live");
+
+    // Astro serves a stylesheet that is cut off as if it were whole.
+    let sheet = "src/styles/global.css";
+    let whole = room.read(&main, sheet);
+    room.write(&main, sheet, &format!("{whole}\n.x {{\n  color: "));
+    let said = room.becomes(&main, "error").await;
+    let line = whole.lines().count() + 2;
+    assert_eq!(said["errors"][0]["file"], sheet, "{said}");
+    assert_eq!(said["errors"][0]["line"], line, "{said}");
+    room.write(&main, sheet, &whole);
+    room.becomes(&main, "live").await;
+}
+
+#[tokio::test]
+async fn a_turn_answers_for_itself_alone() {
+    let room = Room::with(|options| options).await;
+    let main = thread("main");
+    let host = room.init(&main).await;
+    room.shows(&host, HEADING).await;
+    let say = async |instruction: &str| {
+        let turn = room.greenroom.execute(&main, instruction).await.ok();
+        turn["preview"].clone()
+    };
+    let mut mended = 0;
+    // A word has 700 ms to come, which a busy machine does not always give it.
+    for _ in 0..4 {
+        let broken = say("Break the page on purpose").await;
+        assert_eq!(broken["state"], "error", "{broken}");
+        let repaired = say("repair it").await;
+        mended += usize::from(repaired["state"] == "live");
+        room.becomes(&main, "live").await;
+    }
+    assert!(mended > 0, "each was told the error of the turn before");
+}
+
+/// Says that a person has the first page before them, which wants to hear of changes.
+async fn presence(room: &Room, host: &str) -> u16 {
+    let stream = TcpStream::connect(("127.0.0.1", room.greenroom.preview_port)).await;
+    let mut stream = stream.unwrap();
+    let request = format!(
+        "POST /__greenroom/presence HTTP/1.1\r\nHost: {host}\r\nX-Greenroom-Hears: 1\r\n\
+         Content-Length: 0\r\nConnection: close\r\n\r\n"
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut text = String::new();
+    let read = timeout(PATIENCE, stream.read_to_string(&mut text)).await;
+    read.unwrap().unwrap();
+    text.split(' ').nth(1).unwrap().parse().unwrap()
+}
+
+#[tokio::test]
+async fn a_browser_that_hears_nothing_makes_the_preview_stale() {
+    let room = Room::with(|options| options).await;
+    let main = thread("main");
+    let host = room.init(&main).await;
+    room.shows(&host, HEADING).await;
+    let socket = room.hmr(&host).await;
+    assert_eq!(presence(&room, &host).await, 204);
+    drop(socket);
+    let told = async || (presence(&room, &host).await == 205).then_some(());
+    wait_for_async("the page is told to load again", told).await;
+    let stale = room.becomes(&main, "stale").await;
+    let message = stale["errors"][0]["message"].as_str().unwrap();
+    assert!(message.contains("lost its connection"), "{stale}");
+    let _socket = room.hmr(&host).await;
+    let live = room.becomes(&main, "live").await;
+    assert!(live["errors"].as_array().is_none_or(Vec::is_empty));
+    assert_eq!(presence(&room, &host).await, 204);
+
+    // What was told between a page and its socket reaches the browser all the same.
+    let page = room.ask(&host, "/", "Accept: text/html\r\n").await;
+    assert!(page.body.contains(HEADING));
+    let index = room.read(&main, INDEX);
+    room.write(
+        &main,
+        INDEX,
+        &index.replace(HEADING, "Pots of a moment ago"),
+    );
+    let shown = async || {
+        let page = room.ask(&host, "/", "").await;
+        page.body.contains("a moment ago").then_some(())
+    };
+    wait_for_async("the server has it", shown).await;
+    let mut late = room.hmr(&host).await;
+    is_told_to_reload(&mut late).await;
+    room.shows(&host, "a moment ago").await;
+    let mut fresh = room.hmr(&host).await;
+    let silence = timeout(Duration::from_secs(2), fresh.next()).await;
+    assert!(silence.is_err(), "{silence:?}");
 }

@@ -227,7 +227,9 @@ async fn a_server_that_dies_comes_back() {
     let dead = bench.until(|s| s.state == PreviewState::Error).await;
     assert_eq!(dead.upstream, None);
     assert!(
-        dead.errors[0].message.contains("ended by itself"),
+        dead.errors[0]
+            .message
+            .contains("ended, most likely for want of memory"),
         "{dead:?}"
     );
     bench
@@ -288,6 +290,54 @@ async fn a_broken_site_says_what_is_wrong_and_waits_for_somebody_to_look() {
             .await
             .starts_with("HTTP/1.1 404")
     );
+}
+
+#[tokio::test]
+async fn a_server_that_runs_out_of_memory_is_told_apart() {
+    let eats = "const all = []; for (;;) all.push(new Array(1e5).fill(all.length))";
+    let dev = format!("node --max-old-space-size=24 -e '{eats}'");
+    let bench = Bench::new(Some(&dev));
+    bench.handle.start();
+    let dead = bench.until(|s| s.state == PreviewState::Error).await;
+    let message = &dead.errors[0].message;
+    assert!(
+        message.starts_with("the dev server ran out of memory") && message.lines().count() == 1,
+        "{dead:?}"
+    );
+    bench.previews.stop_all(SOON).await;
+
+    let bench = Bench::new(Some("echo no memory of it >&2; exit 3"));
+    bench.handle.start();
+    let dead = bench.until(|s| s.state == PreviewState::Error).await;
+    assert!(
+        dead.errors[0]
+            .message
+            .starts_with("the dev server ended by itself (exit status 3)"),
+        "{dead:?}"
+    );
+    bench.previews.stop_all(SOON).await;
+}
+
+#[tokio::test]
+async fn a_server_that_gave_up_tries_again_with_the_next_change() {
+    let bench = Bench::new(Some(
+        "test -f .astro/dev.json && exit 4; test -f fixed && exec node server.cjs; exit 1",
+    ));
+    let site = bench.disk.path().join("site");
+    std::fs::create_dir(site.join(".astro")).unwrap();
+    // Of another container: its number may be somebody else's by now.
+    std::fs::write(site.join(".astro/dev.json"), r#"{"pid":1,"port":1}"#).unwrap();
+    bench.handle.start();
+    let broken = bench
+        .until(|s| s.progress == "The dev server doesn't start")
+        .await;
+    assert!(
+        broken.errors[0].message.contains("exit status 1"),
+        "{broken:?}"
+    );
+    std::fs::write(site.join("fixed"), "").unwrap();
+    bench.until(|s| s.state == PreviewState::Live).await;
+    bench.previews.stop_all(SOON).await;
 }
 
 #[tokio::test]

@@ -22,8 +22,11 @@ use super::{DevServer, MAX_ERRORS, Run};
 use crate::{
     domain::{PreviewError, PreviewState},
     preview::{
+        css,
         eyes::{Change, Kind},
         hmr::Word,
+        launch::read_small,
+        notes::PERSON_STAYS,
         probe,
         served::is_served,
         touched::is_configuration,
@@ -40,15 +43,18 @@ const BUSY: Duration = Duration::from_secs(1);
 const SETTLE: Duration = Duration::from_millis(300);
 /// A broken configuration alone keeps Vite from answering for 6 s.
 const ANSWER: Duration = Duration::from_secs(8);
-/// Looks at the pages after one change: an error may be told late, of what is mended by then, and
-/// each look may bring another.
-const MOST_CHECKS: u32 = 4;
+/// Looks at the pages after one change, each after twice the time: an error may be told late, of
+/// what is mended by then, each look may bring another, and some mend themselves (of what a page
+/// fetches). The last one is 90 s after the change.
+const MOST_CHECKS: u32 = 8;
 /// A change so soon after a page was shown may be the page's own doing.
 const OWN_DOING: Duration = Duration::from_secs(2);
 const DISK_DEADLINE: Duration = Duration::from_secs(20);
 /// A server may be quicker than greenroom to see a change, and have spoken already.
 const HEAD_START: Duration = Duration::from_millis(500);
 const MOST_FILES: usize = 64;
+const DEAF: &str =
+    "a browser has lost its connection and hears of no changes; its page is loaded again";
 
 /// What is known of one run's honesty.
 #[derive(Debug, Default)]
@@ -58,22 +64,27 @@ pub(super) struct Truth {
     /// How often it said anything of the site.
     words: u64,
     last_word: Option<Instant>,
-    /// Since the last update.
+    /// Looks since the last update.
     checks: u32,
+    /// Looks of this run: only the newest one counts.
+    looks: u32,
+    /// When it may be forgotten that a browser was deaf.
+    deaf_until: Option<Instant>,
     /// Files that changed and that it has said nothing of, and when that was seen.
     unheard: BTreeMap<String, Instant>,
     unheard_due: Option<Instant>,
     reload_due: Option<Instant>,
     restart_due: Option<(Instant, String)>,
-    /// Names of content entries that its log calls broken: pages answer well all the same.
-    broken_content: BTreeSet<String>,
+    /// Broken files that pages answer well with all the same: content entries, by their names in its
+    /// log, and stylesheets.
+    broken_quietly: BTreeSet<String>,
 }
 
 impl Truth {
     /// When [`DevServer::look_again`] has something to do.
     pub(super) fn due(&self) -> Option<Instant> {
         let restart = self.restart_due.as_ref().map(|(at, _)| *at);
-        [self.unheard_due, self.reload_due, restart]
+        [self.unheard_due, self.reload_due, self.deaf_until, restart]
             .into_iter()
             .flatten()
             .min()
@@ -100,10 +111,17 @@ impl DevServer {
         let mut is_unaware = false;
         let is_polling = self.polls;
         let is_blind = matches!(word, Word::Blind(_));
-        if let Word::Logged(error) = &word
-            && let Some(name) = entry_named(&error.message)
-        {
-            truth.broken_content.insert(name.to_owned());
+        let quietly = match &word {
+            Word::Logged(error) => entry_named(&error.message).map(str::to_owned),
+            Word::Unsaid(error) => error.file.clone(),
+            _ => None,
+        };
+        truth.broken_quietly.extend(quietly);
+        if matches!(
+            word,
+            Word::Error(_) | Word::Logged(_) | Word::Reloaded { .. } | Word::Updated
+        ) {
+            truth.said_something();
         }
         self.publish.send_if_modified(|status| {
             match word {
@@ -114,13 +132,16 @@ impl DevServer {
                     return false;
                 }
                 Word::Updated => {
-                    truth.said_something();
                     truth.checks = 0;
                     status.updates += 1;
+                    self.notes.note_update();
                     is_to_check = matches!(status.state, PreviewState::Error | PreviewState::Stale);
                 }
-                Word::Error(error) | Word::Logged(error) => {
-                    truth.said_something();
+                Word::Reloaded { name } => {
+                    is_to_check = truth.broken_quietly.remove(&name);
+                    return false;
+                }
+                Word::Error(error) | Word::Logged(error) | Word::Unsaid(error) => {
                     // A browser that tries again makes the server say it again.
                     let is_known = status.errors.contains(&error);
                     if is_known && status.told_at == status.updates {
@@ -170,16 +191,25 @@ impl DevServer {
                     return false;
                 }
                 Word::Fine { generation } if generation == status.generation => {
-                    let broken = &truth.broken_content;
+                    let broken = &truth.broken_quietly;
+                    let is_broken = |error: &PreviewError, name: &String| {
+                        error.file.as_ref() == Some(name) || error.message.contains(name)
+                    };
                     status
                         .errors
-                        .retain(|error| broken.iter().any(|name| error.message.contains(name)));
+                        .retain(|error| broken.iter().any(|name| is_broken(error, name)));
                     if status.errors.is_empty() {
                         status.state = PreviewState::Live;
+                        // What fails now and then is not asked about all the time.
+                        truth.checks = truth.checks.min(MOST_CHECKS / 2);
                     }
                 }
                 Word::Fine { .. } => {
                     is_to_check = matches!(status.state, PreviewState::Error | PreviewState::Stale);
+                    return false;
+                }
+                Word::StillBroken { look } => {
+                    is_to_check = look == truth.looks && status.state == PreviewState::Error;
                     return false;
                 }
             }
@@ -195,8 +225,10 @@ impl DevServer {
             self.notes.reload();
         }
         if is_to_check && run.truth.checks < MOST_CHECKS {
+            let pause = probe::LATE * (1 << run.truth.checks);
             run.truth.checks += 1;
-            self.check(run);
+            run.truth.looks += 1;
+            self.check(run, pause);
         }
         if reason.is_some() {
             // What was tried and did not help is not tried again.
@@ -213,7 +245,7 @@ impl DevServer {
         let Change { path, kind } = change;
         let has_turn = self.notes.has_turn();
         truth
-            .broken_content
+            .broken_quietly
             .retain(|name| !path.ends_with(name.as_str()));
         if is_configuration(path) {
             // A turn's own word does that at its end.
@@ -221,6 +253,9 @@ impl DevServer {
                 truth.restart_due = Some((now + SETTLE, format!("{path} changed")));
             }
             return;
+        }
+        if path.ends_with(".css") && *kind != Kind::Gone {
+            self.look_at_style(path, run.tell.clone());
         }
         let is_new_page = *kind == Kind::New && path.starts_with("src/pages/");
         if is_new_page {
@@ -254,6 +289,11 @@ impl DevServer {
             truth.unheard_due = None;
             let files = std::mem::take(&mut truth.unheard);
             self.ask_whether_served(files, truth.words, run.tell.clone());
+        }
+        if truth.deaf_until.is_some_and(|at| at <= now) {
+            // Nobody is there any more who said so.
+            truth.deaf_until = None;
+            self.notes.set_deaf(false);
         }
         let is_due = truth.restart_due.as_ref().is_some_and(|(at, _)| *at <= now);
         truth.restart_due.take_if(|_| is_due).map(|(_, why)| why)
@@ -307,13 +347,62 @@ impl DevServer {
         });
     }
 
+    /// A stylesheet has changed, and may be cut off, of which nobody says a word.
+    fn look_at_style(&self, file: &str, tell: mpsc::Sender<Word>) {
+        let (worktree, file) = (self.site.worktree.clone(), file.to_owned());
+        let shown = self.notes.last_page().shown_to_anybody();
+        self.aside("preview style", async move {
+            let look = blocking("looking at a stylesheet", DISK_DEADLINE, move || {
+                let text = read_small(&worktree.join(&file)).ok()?;
+                let fault = css::first_fault(&text)?;
+                let is_public = file.starts_with("public/");
+                (is_public || is_served(&worktree, &file, &shown)).then(|| PreviewError {
+                    file: Some(file),
+                    line: Some(fault.line),
+                    column: Some(fault.column),
+                    message: fault.what.to_owned(),
+                })
+            });
+            if let Ok(Some(error)) = look.await {
+                tell.send(Word::Unsaid(error)).await.ok();
+            }
+        });
+    }
+
+    /// Somebody looks at a page that hears nothing of changes, or hears again.
+    pub(super) fn note_deafness(&self, is_deaf: bool, run: &mut Run) {
+        let until = is_deaf.then(|| Instant::now() + PERSON_STAYS);
+        run.truth.deaf_until = until;
+        self.publish.send_if_modified(|status| {
+            match (is_deaf, status.state) {
+                (true, PreviewState::Live) => {
+                    status.errors.push(PreviewError {
+                        message: DEAF.to_owned(),
+                        ..PreviewError::default()
+                    });
+                    status.state = PreviewState::Stale;
+                }
+                (false, PreviewState::Stale) => {
+                    status.errors.retain(|error| error.message != DEAF);
+                    if !status.errors.is_empty() {
+                        return false;
+                    }
+                    status.state = PreviewState::Live;
+                }
+                _ => return false,
+            }
+            status.generation += 1;
+            true
+        });
+    }
+
     /// Nothing says that an error is gone: after a change the pages that it may have been on are
     /// asked for, once what comes late has come.
-    fn check(&self, run: &Run) {
+    fn check(&self, run: &Run, pause: Duration) {
         let (status, notes) = (self.publish.subscribe(), self.notes.clone());
-        let (port, tell) = (self.site.port, run.tell.clone());
+        let (port, tell, look) = (self.site.port, run.tell.clone(), run.truth.looks);
         self.aside("preview check", async move {
-            sleep(probe::LATE).await;
+            sleep(pause).await;
             // Only now: an error of before the change may have come after it.
             let (generation, pages) = {
                 let status = status.borrow();
@@ -330,6 +419,8 @@ impl DevServer {
             {
                 sleep(probe::LATE).await;
                 tell.send(Word::Fine { generation }).await.ok();
+            } else {
+                tell.send(Word::StillBroken { look }).await.ok();
             }
         });
     }

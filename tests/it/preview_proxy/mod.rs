@@ -105,6 +105,45 @@ async fn events_arrive_as_they_are_sent_and_hold_nobody_awake() {
 }
 
 #[tokio::test]
+async fn trailers_and_interim_answers_confuse_nobody() {
+    let bench = Bench::new().await;
+    bench
+        .upstream(A, |stream| async move {
+            let mut stream = Client(stream);
+            stream.until("\r\n\r\n").await;
+            stream
+                .send("HTTP/1.1 103 Early Hints\r\nLink: </a.css>; rel=preload\r\n\r\n")
+                .await;
+            stream.send("HTTP/1.1 100 Continue\r\n\r\n").await;
+            stream.until("body\r\n0\r\n\r\n").await;
+            stream
+                .send(
+                    "HTTP/1.1 200 OK\r\nTrailer: X-Sum\r\nTransfer-Encoding: chunked\r\n\r\n\
+                     3\r\none\r\n0\r\nX-Sum: 42\r\n\r\n",
+                )
+                .await;
+        })
+        .await;
+    let mut client = bench.connect().await;
+    client
+        .send(
+            "POST / HTTP/1.1\r\nHost: localhost\r\nTE: trailers\r\nConnection: TE\r\n\
+             Expect: 100-continue\r\nTransfer-Encoding: chunked\r\n\r\n",
+        )
+        .await;
+    let go_on = client.until("\r\n\r\n").await;
+    assert!(go_on.starts_with("HTTP/1.1 100 "), "{go_on}");
+    client.send("4\r\nbody\r\n0\r\n\r\n").await;
+    let head = client.until("\r\n\r\n").await.to_ascii_lowercase();
+    assert!(
+        head.starts_with("http/1.1 200 ") && head.contains("trailer: x-sum"),
+        "{head}"
+    );
+    let rest = client.until("\r\n\r\n").await.to_ascii_lowercase();
+    assert!(rest.ends_with("0\r\nx-sum: 42\r\n\r\n"), "{rest}");
+}
+
+#[tokio::test]
 async fn head_and_ranges_pass_untouched() {
     let bench = Bench::new().await;
     bench

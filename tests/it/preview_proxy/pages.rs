@@ -320,3 +320,60 @@ async fn a_page_that_has_been_deaf_for_a_while_is_loaded_again() {
         "a page without Vite's client wants none"
     );
 }
+
+#[tokio::test]
+async fn fonts_of_packages_on_another_disk_are_served() {
+    let bench = Bench::new().await;
+    let disk = tempfile::tempdir().unwrap();
+    let package = disk.path().join("threads/t/node_modules/font");
+    std::fs::create_dir_all(&package).unwrap();
+    std::fs::write(package.join("a.woff2"), "a font").unwrap();
+    std::fs::write(package.join("secret.js"), "code").unwrap();
+    let refused = |stream| {
+        say(
+            stream,
+            "HTTP/1.1 403 Forbidden\r\nContent-Length: 2\r\n\r\nno",
+        )
+    };
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let port = listener.local_addr().unwrap().port();
+    bench.tasks.spawn("upstream", async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            refused(stream).await;
+        }
+    });
+    let (_publish, status) = watch::channel(live(port));
+    let site = PreviewSite {
+        slug: A.to_owned(),
+        worktree: "/nowhere".into(),
+        port,
+        hosts: Vec::new(),
+        readable: Vec::new(),
+        writable: vec![disk.path().join("threads/t")],
+    };
+    bench.previews.adopt(site, status);
+    bench.previews.set_default(A);
+    let below = package.display();
+    let ask = async |method: &str, path: &str| {
+        let text =
+            format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n");
+        bench.ask(&text).await
+    };
+    let font = ask("GET", &format!("/@fs{below}/a.woff2")).await;
+    assert_eq!((font.status, font.body.as_str()), (200, "a font"));
+    assert!(
+        font.head.contains("content-type: font/woff2"),
+        "{}",
+        font.head
+    );
+    let head = ask("HEAD", &format!("/@fs{below}/a.woff2")).await;
+    assert!(head.head.contains("content-length: 6"), "{}", head.head);
+    for (method, path) in [
+        ("GET", format!("/@fs{below}/secret.js")),
+        ("GET", format!("/@fs{below}/none.woff2")),
+        ("POST", format!("/@fs{below}/a.woff2")),
+        ("GET", "/@fs/etc/a.woff2".to_owned()),
+    ] {
+        assert_eq!(ask(method, &path).await.status, 403, "{path}");
+    }
+}

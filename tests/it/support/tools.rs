@@ -69,6 +69,16 @@ pub(crate) fn websocket_peers() -> PathBuf {
         .expect("no WebSocket peers: scripts/test installs them, or set WEBSOCKET_PEERS")
 }
 
+/// A folder with pnpm and yarn in `node_modules` (`PACKAGE_MANAGERS`, else where scripts/test puts
+/// it). Fails in one line where there is none.
+pub(crate) fn package_managers() -> PathBuf {
+    let named = env::var_os("PACKAGE_MANAGERS").map(PathBuf::from);
+    let mut found = named.into_iter().chain(brought_tools());
+    found
+        .find(|folder| folder.join("node_modules/pnpm/bin/pnpm.cjs").is_file())
+        .expect("no pnpm and yarn: scripts/test installs them, or set PACKAGE_MANAGERS")
+}
+
 /// The folders that scripts/test made.
 fn brought_tools() -> impl Iterator<Item = PathBuf> {
     let cache = env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
