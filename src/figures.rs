@@ -145,6 +145,47 @@ const GAUGES: &[(&str, &str)] = &[
     ("process_threads", "Of the supervisor itself."),
 ];
 
+/// Counters that are there from the start, at zero: an alert on the first event of a kind needs the
+/// zero before it. Name, label, its values, and labels that are the same.
+type Zeros = (
+    &'static str,
+    &'static str,
+    &'static [&'static str],
+    &'static [(&'static str, &'static str)],
+);
+const ZEROS: &[Zeros] = &[
+    (
+        "greenroom_turns_total",
+        "status",
+        &["completed", "failed", "cancelled", "recovered"],
+        &[("kind", "turn")],
+    ),
+    (
+        "greenroom_turns_total",
+        "status",
+        &["completed", "failed", "cancelled", "recovered"],
+        &[("kind", "service")],
+    ),
+    (
+        "greenroom_lease_changes_total",
+        "change",
+        &["acquired", "taken_over", "released", "lost"],
+        &[],
+    ),
+    (
+        "greenroom_agent_runs_total",
+        "process",
+        &["warm", "waiting", "cold"],
+        &[],
+    ),
+    (
+        "greenroom_service_breaker_changes_total",
+        "to",
+        &["open", "half-open", "closed"],
+        &[],
+    ),
+];
+
 /// The figures of this process. Cheap to clone.
 #[derive(Clone)]
 pub struct Figures(PrometheusHandle);
@@ -172,6 +213,13 @@ impl Figures {
         }
         for (name, help) in GAUGES {
             metrics::describe_gauge!(*name, *help);
+        }
+        for (name, label, values, same) in ZEROS {
+            for value in *values {
+                let mut labels = vec![Label::from_static_parts(label, value)];
+                labels.extend(same.iter().map(Label::from));
+                metrics::counter!(*name, labels).increment(0);
+            }
         }
         let (gathered, stop) = (handle.clone(), tasks.token().clone());
         tasks.spawn("figures", async move {

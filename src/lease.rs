@@ -272,6 +272,9 @@ impl Lease {
                     record.is_released || record.owner == *me || record.owner.is_dead(me)
                 }
             };
+            // Of one that died: nobody gave it back.
+            let is_orphan = matches!(&newest, Newest::Record(record)
+                if !record.is_released && record.owner != *me);
             let generation = newest.generation();
             let seen = newest.into_record(me);
             let mut is_stale = false;
@@ -303,7 +306,8 @@ impl Lease {
                     task::blocking("taking a lease", DISK_DEADLINE, move || take(&place, &mine))
                         .await??;
                 if taken {
-                    let change = if is_stale { "taken_over" } else { "acquired" };
+                    let is_heir = is_stale || is_orphan;
+                    let change = if is_heir { "taken_over" } else { "acquired" };
                     count(change);
                     return Ok(Self::hold(folder, record, taken_at, term, tasks));
                 }

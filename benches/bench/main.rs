@@ -12,6 +12,7 @@
 mod commit;
 mod dependencies;
 mod first_page;
+mod gateway;
 mod history;
 mod hmr;
 mod init;
@@ -53,7 +54,7 @@ macro_rules! parts {
     };
 }
 
-const PARTS: [Part; 11] = parts! {
+const PARTS: [Part; 12] = parts! {
     start 60,
     rest 60,
     init 90,
@@ -65,6 +66,7 @@ const PARTS: [Part; 11] = parts! {
     sockets 180,
     dependencies 300,
     first_page 600,
+    gateway 90,
 };
 
 fn main() -> ExitCode {
@@ -81,6 +83,9 @@ fn run() -> anyhow::Result<()> {
     let mut args: Vec<String> = std::env::args().skip(1).collect();
     if args.first().is_some_and(|arg| arg == proxy::SERVE) {
         return proxy::serve(&args[1..]);
+    }
+    if args.first().is_some_and(|arg| arg == gateway::SERVE) {
+        return gateway::serve(&args[1..]);
     }
     // `cargo bench` says so; `cargo test --all-targets` must not measure anything.
     if !args.iter().any(|arg| arg == "--bench") {

@@ -8,7 +8,7 @@ use std::{
 
 use crate::{
     domain::TurnMode,
-    process::{Ports, Profile, Spec, Stdin},
+    process::{Peers, Profile, Spec, Stdin},
 };
 
 use super::protocol::permission_mode;
@@ -216,7 +216,7 @@ pub(super) fn spec(
         site.config_dir.clone(),
         site.temporary.clone(),
     ]);
-    profile.connect = Ports::Only(vec![settings.gateway_port, site.preview_port]);
+    profile.connect = Peers::here(vec![settings.gateway_port, site.preview_port]);
     Spec {
         name: "claude",
         program: settings.program.clone(),

@@ -78,10 +78,15 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
 /// The reason without the position, which names no field.
 fn plain(error: &serde_json::Error) -> String {
     let text = error.to_string();
-    text.split(" at line ")
-        .next()
-        .unwrap_or_default()
-        .to_owned()
+    let text = text.split(" at line ").next().unwrap_or_default();
+    // As somebody says it who has not written this.
+    match text.rsplit_once(", expected ") {
+        Some((found, "u16" | "u32" | "u64" | "usize")) => {
+            format!("{found}, expected a whole number")
+        }
+        Some((found, "f32" | "f64")) => format!("{found}, expected a number"),
+        _ => text.to_owned(),
+    }
 }
 
 /// The ids of a body, completed by the container's pins and checked against them.
@@ -163,6 +168,8 @@ mod tests {
         client: Option<String>,
         #[serde(rename = "mode")]
         _mode: Option<crate::domain::TurnMode>,
+        #[serde(rename = "limit")]
+        _limit: Option<u64>,
     }
 
     #[test]
@@ -178,6 +185,10 @@ mod tests {
             (&br#"{"clientId":5}"#[..], "clientId"),
             (br#"{"mode":1}"#, "mode: the value"),
             (br#"{"mode":"x"}"#, "mode: unknown variant"),
+            (
+                br#"{"limit":"5"}"#,
+                "limit: invalid type: string \\\"5\\\", expected a whole number",
+            ),
             (br#"{"mode":1"#, "not valid JSON"),
             (b"[]", "JSON object"),
             (b"", "not valid JSON"),

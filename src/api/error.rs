@@ -175,6 +175,10 @@ impl ApiError {
             chain.push_str(&format!(": {error}"));
             source = error.source();
         }
+        if is_of_a_full_disk(&chain) {
+            tracing::error!(error = chain, "the disk is full");
+            return Self::no_space();
+        }
         tracing::error!(error = chain, "a request failed inside greenroom");
         Self::new(
             StatusCode::INTERNAL_SERVER_ERROR,
@@ -268,7 +272,6 @@ impl From<SupervisorError> for ApiError {
                 error.to_string(),
             ),
             E::Repository(error) => Self::repository(&error),
-            E::Workspace(error) if error.is_no_space() => Self::no_space(),
             E::Workspace(error) => Self::internal(&*error),
             E::Journal(error) => Self::internal(&*error),
             E::Blocking(error) => Self::internal(&*error),
@@ -306,6 +309,18 @@ impl From<ServiceError> for ApiError {
             E::Folder(_) => Self::internal(&error),
         }
     }
+}
+
+/// By its words: libgit2 has no other way to say it.
+fn is_of_a_full_disk(chain: &str) -> bool {
+    [
+        "No space left on device",
+        "Disk quota exceeded",
+        // As Rust says it where there is no more than the kind.
+        "no storage space",
+    ]
+    .iter()
+    .any(|words| chain.contains(words))
 }
 
 fn of_a_run(remains: Remains) -> Details {
@@ -397,7 +412,8 @@ impl ApiError {
         Self::new(
             StatusCode::INSUFFICIENT_STORAGE,
             "insufficient_storage",
-            "the workspace's disk is full",
+            "the disk is full; what was edited stays where it is and is committed once whoever runs \
+             greenroom has made room",
         )
     }
 }

@@ -1,6 +1,11 @@
 //! `/health`, `/ready`, `/metrics`, `/api/idle`: what operators and platforms ask.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::OnceLock, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use axum::{
     Json,
@@ -15,6 +20,7 @@ use utoipa::ToSchema;
 use super::{ApiError, Base};
 use crate::{
     domain::{BreakerState, PreviewState},
+    ecs::Ecs,
     lifecycle::{HolderKind, IdleAnswer, Memory},
     process::Confinement,
     task,
@@ -28,6 +34,8 @@ pub struct Facts {
     /// Answers come from the scripted stand-in, no model is behind them.
     pub is_rehearsal: bool,
     pub confinement: Confinement,
+    /// `None` elsewhere.
+    pub ecs: Option<Arc<Ecs>>,
 }
 
 /// What init and execute need. Filled in after the start, so that the start does not wait.
@@ -71,6 +79,9 @@ pub(super) async fn health(
         "draining": is_draining,
         "serviceCircuit": state.service.circuit().as_str(),
     });
+    if let Some(task) = state.facts.ecs.as_ref().and_then(|ecs| ecs.task()) {
+        answer["ecs"] = json!(task);
+    }
     if state.facts.is_rehearsal {
         answer["rehearsal"] = json!({
             "notice": "No model is behind this: a script answers.",
@@ -134,12 +145,18 @@ pub(super) async fn ready(State(state): State<Base>) -> Response {
                 ".greenroom-probe-{}",
                 uuid::Uuid::new_v4().simple()
             ));
-            std::fs::write(&probe, b"").and_then(|()| std::fs::remove_file(&probe))
+            // An empty file fits on a full disk.
+            let written = std::fs::write(&probe, [0; 4096]);
+            let removed = std::fs::remove_file(&probe);
+            written.and(removed)
         },
     )
     .await;
     let workspace = match probe {
         Ok(Ok(())) => "ok".to_owned(),
+        Ok(Err(error)) if is_full(&error) => {
+            "the workspace's disk is full; make room, or give it more".to_owned()
+        }
         Ok(Err(error)) => {
             format!("the workspace cannot be written ({error}); check WORKSPACE_PATH")
         }
@@ -172,6 +189,14 @@ pub(super) async fn ready(State(state): State<Base>) -> Response {
         }),
     )
         .into_response()
+}
+
+fn is_full(error: &std::io::Error) -> bool {
+    use std::io::ErrorKind;
+    matches!(
+        error.kind(),
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded
+    )
 }
 
 /// Figures for Prometheus, or for a service's own checks as JSON.

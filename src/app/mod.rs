@@ -1,6 +1,7 @@
 //! The composition root: makes every room, connects them, and ends them in order. It knows all of
 //! them; none knows it.
 
+mod outside;
 mod programs;
 mod runtime;
 mod terminal;
@@ -15,6 +16,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use tokio::net::TcpListener;
 
+use self::outside::Outside;
 use self::programs::{Programs, look_at_claude, look_at_programs};
 use self::runtime::RuntimeFolder;
 pub use self::terminal::terminal;
@@ -24,6 +26,7 @@ use crate::{
         self, Access, AccessSettings, ApiState, Base, BaseState, Facts, Pins, RateLimit, Readiness,
     },
     config::{self, CredentialSource, Loaded, Mode, Settings},
+    control_plane::Notice,
     domain::Signature,
     figures::Figures,
     gateway::{self, Credential, Gateway, GatewayConfig, OAuthSettings, load_credentials_file},
@@ -42,6 +45,9 @@ use crate::{
 
 /// What the last steps of a shutdown (stopping children, closing tasks) may take.
 const LAST_STEPS: Duration = Duration::from_secs(3);
+
+/// What the control plane may take to hear of the end.
+const LAST_NEWS: Duration = Duration::from_secs(2);
 
 /// Runs the service until it is idle, told to stop, or broken.
 ///
@@ -68,6 +74,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         .context("failed to start the launcher")?;
     let programs = Programs::find(&loaded);
     let activity = Activity::new(settings.auto_shutdown);
+    let outside = Outside::start(settings, &activity, &tasks)?;
     let network_port =
         open_to_network(&gateway, listeners.gateway.take(), &activity, &tasks).await?;
 
@@ -123,6 +130,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
             workspace: Some(settings.workspace_path.clone()),
             is_rehearsal,
             confinement: launcher.confinement(),
+            ecs: outside.ecs.clone(),
         },
         readiness: readiness.clone(),
         started,
@@ -153,7 +161,12 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         "readiness",
         look_at_programs(programs, launcher.clone(), readiness),
     );
+    tasks.spawn(
+        "outcomes",
+        outside.clone().tell_outcomes(supervisor.outcomes()),
+    );
     let ending = Ending {
+        outside,
         supervisor: Some(supervisor),
         service,
         launcher,
@@ -193,6 +206,7 @@ pub async fn serve_one_shots(loaded: Loaded) -> anyhow::Result<()> {
         .context("failed to start the launcher")?;
     let programs = Programs::find(&loaded);
     let activity = Activity::new(settings.auto_shutdown);
+    let outside = Outside::start(settings, &activity, &tasks)?;
     open_to_network(&gateway, network, &activity, &tasks).await?;
     let agent = agent_settings(settings, &programs, &launcher, &gateway);
     let service = one_shots(settings, agent, runtime.path(), &launcher, &gateway, &tasks);
@@ -210,6 +224,7 @@ pub async fn serve_one_shots(loaded: Loaded) -> anyhow::Result<()> {
             workspace: None,
             is_rehearsal,
             confinement: launcher.confinement(),
+            ecs: outside.ecs.clone(),
         },
         readiness: readiness.clone(),
         started,
@@ -229,6 +244,7 @@ pub async fn serve_one_shots(loaded: Loaded) -> anyhow::Result<()> {
         look_at_claude(programs, launcher.clone(), readiness),
     );
     let ending = Ending {
+        outside,
         supervisor: None,
         service,
         launcher,
@@ -241,6 +257,7 @@ pub async fn serve_one_shots(loaded: Loaded) -> anyhow::Result<()> {
 
 /// What is ended, in order, when it is time.
 struct Ending {
+    outside: Outside,
     supervisor: Option<Supervisor>,
     service: Service,
     launcher: Launcher,
@@ -256,13 +273,26 @@ impl Ending {
             let reaper = reap(self.launcher.clone(), self.tasks.clone());
             self.tasks.spawn("reaper", reaper);
         }
+        let circuit = self.outside.clone();
+        let circuit = circuit.tell_circuit(self.service.circuit_changes());
+        let ending = self.tasks.token().clone();
+        self.tasks.spawn("circuit", async move {
+            ending.run_until_cancelled(circuit).await;
+        });
+        let told = &self.outside.control_plane;
+        told.tell(Notice::Ready);
+        let going = |stops_at| told.tell(Notice::GoingIdle { stops_at });
         let reason = tokio::select! {
-            reason = wait_for_reason(&self.activity) => {
+            reason = wait_for_reason(&self.activity, going) => {
                 reason.context("failed to wait for signals")?
             }
             () = self.tasks.token().cancelled() => StopReason::Broken,
         };
+        let why = reason.as_str();
+        told.tell(Notice::Stopping { reason: why });
         stop(reason, settings, &self).await;
+        told.tell(Notice::Stopped { reason: why });
+        told.finish(LAST_NEWS).await;
         drop(self.runtime);
         match reason {
             StopReason::Broken => bail!("a part of greenroom broke; the log says which"),
@@ -320,7 +350,7 @@ async fn wait_for_reason_again(first: StopReason) -> std::io::Result<StopReason>
     if first == StopReason::Broken {
         return std::future::pending().await;
     }
-    wait_for_reason(&never).await
+    wait_for_reason(&never, |_| ()).await
 }
 
 async fn prepare_folder(path: &Path, setting: &'static str) -> anyhow::Result<()> {

@@ -18,6 +18,7 @@ use ratatui::{
 
 use super::usage::grouped;
 use crate::{
+    domain::Account,
     telemetry,
     usage::{BudgetView, Live, Recent, Sums},
 };
@@ -195,7 +196,7 @@ fn requests(recent: &[Recent]) -> Table<'static> {
         let sums = &request.sums;
         Row::new([
             request.at.strftime("%H:%M:%S").to_string(),
-            telemetry::printable(&request.key),
+            telemetry::printable(&whose(request)),
             telemetry::printable(&request.model),
             request.status.to_owned(),
             grouped(sums.input_tokens + sums.cache_read_tokens + sums.cache_creation_tokens),
@@ -218,6 +219,16 @@ fn requests(recent: &[Recent]) -> Table<'static> {
     Table::new(rows, widths)
         .header(Row::new(head).style(Style::new().add_modifier(Modifier::DIM)))
         .block(Block::bordered().title(" last requests "))
+}
+
+/// `client/user/thread` as far as they are known, and what it was where that is no turn.
+fn whose(request: &Recent) -> String {
+    let who = request.key.trim_end_matches("/-");
+    match (who, request.kind.as_str()) {
+        ("-", kind) => kind.to_owned(),
+        (who, Account::TURN) => who.to_owned(),
+        (who, kind) => format!("{who} ({kind})"),
+    }
 }
 
 #[cfg(test)]
@@ -261,15 +272,21 @@ mod tests {
                 projected_usd: 12.0,
                 used_up_at: Some("2026-11-21T18:30:00Z".parse().unwrap()),
             }],
-            recent: vec![Recent {
+            recent: [
+                ("acme/alice/main\x1b[2J", "turn"),
+                ("-/-/-", "service"),
+                ("globex/-/-", "gateway"),
+            ]
+            .map(|(key, kind)| Recent {
                 at,
-                key: "acme/alice/main\x1b[2J".into(),
-                kind: "turn".into(),
+                key: key.into(),
+                kind: kind.into(),
                 model: "claude-opus-5".into(),
                 status: "settled",
                 duration_ms: 4200,
                 sums,
-            }],
+            })
+            .into(),
         };
         let screen_100 = screen(&view, 110, 30);
         for said in [
@@ -280,11 +297,13 @@ mod tests {
             "acme/alice, a day: used up at 11-21 18:30 UTC",
             "$8.50 of $10.00",
             "acme/alice/main",
+            " service ",
+            "globex (gateway)",
             "4.2 s",
         ] {
             assert!(screen_100.contains(said), "{said}\n{screen_100}");
         }
-        assert!(!screen_100.contains('\x1b'));
+        assert!(!screen_100.contains('\x1b') && !screen_100.contains("/-"));
         // However small the terminal is.
         for (width, height) in [(1, 1), (20, 5), (40, 12)] {
             screen(&view, width, height);

@@ -312,6 +312,20 @@ mod tests {
     }
 
     #[test]
+    fn a_name_from_outside_moves_no_terminal() {
+        let mut report = report();
+        // Whoever sends a request names its model.
+        report.rows[0].key = "claude\u{1b}[2J\u{1b}]0;owned\u{7}\n\u{202e}".into();
+        let table = as_table(&report);
+        assert_eq!(
+            table.lines().count(),
+            super::as_table(&self::report()).lines().count()
+        );
+        let is_plain = |c: char| c == '\n' || (!c.is_control() && c != '\u{202e}');
+        assert!(table.chars().all(is_plain), "{table:?}");
+    }
+
+    #[test]
     fn a_cell_is_a_cell() {
         let csv = as_csv(&report());
         let lines: Vec<&str> = csv.lines().collect();

@@ -245,17 +245,15 @@ impl Activity {
         };
         IdleAnswer {
             idle_since: holders.is_empty().then(|| state.idle_since_utc()),
-            stops_at: stops_at.and_then(|wait| {
-                Timestamp::now()
-                    .checked_add(jiff::SignedDuration::try_from(wait).ok()?)
-                    .ok()
-            }),
+            stops_at: stops_at.map(in_the_future),
             holders,
         }
     }
 
-    /// Returns once nobody has needed us for the limit.
-    pub async fn idle(&self) {
+    /// Returns once nobody has needed us for the limit. `going` is told before, `ahead` of it and
+    /// once for each time that it comes so far, when that will be.
+    pub async fn idle(&self, ahead: Duration, going: impl Fn(Timestamp)) {
+        let mut is_told = false;
         loop {
             let now = Instant::now();
             let wait = {
@@ -265,7 +263,18 @@ impl Activity {
                 state.is_awaited = decision == IdleDecision::Held;
                 match decision {
                     IdleDecision::Stop => return,
-                    IdleDecision::StopAt(at) => at - now,
+                    IdleDecision::StopAt(at) => {
+                        let left = at - now;
+                        if left > ahead {
+                            is_told = false;
+                            left - ahead
+                        } else {
+                            if !std::mem::replace(&mut is_told, true) {
+                                going(in_the_future(left));
+                            }
+                            left
+                        }
+                    }
                     IdleDecision::Held | IdleDecision::Forever => state
                         .people
                         .values()
@@ -282,6 +291,14 @@ impl Activity {
     }
 }
 
+fn in_the_future(wait: Duration) -> Timestamp {
+    let now = Timestamp::now();
+    jiff::SignedDuration::try_from(wait)
+        .ok()
+        .and_then(|wait| now.checked_add(wait).ok())
+        .unwrap_or(Timestamp::MAX)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -291,7 +308,9 @@ mod tests {
         let activity = Activity::new(Some(Duration::from_millis(30)));
         let turn = activity.hold(HolderKind::Turn, "a/b/c");
         let waiting = activity.clone();
-        let mut idle = std::pin::pin!(waiting.idle());
+        let told = std::cell::Cell::new(0);
+        let count = |_| told.set(told.get() + 1);
+        let mut idle = std::pin::pin!(waiting.idle(Duration::from_secs(60), count));
         assert!(
             tokio::time::timeout(Duration::from_millis(100), &mut idle)
                 .await
@@ -307,6 +326,7 @@ mod tests {
         tokio::time::timeout(Duration::from_secs(10), idle)
             .await
             .unwrap();
+        assert_eq!(told.get(), 1);
     }
 
     #[test]

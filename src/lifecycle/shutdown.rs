@@ -1,5 +1,8 @@
 //! Why and when the program ends.
 
+use std::time::Duration;
+
+use jiff::Timestamp;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::Activity;
@@ -26,16 +29,23 @@ impl StopReason {
     }
 }
 
-/// Returns when the program should stop.
+/// How long before an idle end it is told.
+const AHEAD: Duration = Duration::from_secs(60);
+
+/// Returns when the program should stop. `going` is told a minute before it stops for want of
+/// somebody who needs it.
 ///
 /// # Errors
 /// If the signal handlers cannot be installed.
-pub async fn wait_for_reason(activity: &Activity) -> std::io::Result<StopReason> {
+pub async fn wait_for_reason(
+    activity: &Activity,
+    going: impl Fn(Timestamp),
+) -> std::io::Result<StopReason> {
     let mut term = signal(SignalKind::terminate())?;
     let mut int = signal(SignalKind::interrupt())?;
     Ok(tokio::select! {
         _ = term.recv() => StopReason::Signal,
         _ = int.recv() => StopReason::Signal,
-        () = activity.idle() => StopReason::IdleTimeout,
+        () = activity.idle(AHEAD, going) => StopReason::IdleTimeout,
     })
 }

@@ -278,6 +278,28 @@ mod tests {
     }
 
     #[test]
+    fn cookies_that_another_site_tossed_open_nothing_and_hide_nothing() {
+        let access = Access::signed(Some("secret"), false);
+        let other = "mallory-mallory-main-0123456789ab";
+        let of = |slug: &str| {
+            let cookie = &access.new_cookies(slug, NOW)[0];
+            cookie.split(';').next().unwrap().to_owned()
+        };
+        // Good, and of a thread of the attacker's own: `Domain=` brought it to this host.
+        let tossed = of(other);
+        let headers = with_cookie(&tossed);
+        assert_eq!(access.judge(A, "/", None, &headers, NOW), Verdict::Refused);
+        // Many of them, sent before ours: a longer path puts them there.
+        let junk = format!("{COOKIE_NAME}=x; ").repeat(100);
+        let headers = with_cookie(&format!("{tossed}; {junk}{}", of(A)));
+        assert_eq!(access.judge(A, "/", None, &headers, NOW), Verdict::Granted);
+        // And a link still opens, whatever is there.
+        let link = access.link("http://a.localhost:4321", A, NOW);
+        let opened = access.judge(A, "/", query(&link), &with_cookie(&tossed), NOW);
+        assert!(matches!(opened, Verdict::Exchange { .. }), "{opened:?}");
+    }
+
+    #[test]
     fn the_site_never_sees_our_cookies() {
         let mut headers = with_cookie("a=b; greenroom_preview=x; c=d; greenroom_preview_frame=y");
         hide_cookies(&mut headers);

@@ -22,7 +22,7 @@ use super::{
     probe,
 };
 use crate::{
-    process::{Ports, ProcessHandle, Profile, Spec, Stdin},
+    process::{Peers, Ports, ProcessHandle, Profile, Spec, Stdin},
     task::blocking,
 };
 
@@ -96,7 +96,10 @@ pub(crate) fn prepare(
         .extend([site.worktree.clone(), home.clone(), tmp.clone()]);
     profile.write.extend(site.writable.iter().cloned());
     // Sites fetch from APIs while they render; they may ask themselves too.
-    profile.connect = Ports::Only(vec![443, site.port]);
+    profile.connect = Peers::Only {
+        here: vec![site.port],
+        elsewhere: vec![443],
+    };
     profile.bind = Ports::Only(vec![site.port]);
     let mut env = environment(site, settings, &home, &tmp);
     if polls {

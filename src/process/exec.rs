@@ -14,8 +14,8 @@ use nix::sys::{
 };
 
 use super::{
-    sandbox,
-    wire::{Failure, Step, Wire},
+    broker, sandbox, seccomp,
+    wire::{Failure, Opening, Setup, Step, Wire},
 };
 
 /// Children go first when memory runs out, the supervisor last.
@@ -24,42 +24,60 @@ const OOM_SCORE: &str = "500";
 /// Becomes the program; comes back only if that failed, having said why over descriptor 0.
 pub(super) fn exec(program: &OsStr, args: impl Iterator<Item = OsString>) -> ExitCode {
     // Our copy of the socket closes as the program starts: that is how the warden knows it did.
-    let Ok(wire) = Wire::from_stdin() else {
+    let Ok(opening) = Wire::from_stdin() else {
         return ExitCode::from(2);
     };
-    let failure = become_program(&wire, program, args);
-    wire.send(&failure).ok();
+    let failure = become_program(&opening, program, args);
+    opening.send(&Opening::Failed(failure)).ok();
     ExitCode::from(127)
 }
 
-fn become_program(wire: &Wire, program: &OsStr, args: impl Iterator<Item = OsString>) -> Failure {
-    let prepared = || -> io::Result<_> {
-        let (setup, stdin) = wire.receive_setup()?;
-        // The warden blocks signals to itself, and that is inherited.
-        SigSet::all().thread_unblock()?;
-        // The last net, should the warden be killed (out of memory, say).
-        prctl::set_pdeathsig(Signal::SIGKILL)?;
-        nix::unistd::setsid()?;
-        nix::unistd::dup2_stdin(stdin)?;
-        setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
-        // A container may hide the file: an order of dying, not a wall.
-        fs::write("/proc/self/oom_score_adj", OOM_SCORE).ok();
-        Ok(setup)
-    };
-    let setup = match prepared() {
+fn become_program(
+    opening: &Wire,
+    program: &OsStr,
+    args: impl Iterator<Item = OsString>,
+) -> Failure {
+    let setup = match prepare(opening) {
         Ok(setup) => setup,
         Err(error) => return Failure::new(Step::Launch, &error),
     };
     if let Err(error) = std::env::set_current_dir(&setup.cwd) {
         return Failure::new(Step::EnterFolder, &error);
     }
-    let confined = prctl::set_no_new_privs()
-        .map_err(io::Error::from)
-        .and_then(|()| setup.profile.as_ref().map_or(Ok(()), sandbox::confine));
-    if let Err(error) = confined {
+    if let Err(error) = confine(opening, &setup) {
         return Failure::new(Step::Confine, &error);
     }
     #[expect(clippy::disallowed_methods, reason = "the room that starts processes")]
     let error = std::process::Command::new(program).args(args).exec();
     Failure::new(Step::Start, &error)
+}
+
+fn prepare(opening: &Wire) -> io::Result<Setup> {
+    let (setup, stdin) = opening.receive_setup()?;
+    // The warden blocks signals to itself, and that is inherited.
+    SigSet::all().thread_unblock()?;
+    // The last net, should the warden be killed (out of memory, say).
+    prctl::set_pdeathsig(Signal::SIGKILL)?;
+    nix::unistd::setsid()?;
+    nix::unistd::dup2_stdin(stdin)?;
+    setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
+    // A container may hide the file: an order of dying, not a wall.
+    fs::write("/proc/self/oom_score_adj", OOM_SCORE).ok();
+    Ok(setup)
+}
+
+fn confine(opening: &Wire, setup: &Setup) -> io::Result<()> {
+    prctl::set_no_new_privs()?;
+    let broker = match setup.means.broker && setup.profile.confines_network() {
+        true => Some(broker::split(&setup.profile, opening)?),
+        false => None,
+    };
+    if setup.means.landlock {
+        sandbox::confine(&setup.profile)?;
+    }
+    if let Some(broker) = broker {
+        let listener = seccomp::install(setup.profile.connect.may_resolve())?;
+        broker::hand_over(&broker, &listener)?;
+    }
+    Ok(())
 }

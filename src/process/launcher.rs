@@ -27,7 +27,7 @@ use super::{
     ProcessError,
     child::{self, Child, Connection, Exit, ProcessHandle, Status},
     procfs,
-    sandbox::{Confinement, Profile},
+    sandbox::{Confinement, Means, Profile},
     wire::{self, Command, Setup, Step, Wire},
 };
 use crate::task::Tasks;
@@ -78,6 +78,8 @@ pub enum Stdin {
 pub enum ConfinementMode {
     /// As far as the kernel can.
     Auto,
+    /// As on a kernel that has no Landlock.
+    WithoutLandlock,
     /// Not at all: for tests and debugging.
     Off,
 }
@@ -101,7 +103,7 @@ pub struct Launcher {
     tasks: Tasks,
     binary: Arc<Path>,
     silence: Duration,
-    mode: ConfinementMode,
+    means: Means,
     confinement: Confinement,
 }
 
@@ -124,9 +126,13 @@ impl Launcher {
         silence: Duration,
         mode: ConfinementMode,
     ) -> Result<Self, ProcessError> {
-        let confinement = match mode {
-            ConfinementMode::Auto => Confinement::detect(),
-            ConfinementMode::Off => Confinement::NONE,
+        let means = match mode {
+            ConfinementMode::Auto => Means::detect(),
+            ConfinementMode::WithoutLandlock => Means {
+                landlock: false,
+                ..Means::detect()
+            },
+            ConfinementMode::Off => Means::NONE,
         };
         let interval = BEAT.min(silence / 5);
         let wardens =
@@ -136,8 +142,8 @@ impl Launcher {
             tasks: Tasks::new(),
             binary: binary.into(),
             silence,
-            mode,
-            confinement,
+            means,
+            confinement: Confinement::by(means),
         })
     }
 
@@ -205,7 +211,8 @@ impl Launcher {
         let setup = Setup {
             cwd: spec.cwd,
             silence_ms: u64::try_from(self.silence.as_millis()).unwrap_or(u64::MAX / 2),
-            profile: (self.mode == ConfinementMode::Auto).then_some(spec.profile),
+            profile: spec.profile,
+            means: self.means,
         };
         // It waits in the socket: a warden that starts has its orders.
         ours.send_setup(&setup, stdin.as_fd())?;

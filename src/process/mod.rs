@@ -3,7 +3,9 @@
 //! ```text
 //! supervisor ──SEQPACKET socket──► warden (`greenroom child tend`)  single-threaded, subreaper
 //!     ▲                               │ starts
-//!     └────── stdout, stderr ──── program (`greenroom child exec`, confines itself, then execs)
+//!     └────── stdout, stderr ──── program (`greenroom child exec`, confines itself, then execs;
+//!                                     │    before that it leaves its broker between, if it is
+//!                                     │    held to some connections)
 //!                                     └── whatever it starts, setsid or not
 //! ```
 //!
@@ -20,11 +22,13 @@
 //! children are wardens alone.
 
 mod attached;
+mod broker;
 mod child;
 mod exec;
 mod launcher;
 mod procfs;
 mod sandbox;
+mod seccomp;
 mod warden;
 mod wire;
 
@@ -34,7 +38,7 @@ pub use self::{
     attached::{Attached, run_attached},
     child::{Child, Exit, ProcessHandle},
     launcher::{ConfinementMode, Launcher, Output, Spec, Stdin},
-    sandbox::{Bash, ConfinedBy, Confinement, Ports, Profile},
+    sandbox::{Bash, ConfinedBy, Confinement, Peers, Ports, Profile},
 };
 
 /// Runs a stage of a child if the command line asks for one; called first thing in `main`,

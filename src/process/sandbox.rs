@@ -1,13 +1,14 @@
 //! What a program may touch, as data, and Landlock to hold it to that.
 //!
 //! Landlock's rules are by open file: a folder that is replaced after the start loses its rule.
-//! It does not hold UDP, `stat`, `chmod` or sockets with a path name; keep those behind a folder
-//! that the program may not read. Don't grant `/proc`: no program of ours needs it, and a root that
+//! It does not hold `stat` and `chmod`, and of the network it knows ports alone; the
+//! [system call filter](super::seccomp) holds the rest of that where both are there. Don't grant `/proc`: no program of ours needs it, and a root that
 //! has CAP_PERFMON or CAP_SYS_ADMIN reads every process's environment there, Landlock or not
 //! (measured on Linux 6.18).
 
 use std::{
     fs, io,
+    net::IpAddr,
     path::{Path, PathBuf},
 };
 
@@ -16,6 +17,8 @@ use landlock::{
     PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
 };
 use serde::{Deserialize, Serialize};
+
+use super::seccomp;
 
 /// The newest interface of which every right was tried with the programs that we run.
 const TESTED: ABI = ABI::V6;
@@ -51,12 +54,72 @@ pub struct Profile {
     pub read: Vec<PathBuf>,
     /// The same for every use: write, create, remove, move. `/` leaves files unconfined.
     pub write: Vec<PathBuf>,
-    /// TCP ports, of any host, that may be connected to.
-    pub connect: Ports,
+    /// Where TCP may lead.
+    pub connect: Peers,
     /// TCP ports that may be listened on.
     pub bind: Ports,
     /// Signals and abstract sockets reach only processes started from within.
     pub scoped: bool,
+}
+
+/// Hosts and TCP ports. Landlock alone holds a program to the ports, of any host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Peers {
+    Any,
+    Only {
+        /// Ports of this machine's loopback addresses.
+        here: Vec<u16>,
+        /// Ports of other machines, but for link-local addresses: there clouds keep credentials.
+        /// Names may be resolved if there are any.
+        elsewhere: Vec<u16>,
+    },
+}
+
+impl Peers {
+    /// Programs on this machine alone.
+    pub fn here(ports: Vec<u16>) -> Self {
+        Self::Only {
+            here: ports,
+            elsewhere: Vec::new(),
+        }
+    }
+
+    pub(super) fn allows(&self, ip: IpAddr, port: u16) -> bool {
+        match self {
+            Self::Any => true,
+            // What is bound to all addresses is reached by the unspecified one too.
+            Self::Only { here, .. } if ip.is_loopback() || ip.is_unspecified() => {
+                here.contains(&port)
+            }
+            Self::Only { elsewhere, .. } => is_elsewhere(ip) && elsewhere.contains(&port),
+        }
+    }
+
+    pub(super) fn may_resolve(&self) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Only { elsewhere, .. } => !elsewhere.is_empty(),
+        }
+    }
+
+    fn ports(&self) -> Ports {
+        match self {
+            Self::Any => Ports::Any,
+            Self::Only { here, elsewhere } => Ports::Only([here.as_slice(), elsewhere].concat()),
+        }
+    }
+}
+
+fn is_elsewhere(ip: IpAddr) -> bool {
+    match ip {
+        IpAddr::V4(ip) => !ip.is_link_local() && !ip.is_multicast() && !ip.is_broadcast(),
+        // Clouds that speak IPv6 answer at `fd00:ec2::/32` too.
+        IpAddr::V6(ip) => {
+            !ip.is_unicast_link_local()
+                && !ip.is_multicast()
+                && ip.segments()[..2] != [0xfd00, 0x0ec2]
+        }
+    }
 }
 
 /// A set of TCP ports.
@@ -64,6 +127,15 @@ pub struct Profile {
 pub enum Ports {
     Any,
     Only(Vec<u16>),
+}
+
+impl Ports {
+    pub(super) fn allows(&self, port: u16) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Only(ports) => ports.contains(&port),
+        }
+    }
 }
 
 impl Profile {
@@ -77,7 +149,7 @@ impl Profile {
                 .map(PathBuf::from)
                 .collect(),
             write: DEVICES.map(PathBuf::from).to_vec(),
-            connect: Ports::Only(Vec::new()),
+            connect: Peers::here(Vec::new()),
             bind: Ports::Only(Vec::new()),
             scoped: true,
         }
@@ -88,7 +160,7 @@ impl Profile {
         Self {
             read: Vec::new(),
             write: vec!["/".into()],
-            connect: Ports::Any,
+            connect: Peers::Any,
             bind: Ports::Any,
             scoped: false,
         }
@@ -96,6 +168,33 @@ impl Profile {
 
     fn confines_files(&self) -> bool {
         !self.write.iter().any(|path| path == Path::new("/"))
+    }
+
+    pub(super) fn confines_network(&self) -> bool {
+        self.connect != Peers::Any || self.bind != Ports::Any
+    }
+}
+
+/// What there is on this machine to hold programs with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Means {
+    pub(super) landlock: bool,
+    /// The system call filter and a broker of connections.
+    pub(super) broker: bool,
+}
+
+impl Means {
+    pub(super) const NONE: Self = Self {
+        landlock: false,
+        broker: false,
+    };
+
+    /// Asks the kernel.
+    pub(super) fn detect() -> Self {
+        Self {
+            landlock: true,
+            broker: seccomp::is_supported(),
+        }
     }
 }
 
@@ -113,6 +212,8 @@ pub struct Confinement {
 #[serde(rename_all = "kebab-case")]
 pub enum ConfinedBy {
     Landlock,
+    /// A system call filter, and a broker that decides on connections.
+    Seccomp,
     None,
 }
 
@@ -127,45 +228,49 @@ pub enum Bash {
 }
 
 impl Confinement {
-    /// Nothing is confined.
-    pub const NONE: Self = Self::of(false, false, false);
-
-    /// Asks the kernel.
+    /// What these means hold on this kernel.
     ///
-    /// Files count as held from interface 3 on (Linux 6.2): before it `truncate` is free, which
-    /// empties any file that the uid may write.
-    pub(super) fn detect() -> Self {
-        let files = supports(
+    /// Files count as held from Landlock's interface 3 on (Linux 6.2): before it `truncate` is
+    /// free, which empties any file that the uid may write.
+    pub(super) fn by(means: Means) -> Self {
+        let no_files = BitFlags::EMPTY;
+        let landlock = |held: bool| match means.landlock && held {
+            true => ConfinedBy::Landlock,
+            false => ConfinedBy::None,
+        };
+        let files = landlock(supports(
             AccessFs::from_all(ABI::V3),
             BitFlags::EMPTY,
             BitFlags::EMPTY,
-        );
-        let net = supports(
-            BitFlags::EMPTY,
+        ));
+        let network = landlock(supports(
+            no_files,
             AccessNet::from_all(ABI::V4),
             BitFlags::EMPTY,
-        );
-        let scope = supports(BitFlags::EMPTY, BitFlags::EMPTY, Scope::from_all(ABI::V6));
-        Self::of(files, net, scope)
+        ));
+        let processes = landlock(supports(
+            no_files,
+            BitFlags::EMPTY,
+            Scope::from_all(ABI::V6),
+        ));
+        let network = match network {
+            ConfinedBy::None if means.broker => ConfinedBy::Seccomp,
+            network => network,
+        };
+        Self::of(files, network, processes)
     }
 
-    const fn of(files: bool, network: bool, processes: bool) -> Self {
-        const fn by(held: bool) -> ConfinedBy {
-            if held {
-                ConfinedBy::Landlock
-            } else {
-                ConfinedBy::None
+    const fn of(files: ConfinedBy, network: ConfinedBy, processes: ConfinedBy) -> Self {
+        let bash = match (files, network, processes) {
+            (ConfinedBy::None, _, _) | (_, ConfinedBy::None, _) | (_, _, ConfinedBy::None) => {
+                Bash::FilesOnly
             }
-        }
-        let bash = if files && network && processes {
-            Bash::All
-        } else {
-            Bash::FilesOnly
+            _ => Bash::All,
         };
         Self {
-            files: by(files),
-            network: by(network),
-            processes: by(processes),
+            files,
+            network,
+            processes,
             bash,
         }
     }
@@ -189,17 +294,27 @@ fn supports(files: BitFlags<AccessFs>, net: BitFlags<AccessNet>, scope: BitFlags
     ruleset().is_ok()
 }
 
+/// Whether the kernel has any Landlock.
+fn is_there() -> bool {
+    supports(
+        AccessFs::from_all(ABI::V1),
+        BitFlags::EMPTY,
+        BitFlags::EMPTY,
+    )
+}
+
 /// Holds this thread, and what it becomes and starts, to the profile, as far as the kernel can.
 pub(super) fn confine(profile: &Profile) -> io::Result<()> {
+    let connect = profile.connect.ports();
     let (files, network) = (profile.confines_files(), |ports: &Ports| {
         *ports != Ports::Any
     });
-    if !(files || network(&profile.connect) || network(&profile.bind) || profile.scoped) {
+    if !(files || network(&connect) || network(&profile.bind) || profile.scoped) {
         return Ok(());
     }
     let status = enforce(profile, files).map_err(io::Error::other)?;
     // The launcher says what it detected; running with less would make that a lie.
-    if status == RulesetStatus::NotEnforced && Confinement::detect() != Confinement::NONE {
+    if status == RulesetStatus::NotEnforced && is_there() {
         return Err(io::Error::other("the kernel did not apply the rules"));
     }
     Ok(())
@@ -210,8 +325,9 @@ fn enforce(profile: &Profile, files: bool) -> Result<RulesetStatus, RulesetError
     if files {
         ruleset = ruleset.handle_access(AccessFs::from_all(TESTED))?;
     }
+    let connect = profile.connect.ports();
     let ports = [
-        (AccessNet::ConnectTcp, &profile.connect),
+        (AccessNet::ConnectTcp, &connect),
         (AccessNet::BindTcp, &profile.bind),
     ];
     for (access, allowed) in ports {
@@ -261,17 +377,59 @@ mod tests {
 
     #[test]
     fn bash_is_all_only_where_everything_is_held() {
-        assert_eq!(Confinement::of(true, true, true).bash, Bash::All);
+        use ConfinedBy::{Landlock, None, Seccomp};
+        assert_eq!(
+            Confinement::of(Landlock, Landlock, Landlock).bash,
+            Bash::All
+        );
+        assert_eq!(Confinement::of(Landlock, Seccomp, Landlock).bash, Bash::All);
         for held in 0..7 {
-            let part = |bit: u8| held & (1 << bit) != 0;
+            let part = |bit: u8| match held & (1 << bit) {
+                0 => None,
+                _ => Landlock,
+            };
             assert_eq!(
                 Confinement::of(part(0), part(1), part(2)).bash,
                 Bash::FilesOnly
             );
         }
         assert_eq!(
-            serde_json::to_string(&Confinement::of(true, false, true)).unwrap(),
-            r#"{"files":"landlock","network":"none","processes":"landlock","bash":"files-only"}"#
+            serde_json::to_string(&Confinement::of(Landlock, Seccomp, None)).unwrap(),
+            r#"{"files":"landlock","network":"seccomp","processes":"none","bash":"files-only"}"#
         );
+    }
+
+    #[test]
+    fn where_a_connection_may_lead() {
+        let peers = Peers::Only {
+            here: vec![4321],
+            elsewhere: vec![443],
+        };
+        for (address, allowed) in [
+            ("127.0.0.1:4321", true),
+            ("127.8.9.1:4321", true),
+            ("[::1]:4321", true),
+            ("0.0.0.0:4321", true),
+            ("127.0.0.1:8080", false),
+            ("0.0.0.0:8080", false),
+            ("127.0.0.1:443", false),
+            ("[::]:443", false),
+            ("203.0.113.9:443", true),
+            ("10.0.0.9:443", true),
+            ("[2001:db8::1]:443", true),
+            ("203.0.113.9:4321", false),
+            ("169.254.170.2:443", false),
+            ("[fe80::1]:443", false),
+            ("[fd00:ec2::254]:443", false),
+        ] {
+            let address: std::net::SocketAddr = address.parse().unwrap();
+            assert_eq!(
+                peers.allows(address.ip(), address.port()),
+                allowed,
+                "{address}"
+            );
+        }
+        assert!(peers.may_resolve());
+        assert!(!Peers::here(vec![1]).may_resolve());
     }
 }

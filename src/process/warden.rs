@@ -28,7 +28,7 @@ use nix::{
 use super::{
     child::Exit,
     procfs,
-    wire::{self, Command, Failure, Report, Setup, Step, Wire},
+    wire::{self, Command, Failure, Opening, Report, Setup, Step, Wire},
 };
 
 /// SIGTERM to SIGKILL once the supervisor is gone; shorter where a lease is.
@@ -76,6 +76,8 @@ fn close_inherited() {
 }
 
 struct Warden {
+    /// The second stage: the program, or its broker and parent, which ends as the program does.
+    child: Pid,
     program: Pid,
     /// To the second stage, until it became the program or said why not.
     opening: Option<Wire>,
@@ -119,6 +121,7 @@ impl Warden {
             .args(args)
             .stdin(theirs.into_fd())
             .spawn()?;
+        let child = Pid::from_raw(child.id().cast_signed());
         // The program's streams and the socket's copy are not ours to hold open.
         let null = OpenOptions::new()
             .read(true)
@@ -130,7 +133,8 @@ impl Warden {
 
         let Setup { silence_ms, .. } = setup;
         Ok(Self {
-            program: Pid::from_raw(child.id().cast_signed()),
+            child,
+            program: child,
             opening: Some(ours),
             signals,
             silence: Duration::from_millis(silence_ms),
@@ -190,7 +194,11 @@ impl Warden {
         let Some(opening) = &self.opening else { return };
         match opening.receive() {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-            Ok(Some(failure)) => self.failure = Some(failure),
+            Ok(Some(Opening::Split { pid })) => {
+                self.program = Pid::from_raw(pid);
+                return self.hear_program(control);
+            }
+            Ok(Some(Opening::Failed(failure))) => self.failure = Some(failure),
             Ok(None) => tell(
                 control,
                 &Report::Started {
@@ -271,17 +279,17 @@ impl Warden {
                 // A status that has no name (a real-time signal): somebody was reaped, maybe the
                 // program.
                 Err(Errno::EINVAL) => {
-                    if signal::kill(self.program, None).is_ok() {
+                    if signal::kill(self.child, None).is_ok() {
                         continue;
                     }
-                    (self.program, Exit::UNKNOWN)
+                    (self.child, Exit::UNKNOWN)
                 }
                 Err(_) => {
                     self.exited.get_or_insert((Exit::UNKNOWN, Instant::now()));
                     return true;
                 }
             };
-            if exit.0 == self.program && self.exited.is_none() {
+            if exit.0 == self.child && self.exited.is_none() {
                 self.exited = Some((exit.1, Instant::now()));
             }
         }
@@ -305,7 +313,7 @@ impl Warden {
         let doomed: Vec<Pid> = self
             .descendants()
             .into_iter()
-            .filter(|pid| kills_all || *pid != self.program)
+            .filter(|pid| kills_all || (*pid != self.program && *pid != self.child))
             .collect();
         for pid in &doomed {
             signal::kill(*pid, Signal::SIGKILL).ok();

@@ -19,7 +19,10 @@ use nix::{
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::{child::Exit, sandbox::Profile};
+use super::{
+    child::Exit,
+    sandbox::{Means, Profile},
+};
 
 /// The hidden subcommand and its two stages.
 pub(super) const CHILD: &str = "child";
@@ -37,8 +40,8 @@ pub(super) struct Setup {
     pub(super) cwd: PathBuf,
     /// The supervisor is taken for dead after so many milliseconds without a word.
     pub(super) silence_ms: u64,
-    /// `None`: confinement is switched off.
-    pub(super) profile: Option<Profile>,
+    pub(super) profile: Profile,
+    pub(super) means: Means,
 }
 
 /// What the supervisor asks of a warden.
@@ -75,6 +78,16 @@ pub(super) enum Report {
     },
 }
 
+/// What the second stage says before the socket's end, which tells that it became the program.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum Opening {
+    /// The program-to-be is this process, a child of the one that was started.
+    Split {
+        pid: i32,
+    },
+    Failed(Failure),
+}
+
 /// Why a program did not start. Travels from the second stage through the warden.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Failure {
@@ -107,7 +120,8 @@ impl Failure {
     }
 }
 
-/// One end of the socket. Nothing here blocks but [`Wire::receive_setup`].
+/// One end of the socket. Nothing here blocks but [`Wire::receive_setup`],
+/// [`Wire::receive_descriptor`] and [`Wire::await_end`].
 #[derive(Debug)]
 pub(super) struct Wire(OwnedFd);
 
@@ -141,10 +155,19 @@ impl Wire {
                 "profile too long",
             ));
         }
+        self.send_with(&text, stdin)
+    }
+
+    /// Sends a descriptor and no more.
+    pub(super) fn send_descriptor(&self, descriptor: BorrowedFd<'_>) -> io::Result<()> {
+        self.send_with(b"0", descriptor)
+    }
+
+    fn send_with(&self, text: &[u8], descriptor: BorrowedFd<'_>) -> io::Result<()> {
         socket::sendmsg::<()>(
             self.as_raw_fd(),
-            &[IoSlice::new(&text)],
-            &[ControlMessage::ScmRights(&[stdin.as_raw_fd()])],
+            &[IoSlice::new(text)],
+            &[ControlMessage::ScmRights(&[descriptor.as_raw_fd()])],
             MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL,
             None,
         )?;
@@ -154,7 +177,18 @@ impl Wire {
     /// Waits for the first message.
     pub(super) fn receive_setup(&self) -> io::Result<(Setup, OwnedFd)> {
         let mut text = vec![0; SETUP_BYTES];
-        let mut parts = [IoSliceMut::new(&mut text)];
+        let (length, stdin) = self.receive_with(&mut text)?;
+        Ok((serde_json::from_slice(&text[..length])?, stdin))
+    }
+
+    /// Waits for a descriptor.
+    pub(super) fn receive_descriptor(&self) -> io::Result<OwnedFd> {
+        self.receive_with(&mut [0])
+            .map(|(_, descriptor)| descriptor)
+    }
+
+    fn receive_with(&self, text: &mut [u8]) -> io::Result<(usize, OwnedFd)> {
+        let mut parts = [IoSliceMut::new(text)];
         let mut rights = nix::cmsg_space!(RawFd);
         let message = socket::recvmsg::<()>(
             self.as_raw_fd(),
@@ -163,17 +197,23 @@ impl Wire {
             MsgFlags::MSG_CMSG_CLOEXEC,
         )?;
         let length = message.bytes;
-        let stdin = message.cmsgs()?.find_map(|part| match part {
+        let descriptor = message.cmsgs()?.find_map(|part| match part {
             ControlMessageOwned::ScmRights(fds) => fds.first().copied(),
             _ => None,
         });
-        let stdin = stdin.ok_or(io::ErrorKind::UnexpectedEof)?;
+        let descriptor = descriptor.ok_or(io::ErrorKind::UnexpectedEof)?;
         #[expect(
             unsafe_code,
             reason = "the kernel just made this descriptor for us alone"
         )]
-        let stdin = unsafe { OwnedFd::from_raw_fd(stdin) };
-        Ok((serde_json::from_slice(&text[..length])?, stdin))
+        let descriptor = unsafe { OwnedFd::from_raw_fd(descriptor) };
+        Ok((length, descriptor))
+    }
+
+    /// Waits until the other end says no more.
+    pub(super) fn await_end(&self) -> io::Result<()> {
+        while socket::recv(self.as_raw_fd(), &mut [0], MsgFlags::empty())? > 0 {}
+        Ok(())
     }
 
     /// Sends a small message or fails at once.
@@ -262,7 +302,8 @@ mod tests {
         let setup = Setup {
             cwd: "/x".into(),
             silence_ms: 7,
-            profile: None,
+            profile: Profile::unconfined(),
+            means: Means::NONE,
         };
         let (reader, writer) = io::pipe().unwrap();
         ours.send_setup(&setup, reader.as_fd()).unwrap();

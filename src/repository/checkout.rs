@@ -39,8 +39,10 @@ const FILES_PER_THREAD: usize = 8;
 /// Files that tell how slow it is, and what a slow one takes for each.
 const PROBED: usize = 4;
 const SLOW: Duration = Duration::from_millis(1);
-/// Most files that a thread takes on at a time; they are of one folder.
-const FILES_AT_ONCE: usize = 32;
+/// Most files that a thread takes on at a time, all of one folder. On a quick disk two threads in one
+/// folder only wait for each other; on a slow one most of the wait is not the folder's.
+const FILES_AT_ONCE: usize = 256;
+const SLOW_FILES_AT_ONCE: usize = 8;
 /// Larger contents, in bytes, are held in memory one at a time.
 const LARGE: usize = 4 << 20;
 /// What stands in a `.gitattributes` that makes git change files on their way to disk, on Linux and
@@ -138,14 +140,14 @@ impl Writer<'_> {
         let slots: Vec<usize> = slots.iter().copied().collect();
         let (probed, slots) = slots.split_at(slots.len().min(PROBED));
         let started = Instant::now();
-        let mut stats = self.work(probed, &self.jobs(probed))?;
+        let mut stats = self.work(probed, &self.jobs(probed, PROBED))?;
         let is_slow = started.elapsed() > SLOW * PROBED as u32;
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        let most = match is_slow {
-            true => MAX_THREADS,
-            false => cores.min(MAX_THREADS),
+        let (most, at_once) = match is_slow {
+            true => (MAX_THREADS, SLOW_FILES_AT_ONCE),
+            false => (cores.min(MAX_THREADS), FILES_AT_ONCE),
         };
-        let jobs = self.jobs(slots);
+        let jobs = self.jobs(slots, at_once);
         let threads = (slots.len() / FILES_PER_THREAD)
             .min(jobs.jobs.len())
             .min(most);
@@ -171,7 +173,7 @@ impl Writer<'_> {
 
     /// Cuts the files into pieces of one folder each. Neighbours are of different folders, where it
     /// can be had: the kernel lets one at a time make files in a folder.
-    fn jobs(&self, slots: &[usize]) -> Jobs {
+    fn jobs(&self, slots: &[usize], at_once: usize) -> Jobs {
         let folder = |at: usize| {
             let name = self.index.name(slots[at]);
             &name[..name.iter().rposition(|&b| b == b'/').unwrap_or(0)]
@@ -181,7 +183,7 @@ impl Writer<'_> {
         for at in 0..slots.len() {
             match jobs.last_mut() {
                 Some((number, job)) if folder(job.start) == folder(at) => {
-                    if job.len() < FILES_AT_ONCE {
+                    if job.len() < at_once {
                         job.end = at + 1;
                     } else {
                         let next = *number + 1;

@@ -14,7 +14,7 @@ use super::{Args, scratch::Scratch};
 use crate::{
     agent::AgentSettings,
     gateway::ActiveRun,
-    process::{Child, Exit, Ports, Spec, Stdin},
+    process::{Child, Exit, Peers, Spec, Stdin},
     usage::Breach,
 };
 
@@ -76,7 +76,7 @@ pub(super) fn spec(
     profile.write.extend(site.write.iter().cloned());
     let mut ports = site.connect.clone();
     ports.push(settings.gateway_port);
-    profile.connect = Ports::Only(ports);
+    profile.connect = Peers::here(ports);
     let mut args = args.clone();
     args.model = args.model.or_else(|| settings.model.clone());
     Spec {

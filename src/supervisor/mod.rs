@@ -22,7 +22,7 @@ use std::{
 };
 
 use tokio::{
-    sync::{OwnedMutexGuard, Semaphore, oneshot},
+    sync::{OwnedMutexGuard, Semaphore, broadcast, oneshot},
     time::Instant,
 };
 use tokio_util::sync::CancellationToken;
@@ -44,7 +44,10 @@ use crate::{
         UserRepository, Worktree,
     },
     task::{self, BlockingError, Tasks},
-    turn::{JournalError, Past, RunError, StoredContext, TurnFile, TurnRecord, blank_result},
+    turn::{
+        JournalError, Outcome, Outcomes, Past, RunError, StoredContext, TurnFile, TurnRecord,
+        blank_result,
+    },
     workspace::{Cache, Dependencies, InstallError, ThreadPaths, UserPaths, WorkspaceError},
 };
 
@@ -59,6 +62,9 @@ pub use view::{
 
 use thread::{Request, ThreadHandle};
 use warm::WarmAgents;
+
+/// Outcomes that wait for whoever listens to them.
+const KEPT_OUTCOMES: usize = 256;
 
 /// Reading small files of the workspace.
 const DISK_DEADLINE: Duration = Duration::from_secs(30);
@@ -335,6 +341,7 @@ struct Inner {
     turns: Arc<Semaphore>,
     warm: WarmAgents,
     draining: CancellationToken,
+    outcomes: Outcomes,
 }
 
 /// The core's handle. Cheap to clone.
@@ -435,6 +442,7 @@ impl Supervisor {
             turns,
             warm,
             draining: CancellationToken::new(),
+            outcomes: broadcast::Sender::new(KEPT_OUTCOMES),
         }));
         let watch = supervisor.clone().watch_memory();
         supervisor.0.tasks.spawn("memory", watch);
@@ -501,6 +509,11 @@ impl Supervisor {
             _run: token.begin(account),
             token,
         })
+    }
+
+    /// Turns' outcomes from now on. Who is slow misses some.
+    pub fn outcomes(&self) -> broadcast::Receiver<Arc<Outcome>> {
+        self.0.outcomes.subscribe()
     }
 
     /// Cancelled when a shutdown begins.

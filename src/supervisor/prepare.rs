@@ -140,6 +140,7 @@ pub(super) async fn prepare(
         launcher: inner.launcher.clone(),
         gateway: inner.gateway.clone(),
         committer: inner.settings.committer.clone(),
+        outcomes: inner.outcomes.clone(),
         fence,
         tasks: inner.tasks.clone(),
     };

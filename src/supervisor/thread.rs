@@ -28,7 +28,7 @@ use crate::{
     lifecycle::{Guard, HolderKind},
     turn::{
         Accepted, Folder, Journal, RunEnd, StoredContext, TurnFile, TurnRecord, blank_result,
-        count_outcome, run_turn,
+        run_turn, tell_outcome,
     },
 };
 
@@ -371,8 +371,13 @@ impl Driver {
                     self.prepare();
                     return;
                 }
-                self.context = Some(end.context);
                 self.agent = end.agent;
+                if end.is_unfinished {
+                    self.rest_agent();
+                    self.begin_anew();
+                    return;
+                }
+                self.context = Some(end.context);
                 if self.agent.is_some() {
                     self.keep_agent();
                 }
@@ -659,7 +664,7 @@ impl Driver {
             let fence = prepared.site.fence.clone();
             let mut result = blank_result(&turn.accepted, context);
             result.status = TurnStatus::Cancelled;
-            count_outcome(&self.key, &result);
+            tell_outcome(&self.inner.outcomes, &self.key, &result);
             context.record(&turn.accepted, &result);
             result.context = context.answer();
             let (context, path) = (context.clone(), self.inner.paths(&self.key).context());

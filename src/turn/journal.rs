@@ -45,6 +45,8 @@ pub enum JournalError {
     Damaged { turn: TurnId },
     #[error("the journal's writer has stopped")]
     Stopped,
+    #[error("the journal could not be written any further")]
+    Full(#[source] std::io::Error),
     /// Its next owner gives the turn an outcome.
     #[error(transparent)]
     Lost(#[from] LeaseLost),
@@ -153,6 +155,8 @@ pub struct Committed {
     pub is_done: bool,
     /// The writer lost the thread's lease: somebody else writes what follows.
     pub is_lost: bool,
+    /// The writer ended because the disk is full.
+    pub is_full: bool,
 }
 
 impl Committed {
@@ -163,6 +167,8 @@ impl Committed {
 
 enum Command {
     Event(Box<TurnEvent>),
+    /// No outcome will come.
+    Full,
     Flush(oneshot::Sender<()>),
 }
 
@@ -254,7 +260,7 @@ impl Journal {
         self.sender
             .send(Command::Event(Box::new(event)))
             .await
-            .map_err(|_| JournalError::Stopped)
+            .map_err(|_| stopped(&self.committed))
     }
 
     /// Waits until everything queued is in the file; the outcome has then reached the disk.
@@ -266,8 +272,14 @@ impl Journal {
         self.sender
             .send(Command::Flush(done))
             .await
-            .map_err(|_| JournalError::Stopped)?;
-        wait.await.map_err(|_| JournalError::Stopped)
+            .map_err(|_| stopped(&self.committed))?;
+        wait.await.map_err(|_| stopped(&self.committed))
+    }
+
+    /// The disk is full, so that there will be no outcome: whoever waits for it is told. The turn is
+    /// recovered when there is room.
+    pub(super) async fn give_up_full(&self) {
+        self.sender.send(Command::Full).await.ok();
     }
 
     /// The turn's file and how far it may be read.
@@ -276,6 +288,15 @@ impl Journal {
             turn: self.turn.clone(),
             live: Some(self.committed.clone()),
         }
+    }
+}
+
+/// Why the writer does not take anything any more.
+fn stopped(committed: &watch::Receiver<Committed>) -> JournalError {
+    if committed.borrow().is_full {
+        JournalError::Full(std::io::ErrorKind::StorageFull.into())
+    } else {
+        JournalError::Stopped
     }
 }
 
@@ -289,6 +310,7 @@ async fn write_events(
     let file = Arc::new(file);
     let mut committed = *publish.borrow();
     let mut batch = Vec::new();
+    let is_full = |committed: &mut Committed| committed.is_full = true;
     loop {
         let received = tokio::select! {
             biased;
@@ -320,6 +342,10 @@ async fn write_events(
                     serde_json::to_writer(&mut text, &line).expect("our own plain data serialises");
                     text.push(b'\n');
                 }
+                Command::Full => {
+                    publish.send_modify(is_full);
+                    return;
+                }
                 Command::Flush(done) => flushed.push(done),
             }
         }
@@ -341,6 +367,9 @@ async fn write_events(
                 Err(JournalError::Lost(_)) => continue,
                 Err(error) => {
                     tracing::error!(turn_id = %turn.id, %error, "failed to write the journal");
+                    if matches!(&error, JournalError::Workspace(error) if error.is_no_space()) {
+                        publish.send_modify(is_full);
+                    }
                     return;
                 }
             }
@@ -393,8 +422,12 @@ impl TurnFile {
         let mut line =
             serde_json::to_vec(&AcceptedLine { accepted }).expect("our own plain data serialises");
         line.push(b'\n');
-        crate::workspace::append_line(&file, &line, true)
-            .map_err(WorkspaceError::io("write", &self.journal))?;
+        if let Err(error) = crate::workspace::append_line(&file, &line, true) {
+            // Nothing was accepted: on a full disk a journal of half a line is all there would be.
+            fs::remove_file(&self.journal).ok();
+            fs::remove_file(&self.open_mark).ok();
+            return Err(WorkspaceError::io("write", &self.journal)(error));
+        }
         Ok((file, line.len() as u64))
     }
 
@@ -633,12 +666,10 @@ impl TurnRecord {
     /// [`JournalError::Lost`] if the turn is another process's now, [`JournalError::Stopped`] if
     /// the writer ended without one.
     pub async fn outcome(&self) -> Result<TurnResult, JournalError> {
-        if let Some(live) = &self.live {
-            let mut live = live.clone();
-            let over = live
-                .wait_for(Committed::is_over)
-                .await
-                .map_err(|_| JournalError::Stopped)?;
+        if let Some(watched) = &self.live {
+            let mut live = watched.clone();
+            let over = live.wait_for(Committed::is_over).await;
+            let over = *over.map_err(|_| stopped(watched))?;
             if !over.is_done {
                 return Err(LeaseLost.into());
             }

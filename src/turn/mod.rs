@@ -18,4 +18,6 @@ pub use history::{Past, PastTurn, Undone, redo_target, undo_target};
 pub use journal::{
     Accepted, Committed, EventLine, Events, Journal, JournalError, TurnFile, TurnRecord,
 };
-pub use run::{Folder, RunEnd, RunError, TurnSite, blank_result, count_outcome, run_turn};
+pub use run::{
+    Folder, Outcome, Outcomes, RunEnd, RunError, TurnSite, blank_result, run_turn, tell_outcome,
+};

@@ -9,7 +9,10 @@ use std::{
 };
 
 use jiff::Timestamp;
-use tokio::{sync::mpsc, time::Instant};
+use tokio::{
+    sync::{broadcast, mpsc},
+    time::Instant,
+};
 use tokio_util::sync::CancellationToken;
 
 use super::{
@@ -55,10 +58,21 @@ pub struct TurnSite {
     pub launcher: Launcher,
     pub gateway: Gateway,
     pub committer: Signature,
+    pub outcomes: Outcomes,
     /// Of the thread's lease.
     pub fence: Fence,
     pub tasks: Tasks,
 }
+
+/// A turn's outcome, as news.
+#[derive(Debug)]
+pub struct Outcome {
+    pub key: ThreadKey,
+    pub result: TurnResult,
+}
+
+/// Where outcomes are told, beside the journal. Nobody has to listen, and nobody is waited for.
+pub type Outcomes = broadcast::Sender<Arc<Outcome>>;
 
 /// What is left when a turn is over.
 #[derive(Debug)]
@@ -67,6 +81,8 @@ pub struct RunEnd {
     /// The CLI, if it can serve another turn, with how it got at the conversation.
     pub agent: Option<(Agent, Continuity)>,
     pub context: StoredContext,
+    /// Its journal lacks the outcome: the thread has to be prepared anew, which recovers it.
+    pub is_unfinished: bool,
 }
 
 /// Why a turn or an operation could not be carried out by greenroom.
@@ -372,11 +388,15 @@ impl TurnSite {
             .retain(|entry| entry.turn_id != accepted.turn_id);
         context.record(accepted, result);
         result.context = context.answer();
-        self.save_context(context).await?;
+        let saved = self.save_context(context).await;
+        if matches!(&saved, Err(RunError::Workspace(error)) if error.is_no_space()) {
+            journal.give_up_full().await;
+        }
+        saved?;
         journal.append(TurnEvent::terminal(result.clone())).await?;
         journal.flush().await?;
         let kind = result.kind.as_str();
-        count_outcome(&self.key, result);
+        tell_outcome(&self.outcomes, &self.key, result);
         if result.status != TurnStatus::Recovered {
             metrics::histogram!("greenroom_turn_duration_seconds", "kind" => kind)
                 .record(result.duration_ms as f64 / 1e3);
@@ -386,7 +406,14 @@ impl TurnSite {
 }
 
 /// A turn has its outcome.
-pub fn count_outcome(key: &ThreadKey, result: &TurnResult) {
+pub fn tell_outcome(outcomes: &Outcomes, key: &ThreadKey, result: &TurnResult) {
+    let outcome = || Outcome {
+        key: key.clone(),
+        result: result.clone(),
+    };
+    if outcomes.receiver_count() > 0 {
+        outcomes.send(Arc::new(outcome())).ok();
+    }
     let (kind, status) = (result.kind.as_str(), result.status.as_str());
     metrics::counter!("greenroom_turns_total", "kind" => kind, "status" => status).increment(1);
     let client = key.client.to_string();
@@ -505,15 +532,16 @@ pub async fn run_turn(
             result,
             agent: None,
             context,
+            is_unfinished: true,
         };
     }
     result.preview = preview(result.commit.as_ref(), folder).await;
     result.duration_ms = started.elapsed().as_millis() as u64;
-    if let Err(error) = site
+    let finished = site
         .finish(accepted, journal, &mut context, &mut result)
-        .await
-    {
-        tracing::error!(error = %chain(&error), "failed to write a turn's outcome");
+        .await;
+    if let Err(error) = &finished {
+        tracing::error!(error = %chain(error), "failed to write a turn's outcome");
         result.status = TurnStatus::Failed;
         result.error = Some("The workspace's disk does not take the outcome of this turn.".into());
         result.code = Some(ErrorCode::Internal);
@@ -530,6 +558,7 @@ pub async fn run_turn(
         result,
         agent,
         context,
+        is_unfinished: finished.is_err(),
     }
 }
 

@@ -146,7 +146,10 @@ fn purses(book: &Book, budgets: &Budgets, tenants: &Tenants, now: Timestamp) -> 
             to: None,
         });
         let ends = limit.term.end(&at);
-        views.extend(report.rows.into_iter().map(|row| {
+        // What is nobody's in particular has no limit.
+        let is_somebody = |key: &str| key.split('/').all(|part| part != "-");
+        let rows = report.rows.into_iter();
+        views.extend(rows.filter(|row| is_somebody(&row.key)).map(|row| {
             let is_of = |request: &Recent| {
                 let rest = request.key.strip_prefix(row.key.as_str());
                 rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))

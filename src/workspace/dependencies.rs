@@ -33,7 +33,7 @@ use tokio::sync::OnceCell;
 pub use self::tree::linked_folder;
 use self::{manifest::Need, tree::AttachError};
 use crate::{
-    process::{Exit, Launcher, Ports, ProcessError, Profile, Spec, Stdin},
+    process::{Exit, Launcher, Peers, ProcessError, Profile, Spec, Stdin},
     task::{BlockingError, blocking},
     text::Tail,
 };
@@ -449,7 +449,7 @@ impl Dependencies {
             .extend([staging.root.clone(), staging.downloads.clone()]);
         // Registries speak 443 or 80, or the port that the operator's settings name. Not every
         // port: a package's script must not reach our own API on loopback.
-        profile.connect = Ports::Only(ports(&tools.env));
+        profile.connect = peers(&tools.env);
         let spec = Spec {
             name: "installer",
             program: tools.node.clone(),
@@ -604,15 +604,30 @@ impl Staging {
     }
 }
 
-/// 443, 80 and the ports of the URLs among npm's settings.
-fn ports(settings: &[(OsString, OsString)]) -> Vec<u16> {
-    let named = settings
-        .iter()
-        .filter_map(|(_, value)| url::Url::parse(value.to_str()?).ok()?.port());
-    let mut ports: Vec<u16> = [443, 80].into_iter().chain(named).collect();
-    ports.sort_unstable();
-    ports.dedup();
-    ports
+/// The ports 443 and 80, and where the URLs among npm's settings lead.
+fn peers(settings: &[(OsString, OsString)]) -> Peers {
+    let (mut here, mut elsewhere) = (Vec::new(), vec![80, 443]);
+    for (_, value) in settings {
+        let Some(url) = value.to_str().and_then(|text| url::Url::parse(text).ok()) else {
+            continue;
+        };
+        let (Some(host), Some(port)) = (url.host(), url.port_or_known_default()) else {
+            continue;
+        };
+        let is_here = match host {
+            url::Host::Domain(name) => name == "localhost",
+            url::Host::Ipv4(ip) => ip.is_loopback(),
+            url::Host::Ipv6(ip) => ip.is_loopback(),
+        };
+        let ports = match is_here {
+            true => &mut here,
+            false => &mut elsewhere,
+        };
+        if !ports.contains(&port) {
+            ports.push(port);
+        }
+    }
+    Peers::Only { here, elsewhere }
 }
 
 #[cfg(test)]
@@ -624,11 +639,16 @@ mod tests {
         let env = [
             ("NPM_CONFIG_REGISTRY", "http://registry.example:4873/"),
             ("HTTPS_PROXY", "http://proxy.example:3128"),
+            ("HTTP_PROXY", "http://127.0.0.1:8888"),
             ("NO_PROXY", "localhost,10.0.0.0/8"),
             ("NODE_EXTRA_CA_CERTS", "/etc/ca.pem"),
         ]
         .map(|(name, value)| (name.into(), value.into()));
-        assert_eq!(ports(&env), [80, 443, 3128, 4873]);
-        assert_eq!(ports(&[]), [80, 443]);
+        let open = |here: &[u16], elsewhere: &[u16]| Peers::Only {
+            here: here.to_vec(),
+            elsewhere: elsewhere.to_vec(),
+        };
+        assert_eq!(peers(&env), open(&[8888], &[80, 443, 4873, 3128]));
+        assert_eq!(peers(&[]), open(&[], &[80, 443]));
     }
 }

@@ -24,6 +24,8 @@ const ARROWS: &[(&str, &[&str])] = &[
             "api",
             "client", // how a request is signed
             "config",
+            "control_plane",
+            "ecs",
             "figures",
             "gateway",
             "lifecycle",
@@ -34,6 +36,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "service",
             "supervisor",
             "telemetry",
+            "turn", // outcomes, for the control plane
             "usage",
             "workspace",
         ],
@@ -43,6 +46,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         "api",
         &[
             "config", // `Secret`
+            "ecs",    // `/health` names the task
             "figures",
             "lifecycle",  // requests hold the container awake
             "process",    // `/ready` shows the confinement
@@ -119,6 +123,8 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("rehearsal", &[]),
     // A library for others.
     ("client", &[]),
+    ("control_plane", &["client"]), // how a request is signed
+    ("ecs", &[]),
     ("config", &[]),
     ("telemetry", &["config"]), // `Secret`, which it masks
 ];
@@ -148,6 +154,8 @@ const CRATES: &[(&str, &[&str])] = &[
         "reqwest",
         &[
             "client",
+            "control_plane",
+            "ecs",
             "gateway",
             "repository", // git's transport over HTTPS
         ],

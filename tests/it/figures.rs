@@ -9,13 +9,15 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     io::Write,
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, Stdio},
 };
 
 use serde_json::{Value, json};
 
-use crate::support::{Folders, Options, SITE, TestGreenroom, who};
+use crate::support::{
+    Folders, Options, SITE, Sent, TestGreenroom, promtool, request, wait_for_async, who,
+};
 
 /// A scrape as Prometheus reads it: each family's kind, and its samples' names with their labels.
 #[derive(Debug, Default)]
@@ -83,6 +85,10 @@ impl Scrape {
         scrape
     }
 
+    async fn of(greenroom: &TestGreenroom) -> Self {
+        Self::parse(&greenroom.get("/metrics").await.text)
+    }
+
     fn value(&self, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
         let sample = self.samples.iter().find(|(other, with, _)| {
             other == name
@@ -103,21 +109,10 @@ fn names_in(query: &str) -> BTreeSet<String> {
         .collect()
 }
 
-/// Prometheus' own checker: `PROMTOOL_BIN`, or on `PATH`.
-fn promtool() -> Option<PathBuf> {
-    let named = std::env::var_os("PROMTOOL_BIN").map(PathBuf::from);
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let on_path = std::env::split_paths(&path).map(|folder| folder.join("promtool"));
-    named
-        .into_iter()
-        .chain(on_path)
-        .find(|program| program.is_file())
-}
-
+/// `promtool …`.
 fn check(promtool: &Path, what: &[&str], input: &str) {
     #[expect(clippy::disallowed_methods, reason = "a checker")]
     let mut child = Command::new(promtool)
-        .arg("check")
         .args(what)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -137,7 +132,10 @@ fn check(promtool: &Path, what: &[&str], input: &str) {
         output.status.success() || output.status.code() == Some(3),
         "{said}"
     );
-    assert!(!said.contains("error"), "{said}");
+    assert!(
+        !said.contains("error") && !said.contains("FAILED"),
+        "{said}"
+    );
 }
 
 fn infra(file: &str) -> String {
@@ -241,9 +239,120 @@ async fn a_day_s_work_is_counted_and_no_tenant_is_named() {
     // Bounded: every label's value is one of a few.
     assert!(scrape.samples.len() < 1500, "{}", scrape.samples.len());
     if let Some(promtool) = promtool() {
-        check(&promtool, &["metrics"], &text);
+        check(&promtool, &["check", "metrics"], &text);
     }
     assert!(greenroom.stop().await.success());
+}
+
+#[tokio::test]
+async fn cold_starts_a_line_and_what_becomes_of_leases_are_counted() {
+    let folders = Folders::new();
+    let site = folders.site("site", SITE);
+    let options = Options::new(&folders).acting().env("MAX_WARM_AGENTS", "0");
+    let mut greenroom = TestGreenroom::start(options).await;
+    let alice = who("acme", "alice", "main");
+    // What an alert waits for is there before it happens.
+    let leases = async |greenroom: &TestGreenroom, change: &str| {
+        let scrape = Scrape::of(greenroom).await;
+        scrape.value("greenroom_lease_changes_total", &[("change", change)])
+    };
+    for change in ["acquired", "taken_over", "released", "lost"] {
+        assert_eq!(leases(&greenroom, change).await, Some(0.0), "{change}");
+    }
+    let scrape = Scrape::of(&greenroom).await;
+    let recovered = [("kind", "turn"), ("status", "recovered")];
+    assert_eq!(scrape.value("greenroom_turns_total", &recovered), Some(0.0));
+
+    greenroom.init(&alice, json!({"repoUrl": site})).await.ok();
+    greenroom.execute(&alice, "write a.txt one").await.ok();
+    greenroom.execute(&alice, "write a.txt two").await.ok();
+    let scrape = Scrape::of(&greenroom).await;
+    let cold = [("process", "cold")];
+    assert_eq!(scrape.value("greenroom_agent_runs_total", &cold), Some(2.0));
+    assert_eq!(scrape.value("greenroom_agent_starts_total", &[]), Some(2.0));
+
+    // One at work, two in line.
+    let first = greenroom.begin(&alice, "write b.txt one\nsilent").await;
+    wait_for_async("it runs", async || {
+        (greenroom.turn(&first).await["status"] == "running").then_some(())
+    })
+    .await;
+    for _ in 0..2 {
+        greenroom.begin(&alice, "write c.txt one").await;
+    }
+    let scrape = Scrape::of(&greenroom).await;
+    assert_eq!(scrape.value("greenroom_turns_running", &[]), Some(1.0));
+    assert_eq!(scrape.value("greenroom_turns_queued", &[]), Some(2.0));
+
+    // Killed in its midst: the next one takes the lease over and recovers the turn.
+    greenroom.kill().await;
+    let greenroom = greenroom.restart().await;
+    greenroom.init(&alice, json!({})).await.ok();
+    wait_for_async("the line's end", async || {
+        let scrape = Scrape::of(&greenroom).await;
+        let done = [("kind", "turn"), ("status", "completed")];
+        (scrape.value("greenroom_turns_total", &done) == Some(2.0)).then_some(())
+    })
+    .await;
+    assert_eq!(leases(&greenroom, "taken_over").await, Some(1.0));
+    let scrape = Scrape::of(&greenroom).await;
+    assert_eq!(scrape.value("greenroom_turns_total", &recovered), Some(1.0));
+    assert_eq!(scrape.value("greenroom_turns_queued", &[]), Some(0.0));
+    greenroom
+        .api("DELETE", &alice.path(), Value::Null)
+        .await
+        .ok();
+    wait_for_async("a lease that was given back", async || {
+        (leases(&greenroom, "released").await >= Some(1.0)).then_some(())
+    })
+    .await;
+    assert_eq!(leases(&greenroom, "lost").await, Some(0.0));
+}
+
+#[tokio::test]
+async fn what_previews_do_is_counted() {
+    let folders = Folders::new();
+    let greenroom = TestGreenroom::start(Options::new(&folders).rehearsal().astro()).await;
+    let me = who("demo", "me", "main");
+    let init = greenroom.init(&me, json!({})).await.ok();
+    assert_eq!(init["preview"]["state"], "live", "{init}");
+    let host = init["preview"]["url"].as_str().unwrap();
+    let host = host.trim_start_matches("http://").to_owned();
+    for (target, status) in [("/", 200), ("/", 200), ("/.env", 403)] {
+        let sent = Sent::new("GET", target, &Value::Null)
+            .header("host", &host)
+            .header("accept", "text/html");
+        let answer = request(greenroom.preview_port, sent).await.unwrap();
+        assert_eq!(answer.status, status, "{target}");
+    }
+    greenroom
+        .execute(&me, "Change the heading to Counted")
+        .await
+        .ok();
+    let text = greenroom.get("/metrics").await.text;
+    let scrape = Scrape::parse(&text);
+    let value = |name: &str, labels: &[(&str, &str)]| {
+        let value = scrape.value(name, labels);
+        value.unwrap_or_else(|| panic!("{name} {labels:?}\n{text}"))
+    };
+    assert_eq!(value("greenroom_previews", &[("state", "live")]), 1.0);
+    assert_eq!(value("greenroom_previews", &[("state", "error")]), 0.0);
+    let requests = "greenroom_preview_requests_total";
+    assert!(value(requests, &[("status", "2xx")]) >= 2.0);
+    assert!(value(requests, &[("status", "4xx")]) >= 1.0);
+    let delay = |part: &str| {
+        value(
+            &format!("greenroom_hmr_delay_seconds{part}"),
+            &[("word", "came")],
+        )
+    };
+    assert_eq!(delay("_count"), 1.0);
+    // It waits 0.7 s at most; a slow machine may be late to notice.
+    assert!(delay("_sum") > 0.0 && delay("_sum") < 30.0, "{text}");
+    assert!(!text.contains(&host) && !text.contains("demo-me"), "{text}");
+    if let Some(promtool) = promtool() {
+        check(&promtool, &["check", "metrics"], &text);
+    }
 }
 
 #[test]
@@ -291,9 +400,26 @@ fn the_dashboard_and_the_rules_name_what_is_counted() {
         );
     }
     assert!(alerts.len() >= 10);
+    let tests = infra("alerts/greenroom.test.yaml");
+    let untested: Vec<_> = alerts
+        .iter()
+        .filter(|alert| tests.matches(alert.as_str()).count() < 2)
+        .collect();
+    assert!(untested.is_empty(), "quiet and firing: {untested:?}");
     if let Some(promtool) = promtool() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        fs::write(file.path(), &rules).unwrap();
-        check(&promtool, &["rules", file.path().to_str().unwrap()], "");
+        let at = |file: &str| {
+            let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+            root.join("infra/alerts")
+                .join(file)
+                .to_str()
+                .unwrap()
+                .to_owned()
+        };
+        check(&promtool, &["check", "rules", &at("greenroom.yaml")], "");
+        check(
+            &promtool,
+            &["test", "rules", &at("greenroom.test.yaml")],
+            "",
+        );
     }
 }

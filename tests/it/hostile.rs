@@ -403,6 +403,94 @@ async fn an_agent_reaches_nothing_outside_of_its_site() {
     the_key_is_nowhere(&folders, &greenroom, &[&said, &events]);
 }
 
+/// A package whose script at install tries all of `attempts.json`.
+const INTRUDER: &str = "const { spawnSync } = require('child_process');
+const { readFileSync, writeFileSync } = require('fs');
+const attempts = JSON.parse(readFileSync(process.env.INIT_CWD + '/attempts.json', 'utf8'));
+const found = attempts.map((command) => spawnSync('bash', ['-c', command]).stdout?.toString() ?? 'none');
+writeFileSync('found.json', JSON.stringify({ found, environment: process.env }));
+";
+
+#[tokio::test]
+async fn a_package_s_script_at_install_reaches_nothing_outside() {
+    let api = StandIn::start(json!({})).await;
+    let (folders, greenroom, others) = town(&api).await;
+    let others: Vec<&Who> = others.iter().collect();
+    let attempts = attempts(&folders, &greenroom, &others, port_of(&api.url()));
+    // It is not installed in the worktree: somebody's, by the whole path.
+    let user = format!("{}/", folders.user(others[0]).display());
+    let mut commands: Vec<String> = attempts
+        .iter()
+        .map(|(_, command)| command.replace("../../", &user))
+        .collect();
+    commands.push("echo it runs".to_owned());
+    let packed = folders.join("packed/package");
+    fs::create_dir_all(&packed).unwrap();
+    let scripts = json!({"postinstall": "node intrude.cjs"});
+    let package = json!({"name": "intruder", "version": "1.0.0", "scripts": scripts});
+    fs::write(packed.join("package.json"), package.to_string()).unwrap();
+    fs::write(packed.join("intrude.cjs"), INTRUDER).unwrap();
+    let server = SITE.iter().find(|(name, _)| *name == "server.mjs").unwrap();
+    let site = folders.site(
+        "victim",
+        &[
+            *server,
+            ("attempts.json", &json!(commands).to_string()),
+            (
+                "package.json",
+                &json!({"name": "site", "version": "1.0.0", "private": true,
+                    "scripts": {"dev": "node server.mjs"},
+                    "dependencies": {"intruder": "file:intruder.tgz"}})
+                .to_string(),
+            ),
+            (
+                "package-lock.json",
+                &json!({"name": "site", "version": "1.0.0", "lockfileVersion": 3, "packages": {
+                    "": {"name": "site", "version": "1.0.0", "dependencies": {"intruder": "file:intruder.tgz"}},
+                    "node_modules/intruder": {"version": "1.0.0", "resolved": "file:intruder.tgz",
+                        "hasInstallScript": true},
+                }})
+                .to_string(),
+            ),
+            ("src/pages/index.astro", "<h1>Pots</h1>"),
+        ],
+    );
+    #[expect(clippy::disallowed_methods, reason = "as npm packs a package")]
+    let tar = std::process::Command::new("tar")
+        .args(["-czf", &format!("{site}/intruder.tgz"), "-C"])
+        .args([packed.parent().unwrap(), std::path::Path::new("package")])
+        .status()
+        .unwrap();
+    assert!(tar.success());
+    git(&site, &["add", "--all"]);
+    git(&site, &["commit", "--quiet", "--message=Depend"]);
+    let mallory = who("initech", "mallory", "main");
+    let init = greenroom
+        .init(&mallory, json!({"repoUrl": site}))
+        .await
+        .ok();
+    assert_eq!(init["preview"]["state"], "live", "{init}");
+    let found = folders
+        .worktree(&mallory)
+        .join("node_modules/intruder/found.json");
+    let found = fs::read_to_string(found).expect("its script ran");
+    let told: Value = serde_json::from_str(&found).unwrap();
+    let outputs = told["found"].as_array().unwrap();
+    assert_eq!(outputs[attempts.len()], "it runs\n", "{found}");
+    for ((name, command), output) in attempts.iter().zip(outputs) {
+        assert_eq!(output, "", "{name}: {command}");
+    }
+    let environment = told["environment"].to_string();
+    for secret in ["ANTHROPIC", CANARY] {
+        assert!(!environment.contains(secret), "{environment}");
+    }
+    for other in others {
+        assert!(!folders.worktree(other).join("escaped.txt").exists());
+    }
+    assert!(!folders.join("outside/escaped.txt").exists());
+    the_key_is_nowhere(&folders, &greenroom, &[&found]);
+}
+
 /// A dev server that tries all of `attempts.json` at its start, and serves what it found.
 const SPY: &str = "import { createServer } from 'node:http';
 import { spawnSync } from 'node:child_process';

@@ -13,6 +13,7 @@ mod conformance;
 mod dependencies;
 mod execute;
 mod figures;
+mod full_disk;
 mod gateway;
 mod guard;
 mod history;

@@ -4,7 +4,13 @@
     reason = "a test that cannot be set up has failed"
 )]
 
-use std::{fs, os::unix::fs::PermissionsExt, path::Path, time::Duration};
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::Path,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
 
 use futures_util::future::join_all;
 use nix::sys::signal::Signal;
@@ -51,6 +57,21 @@ async fn execute(greenroom: &TestGreenroom, body: Value) -> Answer {
 async fn figures(greenroom: &TestGreenroom) -> Value {
     let sent = Sent::new("GET", "/metrics", &Value::Null).header("accept", "application/json");
     greenroom.send(sent).await.body
+}
+
+/// A control plane that takes what it is told.
+async fn control_plane() -> (String, Arc<Mutex<Vec<Value>>>) {
+    let told: Arc<Mutex<Vec<Value>>> = Arc::default();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/events", listener.local_addr().unwrap());
+    let record = told.clone();
+    let take = move |body: axum::Json<Value>| async move {
+        record.lock().unwrap().push(body.0);
+    };
+    let app = axum::Router::new().route("/events", axum::routing::post(take));
+    #[expect(clippy::disallowed_methods, reason = "it ends with the test")]
+    tokio::spawn(async move { axum::serve(listener, app).await });
+    (url, told)
 }
 
 /// Folders of runs that are still there.
@@ -480,7 +501,8 @@ async fn a_full_line_is_told_and_a_stop_answers_everybody() {
 #[tokio::test]
 async fn the_circuit_opens_when_most_runs_fail() {
     let folders = Folders::new();
-    let greenroom = start_shell(&folders, |options| options).await;
+    let (url, told) = control_plane().await;
+    let greenroom = start_shell(&folders, |options| options.env("CONTROL_PLANE_URL", url)).await;
     for _ in 0..5 {
         execute(&greenroom, json!({"prompt": "echo fine"}))
             .await
@@ -548,6 +570,17 @@ async fn the_circuit_opens_when_most_runs_fail() {
         let line = format!("greenroom_service_breaker_changes_total{{to=\"{to}\"}} 1\n");
         assert!(scraped.contains(&line), "{line}{scraped}");
     }
+    wait_for("the control plane's word of it", || {
+        let told = told.lock().unwrap();
+        let states = told
+            .iter()
+            .filter(|told| told["event"] == "service_circuit");
+        let states: Vec<_> = states.map(|told| told["state"].clone()).collect();
+        let last = states.last()?;
+        // Of two at once it hears the last.
+        (*last == "closed" && states[0] == "open").then_some(())
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -4,13 +4,15 @@
 use std::{
     fs,
     net::{Ipv4Addr, SocketAddr, TcpListener},
+    os::unix::net::UnixListener,
     path::{Path, PathBuf},
     sync::mpsc::{self, RecvTimeoutError},
     time::{Duration, Instant},
 };
 
 use greenroom::process::{
-    Bash, Child, ConfinementMode, Exit, Launcher, Ports, ProcessError, Profile, Spec, Stdin,
+    Bash, Child, ConfinedBy, ConfinementMode, Exit, Launcher, Peers, Ports, ProcessError, Profile,
+    Spec, Stdin,
 };
 use tempfile::TempDir;
 use tokio::{
@@ -716,7 +718,7 @@ async fn ports_are_confined() {
     spec.args = vec!["-e".into(), script.into()];
     spec.args
         .extend([port(&gateway), port(&api), own].map(|port| port.to_string().into()));
-    spec.profile.connect = Ports::Only(vec![port(&gateway)]);
+    spec.profile.connect = Peers::here(vec![port(&gateway)]);
     spec.profile.bind = Ports::Only(vec![own]);
     let result = output(&launcher, spec).await;
     assert_eq!(
@@ -724,6 +726,73 @@ async fn ports_are_confined() {
         "{}",
         result.stderr
     );
+}
+
+/// With Landlock beside it and without: what the broker holds, it holds alone.
+#[tokio::test]
+async fn connections_are_decided_one_by_one() {
+    for mode in [ConfinementMode::Auto, ConfinementMode::WithoutLandlock] {
+        let launcher = launcher_with(LIMIT * 4, mode);
+        if launcher.confinement().network == ConfinedBy::None {
+            eprintln!("skipped: this kernel has no user notification");
+            continue;
+        }
+        let site = site();
+        let gateway = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let api = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let _theirs = UnixListener::bind(site.other.join("socket")).unwrap();
+        let port = |listener: &TcpListener| listener.local_addr().unwrap().port();
+        let own = free_port();
+        // Ends with the test's process.
+        let answering = gateway.try_clone().unwrap();
+        std::thread::spawn(move || answering.incoming().for_each(drop));
+        let mut spec = confined(&site, "");
+        spec.program = "python3".into();
+        spec.args = vec!["-c".into(), include_str!("process/network.py").into()];
+        spec.args
+            .extend([port(&gateway), port(&api), own].map(|port| port.to_string().into()));
+        spec.args.push(site.other.clone().into());
+        spec.profile.connect = Peers::here(vec![port(&gateway)]);
+        spec.profile.bind = Ports::Only(vec![own]);
+        let result = output(&launcher, spec).await;
+        assert!(result.exit.is_success(), "{mode:?}: {}", result.stderr);
+        let expected = "gateway: open
+            gateway, waiting: open
+            gateway by IPv6: open
+            api: EACCES
+            api by any address: EACCES
+            api by IPv6: EACCES
+            gateway's port elsewhere: EACCES
+            credentials of a cloud: EACCES
+            fast open: EACCES
+            fast open, message: EACCES
+            UDP: EACCES
+            MPTCP: EACCES
+            packets: EAFNOSUPPORT
+            vsock: EAFNOSUPPORT
+            interfaces: known
+            own port: open
+            any port: EACCES
+            the API's port: EACCES
+            path: open
+            relative path: open
+            path of others: EACCES
+            path of others by a link: EACCES
+            abstract: EACCES
+            named datagrams: EACCES
+            a pair: open
+            io_uring: ENOSYS
+            a listener of its own: EPERM
+            many at once: open
+            an address that changes: some
+            gateway after all: open";
+        let expected: Vec<_> = expected.lines().map(str::trim).collect();
+        let said: Vec<_> = result.stdout.lines().collect();
+        assert_eq!(said, expected, "{mode:?}: {}", result.stderr);
+        api.set_nonblocking(true).unwrap();
+        let nobody = api.accept().unwrap_err();
+        assert_eq!(nobody.kind(), std::io::ErrorKind::WouldBlock, "{mode:?}");
+    }
 }
 
 #[tokio::test]

@@ -38,7 +38,9 @@ pub(crate) use greenroom::{Options, TestGreenroom};
 pub(crate) use hosting::{GIT_TOKEN, Hosting};
 pub(crate) use http::{Answer, Events, Sent, ServerEvent, request, request_at, stream};
 pub(crate) use processes::processes_below;
-pub(crate) use tools::{acting_claude, ccusage, package_managers, tools, websocket_peers};
+pub(crate) use tools::{
+    acting_claude, ccusage, package_managers, promtool, tools, websocket_peers,
+};
 
 /// What anything may take on a slow and busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);

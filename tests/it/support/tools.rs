@@ -58,6 +58,24 @@ pub(crate) fn ccusage() -> PathBuf {
         .expect("no ccusage: scripts/test installs it, or set CCUSAGE_BIN")
 }
 
+/// Prometheus' own checker (`PROMTOOL_BIN`, on `PATH`, else where scripts/test puts it). There may be
+/// none: it comes with Debian's packages alone.
+pub(crate) fn promtool() -> Option<PathBuf> {
+    let named = env::var_os("PROMTOOL_BIN").map(PathBuf::from);
+    let path = env::var_os("PATH").unwrap_or_default();
+    let on_path = env::split_paths(&path).map(|folder| folder.join("promtool"));
+    let on_path: Vec<_> = on_path.collect();
+    let brought = brought_tools().map(|folder| folder.join("usr/bin/promtool"));
+    let mut all = named.into_iter().chain(on_path).chain(brought);
+    let found = all.find(|program| program.is_file());
+    if found.is_none() {
+        eprintln!(
+            "not checked by promtool: there is none; scripts/test brings it, or set PROMTOOL_BIN"
+        );
+    }
+    found
+}
+
 /// A folder with two WebSocket peers, npm's `ws` in `node_modules` and PyPI's `websockets` in
 /// `python` (`WEBSOCKET_PEERS`, else where scripts/test puts it). Fails in one line where there is
 /// none.
