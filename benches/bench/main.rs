@@ -64,8 +64,8 @@ const PARTS: [Part; 12] = parts! {
     hmr 90,
     proxy 240,
     sockets 180,
-    dependencies 300,
-    first_page 600,
+    dependencies 420,
+    first_page 900,
     gateway 90,
 };
 

@@ -112,7 +112,7 @@ fn caddy(world: &World, origin: u16, port: u16) -> anyhow::Result<Kid> {
     fs::write(
         &path,
         format!(
-            "{{\n\tadmin off\n\tauto_https off\n\tpersist_config off\n\tlog {{\n\t\toutput discard\n\t}}\n}}\n\
+            "{{\n\tadmin off\n\tauto_https off\n\tlog {{\n\t\toutput discard\n\t}}\n}}\n\
              http://:{port} {{\n\tbind 127.0.0.1\n\treverse_proxy 127.0.0.1:{origin}\n}}\n"
         ),
     )?;
