@@ -16,7 +16,9 @@ use tokio::{
 
 use tokio_tungstenite::{WebSocketStream, client_async, tungstenite::client::IntoClientRequest};
 
-use crate::support::{Folders, Options, PATIENCE, TestGreenroom, Who, wait_for_async, who};
+use crate::support::{
+    Folders, Options, PATIENCE, TestGreenroom, Who, acting_claude, wait_for_async, who,
+};
 
 /// The program on the built-in template.
 struct Room {
@@ -503,23 +505,27 @@ async fn errors_stay_as_long_as_what_is_broken() {
 
 #[tokio::test]
 async fn a_turn_answers_for_itself_alone() {
-    let room = Room::with(|options| options).await;
+    // Turns that are over as soon as they have written.
+    let room = Room::with(|options| options.env("CLAUDE_BIN", acting_claude())).await;
     let main = thread("main");
     let host = room.init(&main).await;
     room.shows(&host, HEADING).await;
-    let say = async |instruction: &str| {
-        let turn = room.greenroom.execute(&main, instruction).await.ok();
+    let write = async |text: &str| {
+        let instruction = format!("write {INDEX} {text}");
+        let turn = room.greenroom.execute(&main, &instruction).await.ok();
         turn["preview"].clone()
     };
-    let mut mended = 0;
+    let (mut broken, mut mended) = (0, 0);
     // A word has 700 ms to come, which a busy machine does not always give it.
-    for _ in 0..4 {
-        let broken = say("Break the page on purpose").await;
-        assert_eq!(broken["state"], "error", "{broken}");
-        let repaired = say("repair it").await;
-        mended += usize::from(repaired["state"] == "live");
+    for round in 0..5 {
+        let word = write(&format!("<h1>{{broken({round}</h1>")).await;
+        broken += usize::from(word["state"] == "error");
+        room.becomes(&main, "error").await;
+        let word = write(&format!("<h1>Round {round}</h1>")).await;
+        mended += usize::from(word["state"] == "live" && word["errors"] == json!([]));
         room.becomes(&main, "live").await;
     }
+    assert!(broken > 0, "none was told of its error");
     assert!(mended > 0, "each was told the error of the turn before");
 }
 

@@ -7,6 +7,7 @@
 
 mod chromium;
 mod life;
+mod private;
 mod site;
 mod studio;
 
