@@ -64,7 +64,6 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
 
     let mut listeners = Listeners::bind(settings).await?;
     let tasks = Tasks::new();
-    runtime.sweep_others(&tasks);
     let credential = loaded.credential()?;
     let is_rehearsal = credential == CredentialSource::Rehearsal;
     let ledger = Ledger::new(ledger_settings(settings).await?, &tasks);
@@ -147,7 +146,9 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         ),
         pins,
     });
+    // The first line of the log says where it listens.
     announce(&loaded, mode, &listeners, is_rehearsal, &launcher);
+    runtime.sweep_others(&tasks);
     if let Some(port) = network_port {
         tracing::info!(
             bind = %settings.bind, gateway_port = port,
@@ -193,7 +194,6 @@ pub async fn serve_one_shots(loaded: Loaded) -> anyhow::Result<()> {
     let network = gateway_listener(settings).await?;
 
     let tasks = Tasks::new();
-    runtime.sweep_others(&tasks);
     let credential = loaded.credential()?;
     let is_rehearsal = credential == CredentialSource::Rehearsal;
     let ledger = Ledger::new(
@@ -239,6 +239,7 @@ pub async fn serve_one_shots(loaded: Loaded) -> anyhow::Result<()> {
         env!("CARGO_PKG_VERSION"), for_whom(settings),
     );
     tell_more(&loaded, is_rehearsal, &launcher);
+    runtime.sweep_others(&tasks);
     let router = api::service_router(base);
     tasks.spawn("one-shot api", api::serve(listener, router, tasks.clone()));
     tasks.spawn(

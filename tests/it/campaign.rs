@@ -20,7 +20,7 @@ use tokio::{
 
 use crate::support::{
     Folders, Options, PATIENCE, SITE, Sent, ServerEvent, StandIn, TestGreenroom, Who, git,
-    processes_below, request, rule, runs, stream, wait_for, who,
+    processes_below, request, rule, runs, try_stream, wait_for, who,
 };
 
 /// How many rounds this run makes.
@@ -82,13 +82,10 @@ async fn try_begin(port: u16, alice: &Who) -> Option<String> {
 async fn watch(port: u16, turn: String) -> Vec<ServerEvent> {
     let path = format!("/api/turns/{turn}/events");
     let sent = Sent::new("GET", &path, &Value::Null);
-    if request(port, Sent::new("GET", "/health", &Value::Null))
-        .await
-        .is_err()
-    {
-        return Vec::new();
+    match try_stream(port, sent).await {
+        Ok(events) => events.all().await,
+        Err(_) => Vec::new(),
     }
-    stream(port, sent).await.all().await
 }
 
 fn is_outcome(event: &ServerEvent) -> bool {

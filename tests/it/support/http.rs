@@ -186,21 +186,28 @@ pub(crate) struct Events {
 
 /// Opens a stream of events.
 pub(crate) async fn stream(port: u16, sent: Sent) -> Events {
+    try_stream(port, sent).await.unwrap()
+}
+
+/// The same of a program that may be gone before it answers.
+///
+/// # Errors
+/// Where there is no connection, or it breaks off before the stream begins.
+pub(crate) async fn try_stream(port: u16, sent: Sent) -> std::io::Result<Events> {
     let sent = sent.header("accept", "text/event-stream");
     let response = timeout(PATIENCE, open(loopback(port), sent))
         .await
-        .expect("an answer")
-        .unwrap();
+        .expect("an answer")?;
     assert_eq!(response.status(), 200);
     let kind = response.headers()["content-type"]
         .to_str()
         .unwrap()
         .to_owned();
     assert!(kind.starts_with("text/event-stream"), "{kind}");
-    Events {
+    Ok(Events {
         body: response.into_body(),
         buffer: String::new(),
-    }
+    })
 }
 
 impl Events {

@@ -36,7 +36,7 @@ use serde_json::{Value, json};
 pub(crate) use folders::{Folders, SITE, files_below, git, holds};
 pub(crate) use greenroom::{Options, TestGreenroom};
 pub(crate) use hosting::{GIT_TOKEN, Hosting};
-pub(crate) use http::{Answer, Events, Sent, ServerEvent, request, request_at, stream};
+pub(crate) use http::{Answer, Events, Sent, ServerEvent, request, request_at, stream, try_stream};
 pub(crate) use processes::processes_below;
 pub(crate) use tools::{
     acting_claude, ccusage, package_managers, promtool, tools, websocket_peers,
