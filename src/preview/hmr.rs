@@ -53,7 +53,10 @@ pub(crate) enum Word {
         name: String,
     },
     /// It says nothing of this file, which is broken.
-    Unsaid(PreviewError),
+    Unsaid {
+        error: PreviewError,
+        look: u32,
+    },
     /// Somebody hears it from now on, or no more.
     Listening(bool),
     /// It serves this file, which changed, and has said nothing since it had said so many words.

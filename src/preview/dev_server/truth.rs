@@ -78,6 +78,9 @@ pub(super) struct Truth {
     /// Broken files that pages answer well with all the same: content entries, by their names in its
     /// log, and stylesheets.
     broken_quietly: BTreeSet<String>,
+    /// The newest look at each stylesheet that changed: an older one may have seen it half written.
+    style_looks: BTreeMap<String, u32>,
+    last_style_look: u32,
 }
 
 impl Truth {
@@ -105,6 +108,15 @@ impl DevServer {
     /// Takes in what the server says while it serves.
     pub(super) fn hear(&mut self, word: Word, run: &mut Run) -> Option<Reason> {
         let truth = &mut run.truth;
+        if let Word::Unsaid { error, look } = &word
+            && error
+                .file
+                .as_ref()
+                .and_then(|file| truth.style_looks.get(file))
+                != Some(look)
+        {
+            return None;
+        }
         let mut is_to_check = false;
         let mut reason = None;
         let mut is_doubted = None;
@@ -113,7 +125,7 @@ impl DevServer {
         let is_blind = matches!(word, Word::Blind(_));
         let quietly = match &word {
             Word::Logged(error) => entry_named(&error.message).map(str::to_owned),
-            Word::Unsaid(error) => error.file.clone(),
+            Word::Unsaid { error, .. } => error.file.clone(),
             _ => None,
         };
         truth.broken_quietly.extend(quietly);
@@ -141,7 +153,7 @@ impl DevServer {
                     is_to_check = truth.broken_quietly.remove(&name);
                     return false;
                 }
-                Word::Error(error) | Word::Logged(error) | Word::Unsaid(error) => {
+                Word::Error(error) | Word::Logged(error) | Word::Unsaid { error, .. } => {
                     // A browser that tries again makes the server say it again.
                     let is_known = status.errors.contains(&error);
                     if is_known && status.told_at == status.updates {
@@ -244,9 +256,17 @@ impl DevServer {
         let truth = &mut run.truth;
         let Change { path, kind } = change;
         let has_turn = self.notes.has_turn();
+        let quiet = truth.broken_quietly.len();
         truth
             .broken_quietly
             .retain(|name| !path.ends_with(name.as_str()));
+        if truth.broken_quietly.len() < quiet {
+            // The server may have spoken of it already, and have been asked when it was known as
+            // broken still.
+            truth.looks += 1;
+            self.check(run, probe::LATE);
+        }
+        let truth = &mut run.truth;
         if is_configuration(path) {
             // A turn's own word does that at its end.
             if !has_turn {
@@ -255,7 +275,13 @@ impl DevServer {
             return;
         }
         if path.ends_with(".css") && *kind != Kind::Gone {
-            self.look_at_style(path, run.tell.clone());
+            if truth.style_looks.len() >= MOST_FILES {
+                truth.style_looks.clear();
+            }
+            truth.last_style_look += 1;
+            let look = truth.last_style_look;
+            truth.style_looks.insert(path.clone(), look);
+            self.look_at_style(path, look, run.tell.clone());
         }
         let is_new_page = *kind == Kind::New && path.starts_with("src/pages/");
         if is_new_page {
@@ -348,11 +374,11 @@ impl DevServer {
     }
 
     /// A stylesheet has changed, and may be cut off, of which nobody says a word.
-    fn look_at_style(&self, file: &str, tell: mpsc::Sender<Word>) {
+    fn look_at_style(&self, file: &str, look: u32, tell: mpsc::Sender<Word>) {
         let (worktree, file) = (self.site.worktree.clone(), file.to_owned());
         let shown = self.notes.last_page().shown_to_anybody();
         self.aside("preview style", async move {
-            let look = blocking("looking at a stylesheet", DISK_DEADLINE, move || {
+            let seen = blocking("looking at a stylesheet", DISK_DEADLINE, move || {
                 let text = read_small(&worktree.join(&file)).ok()?;
                 let fault = css::first_fault(&text)?;
                 let is_public = file.starts_with("public/");
@@ -363,8 +389,8 @@ impl DevServer {
                     message: fault.what.to_owned(),
                 })
             });
-            if let Ok(Some(error)) = look.await {
-                tell.send(Word::Unsaid(error)).await.ok();
+            if let Ok(Some(error)) = seen.await {
+                tell.send(Word::Unsaid { error, look }).await.ok();
             }
         });
     }
