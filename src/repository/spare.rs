@@ -97,8 +97,11 @@ impl<'a> Spare<'a> {
             renamed => renamed?,
         }
         let files = taken.0.files();
-        if !files::kind_of(&files)?.is_some_and(|kind| kind.is_dir()) {
-            return Ok(None);
+        // A link in either place would lead to what is somebody's.
+        for folder in [&taken.0.0, &files] {
+            if !files::kind_of(folder)?.is_some_and(|kind| kind.is_dir()) {
+                return Ok(None);
+            }
         }
         fs::rename(files, folder)?;
         Ok(Some(taken))
