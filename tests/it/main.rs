@@ -25,6 +25,7 @@ mod limits;
 mod one_shot;
 mod outside;
 mod owners;
+mod pid1;
 mod preview_astro;
 mod preview_dev_server;
 mod preview_proxy;
