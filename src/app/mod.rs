@@ -30,6 +30,7 @@ use crate::{
     config::{self, CredentialSource, Loaded, Mode, Settings},
     control_plane::Notice,
     domain::Signature,
+    egress::Egress,
     figures::Figures,
     gateway::{self, Credential, Gateway, GatewayConfig, OAuthSettings, load_credentials_file},
     lifecycle::{Activity, Guard, HolderKind, Shares, Signals, StopReason, wait_for_reason},
@@ -72,6 +73,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
     let launcher = Launcher::start(settings.lease / 2, ConfinementMode::Auto)
         .context("failed to start the launcher")?;
     let programs = Programs::find(&loaded);
+    let egress = start_egress(settings, &tasks).await?;
     let activity = Activity::new(settings.auto_shutdown);
     let outside = Outside::start(settings, &activity, &tasks)?;
     let network_port =
@@ -85,11 +87,12 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
             most_awake: settings.max_previews,
             shows_banner: settings.preview_errors == config::PreviewErrors::Banner,
             access: preview_access(settings),
+            egress: egress.as_ref().map(|egress| egress.sites.clone()),
         },
         tasks.clone(),
     );
     let readiness = Readiness::default();
-    let agent = agent_settings(settings, &programs, &launcher, &gateway);
+    let agent = agent_settings(settings, &programs, &launcher, &gateway, egress.as_ref());
     let service = one_shots(
         settings,
         agent.clone(),
@@ -107,7 +110,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         gateway,
         previews.clone(),
         programs
-            .node_tools()
+            .node_tools(egress.map(|egress| egress.installer))
             .map(|tools| Dependencies::new(launcher.clone(), tools)),
         activity.clone(),
         tasks.clone(),
@@ -208,10 +211,11 @@ pub async fn serve_one_shots(loaded: Loaded) -> anyhow::Result<()> {
     let launcher = Launcher::start(settings.lease / 2, ConfinementMode::Auto)
         .context("failed to start the launcher")?;
     let programs = Programs::find(&loaded);
+    let egress = start_egress(settings, &tasks).await?;
     let activity = Activity::new(settings.auto_shutdown);
     let outside = Outside::start(settings, &activity, &tasks)?;
     open_to_network(&gateway, network, &activity, &tasks).await?;
-    let agent = agent_settings(settings, &programs, &launcher, &gateway);
+    let agent = agent_settings(settings, &programs, &launcher, &gateway, egress.as_ref());
     let service = one_shots(settings, agent, runtime.path(), &launcher, &gateway, &tasks);
     let readiness = Readiness::default();
     let port = crate::app::port(&listener);
@@ -566,18 +570,29 @@ async fn open_to_network(
     Ok(Some(port))
 }
 
+/// The children's way out, where the operator says whom they may reach.
+async fn start_egress(settings: &Settings, tasks: &Tasks) -> anyhow::Result<Option<Egress>> {
+    let Some(names) = &settings.egress_allow else {
+        return Ok(None);
+    };
+    let egress = Egress::start(names, tasks).await;
+    Ok(Some(egress.context("failed to start the egress proxy")?))
+}
+
 /// How CLIs are started; `None` where there is none.
 fn agent_settings(
     settings: &Settings,
     programs: &Programs,
     launcher: &Launcher,
     gateway: &Gateway,
+    egress: Option<&Egress>,
 ) -> Option<Arc<AgentSettings>> {
     let program = programs.claude.clone()?;
     Some(Arc::new(AgentSettings {
         program,
         gateway_url: gateway.base_url(),
         gateway_port: gateway.port(),
+        egress: egress.map(|egress| egress.sites.clone()),
         model: settings.claude_model.clone(),
         max_output_tokens: settings.claude_max_output_tokens.map(u64::from),
         tools: settings.claude_tools.clone(),
@@ -864,6 +879,11 @@ fn tell_more(loaded: &Loaded, is_rehearsal: bool, launcher: &Launcher) {
     tracing::info!(
         files = ?confinement.files, network = ?confinement.network,
         processes = ?confinement.processes, bash = ?confinement.bash,
+        egress = match &loaded.settings.egress_allow {
+            None => "any".to_owned(),
+            Some(names) if names.is_empty() => "none".to_owned(),
+            Some(names) => names.join(","),
+        },
         "how agents and dev servers are held"
     );
 }

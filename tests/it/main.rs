@@ -11,6 +11,7 @@ mod canary;
 mod cli;
 mod conformance;
 mod dependencies;
+mod egress;
 mod execute;
 mod figures;
 mod full_disk;
