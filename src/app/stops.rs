@@ -256,7 +256,10 @@ mod tests {
         let written = || {
             let files = fs::read_dir(folder.path()).unwrap().flatten();
             files
-                .filter_map(|file| fs::read_to_string(file.path()).ok())
+                .map(|file| file.path())
+                // The others are on their way to that name.
+                .filter(|file| file.extension().is_some_and(|end| end == "json"))
+                .filter_map(|file| fs::read_to_string(file).ok())
                 .any(|text| text.contains("tasks"))
         };
         while !written() {
