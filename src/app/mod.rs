@@ -324,7 +324,7 @@ impl Ending {
         let news = async {
             told.finish(LAST_NEWS.min(left)).await;
         };
-        tokio::join!(news, note.end());
+        tokio::join!(news, note.end(left));
         drop(self.runtime);
         match reason {
             StopReason::Broken => bail!("a part of greenroom broke; the log says which"),

@@ -141,11 +141,11 @@ impl StopNote {
         });
     }
 
-    /// The stop is over.
-    pub(super) async fn end(self) {
+    /// The stop is over, and may take so long for saying it.
+    pub(super) async fn end(self, limit: Duration) {
         self.record.send_modify(|record| record.is_over = true);
         drop(self.record);
-        if !self.tasks.stop(WRITE * 2).await {
+        if !self.tasks.stop(limit.min(WRITE * 2)).await {
             tracing::warn!("the stop could not be noted: the workspace's disk does not answer");
         }
     }
@@ -228,7 +228,7 @@ mod tests {
         let stops = || Some(folder.path().join("stops"));
         let note = StopNote::begin(stops(), "signal", PATIENCE);
         note.reached(Step::Children);
-        note.end().await;
+        note.end(PATIENCE).await;
         assert_eq!(report(stops()).await, [""; 0]);
         let left = fs::read_dir(stops().unwrap()).map_or(0, Iterator::count);
         assert_eq!(left, 0);
@@ -236,7 +236,7 @@ mod tests {
         let note = StopNote::begin(stops(), "signal", PATIENCE);
         note.cut("2 running turns were interrupted");
         note.cut("children were left that did not end");
-        note.end().await;
+        note.end(PATIENCE).await;
         let told = report(stops()).await;
         assert_eq!(told.len(), 1);
         assert!(

@@ -22,7 +22,10 @@ use std::{
     ffi::OsString,
     io,
     net::Ipv4Addr,
-    sync::{Arc, Mutex, PoisonError, RwLock},
+    sync::{
+        Arc, Mutex, PoisonError, RwLock,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -89,6 +92,7 @@ struct Inner {
     way_out: WayOut,
     limits: Limits,
     told: Mutex<HashSet<(String, u16)>>,
+    refusals: AtomicU64,
 }
 
 impl Door {
@@ -127,6 +131,7 @@ impl Door {
             way_out,
             limits,
             told: Mutex::default(),
+            refusals: AtomicU64::new(0),
         }));
         tasks.spawn("egress", accept(listener, door.clone(), tasks.clone()));
         Ok(door)
@@ -177,6 +182,11 @@ impl Door {
         }
     }
 
+    /// How often a child was refused, so far.
+    pub fn refusals(&self) -> u64 {
+        self.0.refusals.load(Ordering::Relaxed)
+    }
+
     fn judge(&self, target: &Target) -> Result<Ground, Refusal> {
         let rules = self.0.rules.read().unwrap_or_else(PoisonError::into_inner);
         rules.judge(target)
@@ -203,6 +213,7 @@ impl Door {
 
     /// Tells the operator once of each host, and of so many hosts only: a child chooses the names.
     fn note_refusal(&self, target: &Target, refusal: Refusal) {
+        self.0.refusals.fetch_add(1, Ordering::Relaxed);
         let mut told = self.0.told.lock().unwrap_or_else(PoisonError::into_inner);
         if told.len() < TOLD && told.insert((target.host.to_string(), target.port)) {
             tracing::warn!(

@@ -74,14 +74,28 @@ pub enum InstallError {
     },
     /// The package manager, or a script of a package, ended badly. `output` is the end of what
     /// it wrote, without colours, at most 4 kB; `missing` are the system's programs that it wanted
-    /// and that are not there.
-    #[error("{manager} ended with {exit}{}\n{output}", what_to_install(missing))]
+    /// and that are not there, `is_refused` says that it asked for a host that it may not reach.
+    #[error(
+        "{manager} ended with {exit}{}{}\n{output}", what_to_install(missing), what_to_allow(*is_refused)
+    )]
     Failed {
         manager: &'static str,
         exit: Exit,
         missing: Vec<&'static str>,
+        is_refused: bool,
         output: String,
     },
+}
+
+/// The host itself stands in the output.
+fn what_to_allow(is_refused: bool) -> &'static str {
+    match is_refused {
+        true => {
+            "; it asked for a host that may not be reached from here: the operator names it in \
+             EGRESS_ALLOW"
+        }
+        false => "",
+    }
 }
 
 fn what_to_install(missing: &[&str]) -> String {
@@ -501,6 +515,8 @@ impl Dependencies {
             stdin: Stdin::Null,
             profile,
         };
+        let refusals = || tools.egress.as_ref().map_or(0, Door::refusals);
+        let before = refusals();
         let run = self
             .launcher
             .run(spec, INSTALL_DEADLINE, KEPT_BYTES)
@@ -516,6 +532,7 @@ impl Dependencies {
             exit: run.exit,
             tail,
             is_lock_refused: run.stderr.contains("EUSAGE"),
+            is_refused: refusals() > before,
             missing: missing::missing_programs(
                 &format!("{}\n{}", run.stdout, run.stderr),
                 |program| self.folders().any(|folder| folder.join(program).is_file()),
@@ -596,6 +613,8 @@ struct Run {
     /// `npm ci` refuses a lockfile that doesn't fit package.json, or that lacks the packages of
     /// other platforms; `npm install` takes it.
     is_lock_refused: bool,
+    /// A host was (here, or in an installation beside it).
+    is_refused: bool,
     missing: Vec<&'static str>,
 }
 
@@ -617,6 +636,7 @@ impl Run {
             manager,
             exit: self.exit,
             missing: self.missing.clone(),
+            is_refused: self.is_refused,
             output: self.tail.text(SHOWN_BYTES),
         }
     }

@@ -333,6 +333,23 @@ async fn an_installer_reaches_the_operator_s_registry_and_nobody_else() {
 }
 
 #[tokio::test]
+async fn an_install_that_wants_another_host_says_what_to_do() {
+    let folders = Folders::new();
+    let site = depending(&folders, "thing", "https://cdn.example/thing.tgz");
+    let options = Options::new(&folders)
+        .rehearsal()
+        .previews()
+        .env("EGRESS_ALLOW", "none")
+        .env("npm_config_fetch_retries", "0");
+    let greenroom = TestGreenroom::start(options).await;
+    let alice = who("acme", "alice", "main");
+    let answer = greenroom.init(&alice, json!({"repoUrl": site})).await;
+    for part in ["EGRESS_ALLOW", "cdn.example"] {
+        assert!(answer.text.contains(part), "{part}: {}", answer.text);
+    }
+}
+
+#[tokio::test]
 async fn a_package_of_the_real_registry_comes_by_the_proxy() {
     let folders = Folders::new();
     let site = depending(&folders, "is-number", "7.0.0");

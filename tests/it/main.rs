@@ -32,6 +32,7 @@ mod preview_dev_server;
 mod preview_proxy;
 mod process;
 mod publish;
+mod slow_disk;
 mod tenants;
 mod terminal;
 mod upstream;

@@ -259,6 +259,28 @@ async fn a_sweep_ends_what_a_turn_left_behind_and_spares_the_program() {
 }
 
 #[tokio::test]
+async fn a_flood_of_grandchildren_leaves_no_zombie_and_the_status_is_the_program_s() {
+    let launcher = launcher();
+    // Each falls to the warden, which is its subreaper.
+    let flood = "echo $PPID; i=0; while [ $i -lt 3000 ]; do ( : & ); i=$((i+1)); done; echo 0; \
+                 sleep 2; exit 7";
+    let mut child = launcher.spawn(shell(flood)).await.unwrap();
+    let warden = read_pids(&mut child, 2).await[0];
+    let zombies = || {
+        let all = fs::read_dir("/proc").unwrap().flatten();
+        all.filter_map(|entry| fs::read_to_string(entry.path().join("stat")).ok())
+            .filter(|stat| {
+                let fields = stat.rsplit(") ").next().unwrap_or_default();
+                fields.starts_with(&format!("Z {warden} "))
+            })
+            .count()
+    };
+    wait_until("all were reaped", || zombies() == 0).await;
+    let exit = timeout(LIMIT, child.handle().wait()).await.unwrap();
+    assert_eq!(exit.code, Some(7));
+}
+
+#[tokio::test]
 async fn an_exit_takes_everything_with_it() {
     let launcher = launcher();
     let mut spec = shell(&format!("{LEAVES_A_SLEEPER} read line; exit 5"));

@@ -44,8 +44,9 @@ async fn signals_end_it_in_order_whenever_they_come() {
         ][dice.below(4) as usize];
         let second = (dice.below(4) == 0).then(|| Duration::from_millis(dice.below(1500)));
         let moment = Duration::from_millis(dice.below(1200));
-        // Half of them end by themselves, half would go on for ever.
-        let length = ["0.3", "300"][dice.below(2) as usize];
+        // Half of them end by themselves, half have to be interrupted. One that never began runs after
+        // the next start.
+        let length = ["0.3", "15"][dice.below(2) as usize];
         let work = format!("append log.txt {round}\\n\nrun sleep {length}\nappend log.txt end\\n");
         let begin = try_begin(port, &alice, &work);
         let strike = async {

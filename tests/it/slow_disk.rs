@@ -1,0 +1,390 @@
+//! The workspace on a disk as slow and as forgetful as a network's (`slow_disk.py`, a FUSE stand-in for
+//! EFS): one container, two, and one whose disk does not answer for a while. Skipped, with a word on
+//! why, where no such disk can be made.
+#![expect(
+    clippy::unwrap_used,
+    reason = "a test that cannot be set up has failed"
+)]
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use serde_json::{Value, json};
+
+use crate::support::{
+    Answer, Folders, Options, PATIENCE, SITE, Sent, TestGreenroom, Who, git, mfusepy, request,
+    wait_for, wait_for_async, who,
+};
+
+/// A mount of the folder that all of a test's disks show.
+struct Disk {
+    server: Child,
+    point: PathBuf,
+    source: PathBuf,
+}
+
+impl Disk {
+    /// `None` where it cannot be had.
+    fn mount(folders: &Folders, name: &str, options: &[&str]) -> Option<Self> {
+        let skip = |why: &str| eprintln!("skipped: no slow disk can be made: {why}");
+        let Some(packages) = mfusepy() else {
+            skip("PyPI's mfusepy is missing; scripts/test brings it, or set MFUSEPY");
+            return None;
+        };
+        if !Path::new("/dev/fuse").exists() {
+            skip("there is no /dev/fuse");
+            return None;
+        }
+        let (source, point) = (folders.join("source"), folders.join(name));
+        fs::create_dir_all(&source).unwrap();
+        fs::create_dir_all(&point).unwrap();
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/slow_disk.py");
+        #[expect(clippy::disallowed_methods, reason = "the disk's server")]
+        let server = Command::new("python3")
+            .arg(script)
+            .args([&source, &point])
+            .args(options)
+            .env("PYTHONPATH", packages)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(fs::File::create(folders.join("tmp/disk.log")).unwrap())
+            .spawn();
+        let Ok(server) = server else {
+            skip("there is no python3");
+            return None;
+        };
+        let mut disk = Self {
+            server,
+            point,
+            source,
+        };
+        let begun = Instant::now();
+        while !disk.is_mounted() {
+            if disk.server.try_wait().unwrap().is_some() || begun.elapsed() > PATIENCE {
+                let said = fs::read_to_string(folders.join("tmp/disk.log")).unwrap();
+                skip(
+                    said.trim()
+                        .lines()
+                        .next_back()
+                        .unwrap_or("it does not say why"),
+                );
+                return None;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Some(disk)
+    }
+
+    fn is_mounted(&self) -> bool {
+        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
+        let point = self.point.to_str().unwrap();
+        mounts
+            .lines()
+            .any(|line| line.split(' ').nth(1) == Some(point))
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.server.id().cast_signed()), signal).unwrap();
+    }
+
+    /// It does not answer from now on.
+    fn stall(&self) {
+        self.signal(Signal::SIGSTOP);
+    }
+
+    fn go_on(&self) {
+        self.signal(Signal::SIGCONT);
+    }
+
+    fn workspace(&self) -> PathBuf {
+        self.point.join("workspace")
+    }
+
+    /// A thread's worktree, past the slow disk.
+    fn worktree(&self, who: &Who) -> PathBuf {
+        let user = self
+            .source
+            .join("workspace")
+            .join(&who.client)
+            .join(&who.user);
+        user.join("threads").join(&who.thread)
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        self.go_on();
+        #[expect(clippy::disallowed_methods, reason = "takes the disk away")]
+        let unmounted = Command::new("umount")
+            .arg("--lazy")
+            .arg(&self.point)
+            .output();
+        unmounted.ok();
+        self.server.kill().ok();
+        self.server.wait().ok();
+    }
+}
+
+fn options(folders: &Folders, disk: &Disk, name: &str) -> Options {
+    Options::new(folders)
+        .acting()
+        .previews()
+        .env("PREVIEW_READY_SECONDS", "100")
+        .env("WORKSPACE_PATH", disk.workspace())
+        .env("CACHE_PATH", folders.join(format!("cache-{name}")))
+}
+
+async fn page(greenroom: &TestGreenroom, init: &Value) -> Answer {
+    let url = init["preview"]["url"].as_str().unwrap();
+    let host = url.strip_prefix("http://").unwrap();
+    let sent = Sent::new("GET", "/", &Value::Null).header("host", host);
+    request(greenroom.preview_port, sent).await.unwrap()
+}
+
+#[tokio::test]
+async fn two_containers_share_a_slow_disk() {
+    let folders = Folders::new();
+    let Some(one) = Disk::mount(&folders, "one", &[]) else {
+        return;
+    };
+    let two = Disk::mount(&folders, "two", &[]).expect("as the first one");
+    let site = folders.site("site", SITE);
+    let mut a = TestGreenroom::start(options(&folders, &one, "one")).await;
+    let b = TestGreenroom::start(options(&folders, &two, "two")).await;
+    let alice = who("acme", "alice", "main");
+    let init = a.init(&alice, json!({"repoUrl": site})).await.ok();
+    assert_eq!(init["preview"]["state"], "live", "{init}");
+    assert!(page(&a, &init).await.text.contains("<h1>Pots</h1>"));
+    let heading = |text: &str| format!("write src/pages/index.astro <h1>{text}</h1>\\n");
+    a.execute(&alice, &heading("Jugs")).await.ok();
+    assert!(page(&a, &init).await.text.contains("<h1>Jugs</h1>"));
+
+    // The same user's other thread, from the other container, at the same time.
+    let other = who("acme", "alice", "other");
+    let beside = b.init(&other, json!({"repoUrl": site})).await.ok();
+    assert_eq!(beside["preview"]["state"], "live", "{beside}");
+    let (left, right) = (heading("Left"), heading("Right"));
+    let (first, second) = tokio::join!(a.execute(&alice, &left), b.execute(&other, &right));
+    for (result, text, greenroom, init) in [
+        (first.ok(), "Left", &a, &init),
+        (second.ok(), "Right", &b, &beside),
+    ] {
+        assert_eq!(
+            result["commit"]["files"].as_array().unwrap().len(),
+            1,
+            "{result}"
+        );
+        let shown = page(greenroom, init).await.text;
+        assert!(shown.contains(text), "{shown}");
+    }
+    b.init(&alice, json!({}))
+        .await
+        .error(409, "thread_busy_elsewhere");
+
+    // Handed over in order.
+    assert_eq!(a.stop().await.code(), Some(0));
+    let taken = b.init(&alice, json!({})).await.ok();
+    assert_eq!(
+        (&taken["resumed"], &taken["preview"]["state"]),
+        (&json!(true), &json!("live"))
+    );
+    assert!(page(&b, &taken).await.text.contains("<h1>Left</h1>"));
+    b.execute(&alice, &heading("Bowls")).await.ok();
+    let undo = format!("{}/undo", alice.path());
+    b.api("POST", &undo, json!({})).await.ok();
+    assert!(page(&b, &taken).await.text.contains("<h1>Left</h1>"));
+    let history = b.get(&format!("{}/history", alice.path())).await.ok();
+    assert_eq!(
+        history["result"]["turns"].as_array().unwrap().len(),
+        4,
+        "{history}"
+    );
+    for who in [&alice, &other] {
+        assert_eq!(git(one.worktree(who), &["status", "--porcelain"]), "");
+    }
+    git(
+        one.source.join("workspace/acme/alice/project"),
+        &["fsck", "--strict"],
+    );
+}
+
+#[tokio::test]
+async fn a_disk_that_does_not_answer_hangs_nothing_for_good() {
+    let seconds = std::env::var("SLOW_DISK_STALL_SECONDS");
+    let stall = Duration::from_secs(seconds.map_or(4, |seconds| seconds.parse().unwrap()));
+    let folders = Folders::new();
+    let Some(disk) = Disk::mount(&folders, "one", &[]) else {
+        return;
+    };
+    let site = folders.site("site", SITE);
+    let options = options(&folders, &disk, "one").env("STOP_TIMEOUT_SECONDS", "10");
+    let greenroom = TestGreenroom::start(options).await;
+    let (alice, bob) = (who("acme", "alice", "main"), who("acme", "bob", "main"));
+    let init = greenroom.init(&alice, json!({"repoUrl": site})).await.ok();
+    let lines = "run for i in $(seq 200); do echo $i >> lines.txt; sleep 0.02; done";
+    let turn = greenroom.begin(&alice, lines).await;
+    let file = disk.worktree(&alice).join("lines.txt");
+    wait_for("the turn writes", || file.exists().then_some(())).await;
+
+    disk.stall();
+    let begun = Instant::now();
+    let mut slowest = Duration::ZERO;
+    let asked = async {
+        let init = Sent::new("POST", "/api/init", &bob.body(json!({"repoUrl": site})));
+        let more = Sent::new(
+            "POST",
+            "/api/execute",
+            &alice.body(json!({"instruction": "write a.txt a"})),
+        );
+        let port = greenroom.api_port;
+        tokio::join!(request(port, init), request(port, more))
+    };
+    let watched = async {
+        while begun.elapsed() < stall {
+            for path in ["/health", "/metrics", "/api/idle", "/openapi.json"] {
+                let since = Instant::now();
+                assert_eq!(greenroom.get(path).await.status, 200, "{path}");
+                slowest = slowest.max(since.elapsed());
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        disk.go_on();
+    };
+    let ((init_of_bob, more), ()) = tokio::join!(asked, watched);
+    println!("without an answer for {stall:?}: slowest of /health and its like {slowest:?}");
+    assert!(
+        slowest < Duration::from_secs(1),
+        "they touch no disk: {slowest:?}"
+    );
+    println!(
+        "asked meanwhile: init {}, execute {}",
+        init_of_bob.unwrap().status,
+        more.unwrap().status
+    );
+
+    // It has its outcome, whatever the disk made of it; and everything goes on.
+    let begun = Instant::now();
+    let outcome = greenroom.ended(&turn).await;
+    println!(
+        "the turn: {} after {:?}",
+        outcome["status"],
+        begun.elapsed()
+    );
+    for who in [&alice, &bob] {
+        wait_for_async("it can be prepared", async || {
+            let answer = greenroom.init(who, json!({"repoUrl": site})).await;
+            (answer.status == 200).then_some(())
+        })
+        .await;
+        greenroom.execute(who, "write after.txt after").await.ok();
+        assert_eq!(git(disk.worktree(who), &["status", "--porcelain"]), "");
+    }
+    println!("all goes on {:?} after the disk", begun.elapsed());
+    assert!(page(&greenroom, &init).await.text.contains("<h1>Pots</h1>"));
+    let kept = fs::read_to_string(&file).unwrap();
+    assert_eq!(
+        git(disk.worktree(&alice), &["show", "HEAD:lines.txt"]),
+        kept.trim_end()
+    );
+
+    // A stop while it does not answer is done before the platform's time is over. Its process may
+    // wait on: the kernel ends no thread in the middle of a call to such a disk.
+    let mut greenroom = greenroom;
+    disk.stall();
+    let begun = Instant::now();
+    greenroom.signal(Signal::SIGTERM);
+    wait_for("it is done", || {
+        let log = greenroom.log();
+        let is_done = |line: &String| line.contains("\"stopped\"");
+        log.iter().any(is_done).then_some(())
+    })
+    .await;
+    let done = begun.elapsed();
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let is_gone = greenroom.exited().is_some();
+    disk.go_on();
+    println!("a stop: done after {done:?}, gone before the disk was back: {is_gone}");
+    assert!(done < Duration::from_secs(10), "{done:?}");
+    assert_eq!(greenroom.wait_exit(PATIENCE).await.code(), Some(0));
+    let greenroom = greenroom.restart().await;
+    greenroom.init(&alice, json!({})).await.ok();
+    greenroom.execute(&alice, "write end.txt end").await.ok();
+    assert_eq!(git(disk.worktree(&alice), &["status", "--porcelain"]), "");
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort();
+    times[times.len() / 2]
+}
+
+/// The aims on a slow disk: `scripts/campaign disk`, on a machine that does nothing else.
+#[tokio::test]
+#[ignore = "measures"]
+async fn what_work_takes_on_a_slow_disk() {
+    let folders = Folders::new();
+    let Some(disk) = Disk::mount(&folders, "one", &[]) else {
+        return;
+    };
+    let mut files = SITE.to_vec();
+    let pages: Vec<String> = (0..400)
+        .map(|n| format!("src/content/{}/{n}.md", n % 20))
+        .collect();
+    files.extend(
+        pages
+            .iter()
+            .map(|name| (name.as_str(), "a page of words\n")),
+    );
+    let site = folders.site("site", &files);
+    git(&site, &["repack", "-adq"]);
+
+    // By the git program, one file after another.
+    let clone = disk.point.join("clone");
+    let clone = clone.to_str().unwrap();
+    git(&site, &["clone", "--quiet", "--no-checkout", &site, clone]);
+    let begun = Instant::now();
+    git(
+        clone,
+        &["-c", "checkout.workers=1", "checkout", "--quiet", "main"],
+    );
+    let alone = begun.elapsed();
+
+    let options = options(&folders, &disk, "one").env("ASTRO_DEV_MODE", "false");
+    let greenroom = TestGreenroom::start(options).await;
+    let mut inits = Vec::new();
+    for user in ["a", "b", "c", "d", "e"] {
+        let begun = Instant::now();
+        greenroom
+            .init(&who("acme", user, "main"), json!({"repoUrl": site}))
+            .await
+            .ok();
+        inits.push(begun.elapsed());
+    }
+    let alice = who("acme", "a", "main");
+    let mut turns = Vec::new();
+    for turn in 0..21 {
+        let begun = Instant::now();
+        greenroom
+            .execute(&alice, &format!("write src/content/0/0.md {turn}"))
+            .await
+            .ok();
+        // The first ones start the CLI and warm the caches.
+        if turn > 2 {
+            turns.push(begun.elapsed());
+        }
+    }
+    println!("checkout by one thread {alone:?}; first inits {inits:?}; warm turns {turns:?}");
+    let init = median(inits);
+    println!(
+        "first init {init:?}: {:.1} times as fast; a warm turn {:?}",
+        alone.as_secs_f64() / init.as_secs_f64(),
+        median(turns)
+    );
+}
