@@ -41,7 +41,17 @@ const ARROWS: &[(&str, &[&str])] = &[
             "workspace",
         ],
     ),
-    ("cli", &["api", "app", "config", "telemetry", "usage"]),
+    (
+        "cli",
+        &[
+            "api",
+            "app",
+            "config",
+            "process", // hides its own environment, first of all
+            "telemetry",
+            "usage",
+        ],
+    ),
     (
         "api",
         &[

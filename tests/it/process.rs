@@ -166,6 +166,30 @@ async fn a_program_starts_clean() {
 }
 
 #[tokio::test]
+async fn what_a_program_takes_of_the_machine_is_limited() {
+    let folder = TempDir::new().unwrap();
+    let mut spec = shell(
+        "ulimit -Hc; ulimit -Hn; ulimit -Hu; ulimit -n 100000 2>/dev/null && echo raised; \
+         truncate -s 8G most && echo all; truncate -s 9G more; echo $?",
+    );
+    spec.program = "/bin/bash".into();
+    spec.cwd = folder.path().into();
+    let result = output(&launcher(), spec).await;
+    let lines: Vec<_> = result.stdout.lines().collect();
+    let [cores, descriptors, processes, rest @ ..] = &lines[..] else {
+        panic!("{lines:?} {}", result.stderr);
+    };
+    let number = |text: &str| text.parse::<u64>().unwrap();
+    assert_eq!(*cores, "0");
+    assert!(number(descriptors) <= 65_536 && number(processes) <= 8192);
+    // The system's own program says that the file is too large, or is ended by the signal.
+    assert!(rest.len() == 2 && rest[0] == "all", "{lines:?}");
+    assert!(["1", "153"].contains(&rest[1]), "{lines:?}");
+    assert!(fs::metadata(folder.path().join("most")).unwrap().len() == 8 << 30);
+    assert!(!folder.path().join("more").metadata().is_ok_and(|more| more.len() > 8 << 30));
+}
+
+#[tokio::test]
 async fn standard_input_reaches_the_program() {
     let launcher = launcher();
     let mut spec = shell("cat; echo end");
