@@ -22,6 +22,7 @@ use super::{
     probe,
 };
 use crate::{
+    owner::{Owner, make_folder},
     process::{Peers, Ports, ProcessHandle, Profile, Spec, Stdin},
     task::blocking,
 };
@@ -75,8 +76,9 @@ pub(crate) fn prepare(
     std::fs::remove_file(site.worktree.join(".astro/dev.json")).ok();
     let private = settings.private_root.join(&site.slug);
     let (home, tmp) = (private.join("home"), private.join("tmp"));
+    let owner = Owner::of(&site.worktree);
     for folder in [&home, &tmp] {
-        std::fs::create_dir_all(folder).map_err(machine("making the dev server's folders"))?;
+        make_folder(folder, owner).map_err(machine("making the dev server's folders"))?;
     }
     let (program, mut args) = program(&command, &site.worktree, &settings.node)?;
     args.extend(command.args(site.port));
@@ -101,6 +103,7 @@ pub(crate) fn prepare(
         elsewhere: vec![443],
     };
     profile.bind = Ports::Only(vec![site.port]);
+    profile.owner = Some(site.worktree.clone());
     let mut env = environment(site, settings, &home, &tmp);
     if polls {
         // Vite looks at its files by itself (measured with 8.3.8).

@@ -13,7 +13,7 @@ use nix::sys::{
 };
 
 use super::{
-    broker, limits, sandbox, seccomp,
+    broker, limits, sandbox, seccomp, uid,
     wire::{Failure, Opening, Setup, Step, Wire},
 };
 
@@ -37,6 +37,14 @@ fn become_program(
         Ok(setup) => setup,
         Err(error) => return Failure::new(Step::Launch, &error),
     };
+    let is_own = setup.means.owners;
+    if let Err(error) = limits::apply(is_own) {
+        return Failure::new(Step::Launch, &error.into());
+    }
+    if is_own && let Err(error) = uid::become_owner(setup.profile.owner.as_deref()) {
+        return Failure::new(Step::Confine, &error);
+    }
+    // As its own user: into a folder of somebody else's it does not get.
     if let Err(error) = std::env::set_current_dir(&setup.cwd) {
         return Failure::new(Step::EnterFolder, &error);
     }
@@ -56,7 +64,6 @@ fn prepare(opening: &Wire) -> io::Result<Setup> {
     prctl::set_pdeathsig(Signal::SIGKILL)?;
     nix::unistd::setsid()?;
     nix::unistd::dup2_stdin(stdin)?;
-    limits::apply()?;
     Ok(setup)
 }
 

@@ -18,17 +18,24 @@ const OOM_SCORE: &str = "500";
 const FILE_BYTES: rlim_t = 8 << 30;
 /// Open descriptors. Node takes as many as it may.
 const DESCRIPTORS: rlim_t = 65_536;
-/// Processes and threads of the program's uid where that is shared: the kernel counts the
-/// supervisor's too, other containers', and on a laptop a whole desktop's. For root it counts none.
-const PROCESSES: rlim_t = 8192;
+/// Processes and threads of the program's uid where that is a thread's own: a CLI, a dev server and
+/// what they start have some dozens.
+const OWN_PROCESSES: rlim_t = 1024;
+/// The same where it is shared: the kernel counts the supervisor's too, other containers', and on a
+/// laptop a whole desktop's. For root it counts none.
+const SHARED_PROCESSES: rlim_t = 8192;
 
 /// Holds this process, and what it becomes and starts, to the limits for good. Where there are
-/// tighter ones they stay.
-pub(super) fn apply() -> Result<(), Errno> {
+/// tighter ones they stay. `is_own`: it gets a uid of its own.
+pub(super) fn apply(is_own: bool) -> Result<(), Errno> {
+    let processes = match is_own {
+        true => OWN_PROCESSES,
+        false => SHARED_PROCESSES,
+    };
     lower(Resource::RLIMIT_CORE, 0)?;
     lower(Resource::RLIMIT_FSIZE, FILE_BYTES)?;
     lower(Resource::RLIMIT_NOFILE, DESCRIPTORS)?;
-    lower(Resource::RLIMIT_NPROC, PROCESSES)?;
+    lower(Resource::RLIMIT_NPROC, processes)?;
     // A container may hide the file: an order of dying, not a wall.
     fs::write("/proc/self/oom_score_adj", OOM_SCORE).ok();
     Ok(())

@@ -31,6 +31,7 @@ mod limits;
 mod procfs;
 mod sandbox;
 mod seccomp;
+mod uid;
 mod warden;
 mod wire;
 

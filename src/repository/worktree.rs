@@ -5,7 +5,7 @@ use std::{
     ffi::OsStr,
     fs::{self, File},
     io,
-    os::unix::ffi::OsStrExt as _,
+    os::unix::{ffi::OsStrExt as _, fs::PermissionsExt as _},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -29,6 +29,7 @@ use crate::{
     domain::{CommitSummary, HeldBack, Signature},
     identity::{ThreadKey, UserKey},
     lease::Fence,
+    owner::Owner,
 };
 
 /// The worktree of one thread, on its branch. Plain paths: each call opens what it needs and
@@ -42,6 +43,8 @@ pub struct Worktree {
     pub(super) branch: String,
     /// It is the repository's own, `project/`, which has no links to be put right.
     pub(super) is_main: bool,
+    /// For whom the folder is made, if it has to be.
+    owner: Option<Owner>,
 }
 
 /// What a commit is to say.
@@ -106,7 +109,7 @@ const INDEX_TRIES: u32 = 20;
 const INDEX_PAUSE: Duration = Duration::from_millis(50);
 
 impl Worktree {
-    pub(super) fn new(git: GitDir, key: &ThreadKey, path: &Path) -> Self {
+    pub(super) fn new(git: GitDir, key: &ThreadKey, path: &Path, owner: Option<Owner>) -> Self {
         let admin = git.path().join("worktrees").join(key.thread.as_str());
         Self {
             git,
@@ -114,6 +117,7 @@ impl Worktree {
             path: path.to_owned(),
             branch: key.branch(),
             is_main: false,
+            owner,
         }
     }
 
@@ -125,6 +129,7 @@ impl Worktree {
             path: project.to_owned(),
             branch: key.user_branch(),
             is_main: true,
+            owner: None,
         }
     }
 
@@ -451,6 +456,12 @@ impl Worktree {
         let partial = self.path.with_file_name(hidden);
         files::remove_all(&partial).during("remove the leftovers of an earlier attempt")?;
         fs::create_dir_all(&partial).during("make the worktree's folder")?;
+        if let Some(owner) = self.owner {
+            // Closed to others, and what is written into it below is its owner's too.
+            fs::set_permissions(&partial, fs::Permissions::from_mode(0o700))
+                .and_then(|()| owner.take(&partial))
+                .during("make the worktree's folder")?;
+        }
         // Whatever index there is belongs to files that are gone.
         files::remove_all(&self.admin.join("index")).during("remove the old index")?;
         let in_progress = Self {

@@ -77,6 +77,7 @@ pub(super) fn spec(
     let mut ports = site.connect.clone();
     ports.push(settings.gateway_port);
     profile.connect = Peers::here(ports);
+    profile.owner = Some(scratch.root().to_owned());
     let mut args = args.clone();
     args.model = args.model.or_else(|| settings.model.clone());
     Spec {

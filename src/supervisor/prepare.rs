@@ -23,13 +23,14 @@ use crate::{
     domain::{Continuity, PreviewError, PreviewState, TurnKind},
     identity::{ThreadKey, TurnId},
     lease::{Fence, Lease, Patience},
+    owner::{Owner, make_folder},
     preview::{PreviewSite, pick_port},
     repository::{self, Source, ThreadState, UserRepository, Watch, Worktree},
     task,
     turn::{Accepted, Journal, StoredContext, TurnFile, TurnSite},
     workspace::{
-        DependencyRequest, InstallError, Metadata, PreviewPlace, ThreadPaths, linked_folder,
-        make_private_dir, read_bounded, template_files, write_atomic,
+        DependencyRequest, InstallError, Metadata, PreviewPlace, ThreadPaths, WorkspaceError,
+        linked_folder, read_bounded, settle_owners, template_files, write_atomic,
     },
 };
 
@@ -66,6 +67,8 @@ struct CheckedOut {
     place: PreviewPlace,
     context: StoredContext,
     notes: Option<String>,
+    /// Who the thread's programs run as, where that is not who we are.
+    owner: Option<Owner>,
     timings: BTreeMap<&'static str, Duration>,
 }
 
@@ -107,6 +110,7 @@ pub(super) async fn prepare(
         place,
         context,
         notes,
+        owner,
         timings,
     } = checked_out;
     let runtime = inner.settings.runtime.join(key.slug());
@@ -114,8 +118,10 @@ pub(super) async fn prepare(
     {
         let (temporary, session) = (temporary.clone(), paths.session());
         task::blocking("making the thread's folders", DISK_DEADLINE, move || {
-            make_private_dir(&temporary)?;
-            make_private_dir(&session)
+            for folder in [temporary, session] {
+                make_folder(&folder, owner).map_err(WorkspaceError::io("make", &folder))?;
+            }
+            Ok::<_, WorkspaceError>(())
         })
         .await??;
     }
@@ -183,6 +189,15 @@ fn check_out(
     let settings = &inner.settings;
     let user = key.user_key();
     let (present, repo_url) = choose_repository(inner, key, paths, wishes.as_ref())?;
+    let owner = match inner.launcher.runs_as_owners() {
+        true => Some(settle_owners(
+            &settings.workspace,
+            &inner.cache().user(&user),
+            paths,
+            key,
+        )?),
+        false => None,
+    };
     let project = paths.user.project();
     let base = wishes
         .as_ref()
@@ -206,6 +221,7 @@ fn check_out(
         lap(&mut timings, "cloneMs");
         created
     };
+    let repository = repository.making_for(owner);
     let now = Timestamp::now();
     let (created, base_branch) = match present {
         Some(metadata) => (metadata.created, metadata.base_branch),
@@ -234,6 +250,7 @@ fn check_out(
         place,
         context,
         notes,
+        owner,
         timings,
     })
 }

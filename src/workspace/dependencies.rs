@@ -33,6 +33,7 @@ use tokio::sync::OnceCell;
 pub use self::tree::linked_folder;
 use self::{manifest::Need, tree::AttachError};
 use crate::{
+    owner::{Owner, make_folder, take_over},
     process::{Exit, Launcher, Peers, ProcessError, Profile, Spec, Stdin},
     task::{BlockingError, blocking},
     text::Tail,
@@ -322,20 +323,32 @@ impl Dependencies {
     {
         let staging = Staging::new(cache);
         let (folders, files) = (staging.clone(), need.files.clone());
+        let readable = self.tools.readable.clone();
         let fill = move || {
             let disk = |what| move |source| InstallError::Disk { what, source };
+            // The installer works for all threads of a user.
+            let owner = Owner::of_user(&folders.cache);
+            if folders.downloads.is_dir() && Owner::of(&folders.downloads) != owner {
+                take_over(&folders.downloads, owner).map_err(disk("hand the downloads over"))?;
+            }
             for folder in [
+                &folders.root,
                 &folders.site,
                 &folders.home,
                 &folders.tmp,
                 &folders.downloads,
             ] {
-                std::fs::create_dir_all(folder).map_err(disk("make the installer's folders"))?;
+                make_folder(folder, owner).map_err(disk("make the installer's folders"))?;
+            }
+            if let Some(owner) = owner {
+                folders.lend(&readable, owner).map_err(disk("lend npm's settings"))?;
             }
             export(&folders.site).map_err(InstallError::Export)?;
             // The key was made of the files as they are in the worktree.
             for (name, bytes) in &files {
-                tree::write_fresh(&folders.site.join(name), bytes)
+                let file = folders.site.join(name);
+                tree::write_fresh(&file, bytes)
+                    .and_then(|()| owner.map_or(Ok(()), |owner| owner.take(&file)))
                     .map_err(disk("write package.json for the installer"))?;
             }
             Ok::<_, InstallError>(folders.site.join("node_modules").symlink_metadata().is_ok())
@@ -450,6 +463,7 @@ impl Dependencies {
         // Registries speak 443 or 80, or the port that the operator's settings name. Not every
         // port: a package's script must not reach our own API on loopback.
         profile.connect = peers(&tools.env);
+        profile.owner = Some(staging.root.clone());
         let spec = Spec {
             name: "installer",
             program: tools.node.clone(),
@@ -499,6 +513,15 @@ impl Dependencies {
             path.push(folder);
         }
         let mut env = self.tools.env.clone();
+        if self.launcher.runs_as_owners() {
+            for (_, value) in &mut env {
+                let files = self.tools.readable.iter();
+                let lent = files.zip(staging.lent()).find(|(file, _)| *file == &*value);
+                if let Some((_, copy)) = lent {
+                    *value = copy.into();
+                }
+            }
+        }
         env.extend([
             ("PATH".into(), path),
             ("HOME".into(), staging.home.clone().into()),
@@ -544,6 +567,8 @@ struct Run {
 /// The folders of one installation; removed when the last copy is dropped.
 #[derive(Debug, Clone)]
 struct Staging {
+    /// The user's cache.
+    cache: PathBuf,
     root: PathBuf,
     site: PathBuf,
     home: PathBuf,
@@ -576,6 +601,21 @@ impl Drop for RemoveOnDrop {
 }
 
 impl Staging {
+    /// Where copies of the operator's files lie, in their order.
+    fn lent(&self) -> impl Iterator<Item = PathBuf> {
+        let root = self.root.clone();
+        (0..).map(move |number| root.join(format!("lent-{number}")))
+    }
+
+    /// Copies of files that an installer who is another user may not get at where they are.
+    fn lend(&self, files: &[PathBuf], owner: Owner) -> io::Result<()> {
+        for (file, copy) in files.iter().zip(self.lent()) {
+            std::fs::copy(file, &copy)?;
+            owner.take(&copy)?;
+        }
+        Ok(())
+    }
+
     /// A line as the site's owner knows the place: where we keep things is nobody's business.
     fn without_paths(&self, line: &str) -> String {
         let mut line = line.to_owned();
@@ -594,6 +634,7 @@ impl Staging {
             .join("staging")
             .join(uuid::Uuid::new_v4().simple().to_string());
         Self {
+            cache: cache.to_owned(),
             site: root.join("site"),
             home: root.join("home"),
             tmp: root.join("tmp"),

@@ -12,7 +12,7 @@ use std::{
 };
 
 /// Rooms that everybody may use. They use each other and no other room.
-const COMMON: [&str; 5] = ["identity", "domain", "lease", "task", "text"];
+const COMMON: [&str; 6] = ["identity", "domain", "lease", "owner", "task", "text"];
 
 /// Who may use whom, beside the common rooms.
 const ARROWS: &[(&str, &[&str])] = &[
