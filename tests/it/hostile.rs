@@ -5,13 +5,13 @@
     reason = "a test that cannot be set up has failed"
 )]
 
-use std::{fs, path::Path};
+use std::{fs, os::unix::fs::PermissionsExt as _, path::Path};
 
 use serde_json::{Value, json};
 
 use crate::support::{
     Answer, CANARY, Folders, Options, SITE, Sent, StandIn, TestGreenroom, Who, files_below, git,
-    holds, processes_below, request, rule, runs, who, writes,
+    has_uid_road, holds, processes_below, request, rule, runs, who, writes,
 };
 
 const PAGE: &str = "src/pages/index.astro";
@@ -238,6 +238,15 @@ async fn what_an_agent_does_to_git_changes_nothing_for_others() {
     );
 }
 
+/// On what holds programs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Road {
+    /// Whatever this kernel has.
+    Kernel,
+    /// As on Fargate: no Landlock, and a uid for each thread.
+    Uid,
+}
+
 /// What may not be reached from inside: a name, and a command of bash that says REACHED, or what
 /// it found.
 fn attempts(
@@ -245,6 +254,7 @@ fn attempts(
     greenroom: &TestGreenroom,
     others: &[&Who],
     upstream: u16,
+    road: Road,
 ) -> Vec<(String, String)> {
     let mut list = Vec::new();
     let mut add = |name: &str, command: String| list.push((name.to_owned(), command));
@@ -255,6 +265,14 @@ fn attempts(
         add(
             "read another's file",
             format!("cat {}/secret.txt", path.display()),
+        );
+        add(
+            "link another's file",
+            format!("ln {}/secret.txt stolen && cat stolen", path.display()),
+        );
+        add(
+            "open another's folder",
+            format!("chmod 777 {} && echo REACHED", path.display()),
         );
         add(
             "list another's files",
@@ -288,10 +306,13 @@ fn attempts(
             folders.join("outside").display()
         ),
     );
-    add(
-        "write into /tmp",
-        "echo x > /tmp/greenroom-escaped-$$ && echo REACHED".into(),
-    );
+    // A uid does not close what is everybody's.
+    if road == Road::Kernel {
+        add(
+            "write into /tmp",
+            "echo x > /tmp/greenroom-escaped-$$ && echo REACHED".into(),
+        );
+    }
     add(
         "write into /usr",
         "echo x > /usr/greenroom-escaped && echo REACHED".into(),
@@ -320,6 +341,24 @@ fn attempts(
         "env | grep -e ANTHROPIC_API_KEY -e canary".into(),
     );
     add(
+        "read another agent's token",
+        "cat /proc/[0-9]*/environ | tr '\\0' '\\n' | grep ANTHROPIC_AUTH_TOKEN= | \
+         grep -v -e \"=${ANTHROPIC_AUTH_TOKEN:-none}$\""
+            .into(),
+    );
+    add(
+        "look into another's process",
+        "for p in /proc/[0-9]*; do [ \"$(stat -c %u $p)\" = \"$(id -u)\" ] || \
+         { ls $p/cwd/ || ls -l $p/fd/ || head -c1 $p/mem; } && echo REACHED; done | grep REACHED"
+            .into(),
+    );
+    add(
+        "signal another's process",
+        "for p in /proc/[0-9]*; do [ \"$(stat -c %u $p)\" = \"$(id -u)\" ] || \
+         kill -0 ${p#/proc/} && echo REACHED; done | grep REACHED"
+            .into(),
+    );
+    add(
         "end the supervisor",
         format!("kill -9 {} && echo REACHED", greenroom.pid()),
     );
@@ -338,12 +377,23 @@ fn attempts(
 }
 
 /// Other tenants with secrets, and the program.
-async fn town(api: &StandIn) -> (Folders, TestGreenroom, Vec<Who>) {
-    let folders = Folders::new();
+async fn town(api: &StandIn, road: Road) -> (Folders, TestGreenroom, Vec<Who>) {
+    let folders = Folders::open();
     let site = folders.site("site", SITE);
     fs::create_dir(folders.join("outside")).unwrap();
     fs::write(folders.join("home/secret.txt"), "REACHED\n").unwrap();
-    let greenroom = TestGreenroom::start(Options::new(&folders).api(api).previews()).await;
+    let closed = fs::Permissions::from_mode(0o700);
+    fs::set_permissions(folders.join("home"), closed).unwrap();
+    let mut options = Options::new(&folders).api(api).previews();
+    if road == Road::Uid {
+        options = options.on_the_uid_road();
+    }
+    let greenroom = TestGreenroom::start(options).await;
+    let confinement = greenroom.get("/ready").await.body["confinement"].take();
+    if road == Road::Uid {
+        let held = json!({"files": "uid", "network": "seccomp", "processes": "uid", "bash": "all"});
+        assert_eq!(confinement, held);
+    }
     let others = vec![
         who("acme", "bob", "main"),
         who("globex", "alice", "main"),
@@ -365,15 +415,26 @@ fn port_of(url: &str) -> u16 {
 
 #[tokio::test]
 async fn an_agent_reaches_nothing_outside_of_its_site() {
+    agent_reaches_nothing(Road::Kernel).await;
+}
+
+#[tokio::test]
+async fn an_agent_reaches_nothing_outside_of_its_site_on_the_uid_road() {
+    if has_uid_road() {
+        agent_reaches_nothing(Road::Uid).await;
+    }
+}
+
+async fn agent_reaches_nothing(road: Road) {
     let api = StandIn::start(json!({})).await;
-    let (folders, mut greenroom, others) = town(&api).await;
+    let (folders, mut greenroom, others) = town(&api, road).await;
     let alice = who("acme", "alice", "main");
     greenroom
         .init(&alice, json!({"repoUrl": folders.join("repos/site")}))
         .await
         .ok();
     let others: Vec<&Who> = others.iter().collect();
-    let attempts = attempts(&folders, &greenroom, &others, port_of(&api.url()));
+    let attempts = attempts(&folders, &greenroom, &others, port_of(&api.url()), road);
     // Its own files and the gateway are within reach, or all of this would prove nothing.
     let mut script = String::from(
         "#!/bin/bash\nmkdir out\ncat package.json > out/own\n\
@@ -414,10 +475,21 @@ writeFileSync('found.json', JSON.stringify({ found, environment: process.env }))
 
 #[tokio::test]
 async fn a_package_s_script_at_install_reaches_nothing_outside() {
+    package_reaches_nothing(Road::Kernel).await;
+}
+
+#[tokio::test]
+async fn a_package_s_script_at_install_reaches_nothing_outside_on_the_uid_road() {
+    if has_uid_road() {
+        package_reaches_nothing(Road::Uid).await;
+    }
+}
+
+async fn package_reaches_nothing(road: Road) {
     let api = StandIn::start(json!({})).await;
-    let (folders, greenroom, others) = town(&api).await;
+    let (folders, greenroom, others) = town(&api, road).await;
     let others: Vec<&Who> = others.iter().collect();
-    let attempts = attempts(&folders, &greenroom, &others, port_of(&api.url()));
+    let attempts = attempts(&folders, &greenroom, &others, port_of(&api.url()), road);
     // It is not installed in the worktree: somebody's, by the whole path.
     let user = format!("{}/", folders.user(others[0]).display());
     let mut commands: Vec<String> = attempts
@@ -505,10 +577,21 @@ createServer((request, response) => {
 
 #[tokio::test]
 async fn a_dev_server_reaches_nothing_outside_of_its_site() {
+    dev_server_reaches_nothing(Road::Kernel).await;
+}
+
+#[tokio::test]
+async fn a_dev_server_reaches_nothing_outside_of_its_site_on_the_uid_road() {
+    if has_uid_road() {
+        dev_server_reaches_nothing(Road::Uid).await;
+    }
+}
+
+async fn dev_server_reaches_nothing(road: Road) {
     let api = StandIn::start(json!({})).await;
-    let (folders, greenroom, others) = town(&api).await;
+    let (folders, greenroom, others) = town(&api, road).await;
     let others: Vec<&Who> = others.iter().collect();
-    let attempts = attempts(&folders, &greenroom, &others, port_of(&api.url()));
+    let attempts = attempts(&folders, &greenroom, &others, port_of(&api.url()), road);
     let mut commands: Vec<&str> = attempts
         .iter()
         .map(|(_, command)| command.as_str())

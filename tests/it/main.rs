@@ -32,6 +32,7 @@ mod process;
 mod publish;
 mod tenants;
 mod terminal;
+mod uid_road;
 mod upstream;
 mod usage;
 mod warm;

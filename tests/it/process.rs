@@ -4,15 +4,18 @@
 use std::{
     fs,
     net::{Ipv4Addr, SocketAddr, TcpListener},
-    os::unix::net::UnixListener,
+    os::unix::{fs::PermissionsExt as _, net::UnixListener},
     path::{Path, PathBuf},
     sync::mpsc::{self, RecvTimeoutError},
     time::{Duration, Instant},
 };
 
-use greenroom::process::{
-    Bash, Child, ConfinedBy, ConfinementMode, Exit, Launcher, Peers, Ports, ProcessError, Profile,
-    Spec, Stdin,
+use greenroom::{
+    owner::Owner,
+    process::{
+        Bash, Child, ConfinedBy, ConfinementMode, Exit, Launcher, Peers, Ports, ProcessError,
+        Profile, Spec, Stdin,
+    },
 };
 use tempfile::TempDir;
 use tokio::{
@@ -604,11 +607,25 @@ struct Site {
 fn site() -> Site {
     // Not below /tmp's own rule: there is none, so any folder will do.
     let root = TempDir::new().unwrap();
+    let mode = |folder: &Path, mode| {
+        fs::set_permissions(folder, fs::Permissions::from_mode(mode)).unwrap();
+    };
+    mode(root.path(), 0o711);
     let [mine, tmp, other] = ["mine", "tmp", "other"].map(|name| root.path().join(name));
     for folder in [&mine, &tmp, &other] {
         fs::create_dir(folder).unwrap();
     }
     fs::write(other.join("secret"), "canary").unwrap();
+    for folder in [&mine, &tmp, &other] {
+        mode(folder, 0o700);
+    }
+    // Where programs run as the owners of their folders.
+    if nix::unistd::geteuid().is_root() {
+        let owner = Owner::new_user("acme/alice", |_| false);
+        for folder in [&mine, &tmp] {
+            owner.take(folder).unwrap();
+        }
+    }
     Site {
         _root: root,
         mine,
@@ -630,16 +647,54 @@ fn confined(site: &Site, script: &str) -> Spec {
         site.tmp.clone(),
         "/no/such/folder".into(),
     ]);
+    spec.profile.owner = Some(site.mine.clone());
     spec
 }
 
 #[tokio::test]
 async fn files_are_confined() {
     let Some(launcher) = confining() else { return };
+    files_are_held(&launcher, &["echo x > /tmp/greenroom-test-escape", "ls /proc"]).await;
+}
+
+/// As on a kernel without Landlock, where greenroom is root.
+#[tokio::test]
+async fn files_are_confined_by_uid() {
+    let launcher = launcher_with(LIMIT * 4, ConfinementMode::WithoutLandlock);
+    if launcher.confinement().files != ConfinedBy::Uid {
+        eprintln!("skipped: only root gives uids");
+        return;
+    }
+    assert_eq!(launcher.confinement().bash, Bash::All);
+    files_are_held(&launcher, &["chmod 777 $OTHER", "rm -r /etc/passwd"]).await;
+
+    // A program without a folder of its own is nobody, and never root.
+    let site = site();
+    let mut spec = confined(&site, "id -u");
+    spec.profile.owner = None;
+    spec.cwd = "/".into();
+    let nobody = output(&launcher, spec).await;
+    assert_eq!(nobody.stdout.trim(), Owner::NOBODY.uid().to_string());
+    let mut spec = confined(&site, "id -u");
+    spec.profile.owner = Some(site.other.clone());
+    let error = launcher.spawn(spec).await.unwrap_err();
+    assert!(matches!(error, ProcessError::EnterFolder { .. }), "{error}");
+
+    // It ends by our hand all the same, and with whoever started it.
+    let mut child = launcher
+        .spawn(confined(&site, &format!("{LEAVES_A_SLEEPER} wait; sleep 1000")))
+        .await
+        .unwrap();
+    let pids = read_pids(&mut child, 2).await;
+    child.handle().kill().await;
+    wait_gone(&pids).await;
+}
+
+async fn files_are_held(launcher: &Launcher, more: &[&str]) {
     let site = site();
     let inside = "mkdir d && echo x > d/f && mv d/f g && ln g h && cat > \"$TMPDIR/t\" <<EOT\nhello $(cat g)\nEOT\n\
                   cat \"$TMPDIR/t\" && rm -r d && echo 1 > /dev/null && node -p 6*7";
-    let result = output(&launcher, confined(&site, inside)).await;
+    let result = output(launcher, confined(&site, inside)).await;
     assert_eq!(
         (result.exit.code, result.stdout.as_str()),
         (Some(0), "hello x\n42\n"),
@@ -647,7 +702,7 @@ async fn files_are_confined() {
         result.stderr
     );
 
-    for refused in [
+    let both = [
         "cat $OTHER/secret",
         "ls $OTHER",
         "ls ..",
@@ -656,15 +711,16 @@ async fn files_are_confined() {
         "rm $OTHER/secret",
         "ln -s $OTHER/secret link && cat link",
         "ln $OTHER/secret hard",
-        "echo x > /tmp/greenroom-test-escape",
-        "ls /proc",
         "cat /proc/1/environ",
         "tr '\\0' ' ' < /proc/$SUPERVISOR/environ",
-    ] {
-        let result = output(&launcher, confined(&site, refused)).await;
+        "head -c1 /proc/$PPID/mem",
+        "ls /proc/$SUPERVISOR/cwd/",
+    ];
+    for refused in both.iter().chain(more) {
+        let result = output(launcher, confined(&site, refused)).await;
         assert!(!result.exit.is_success(), "{refused}: {}", result.stdout);
         // A link out of a folder that may not be moved from is refused as if it were far away.
-        let says = ["ermission denied", "cross-device"];
+        let says = ["ermission denied", "cross-device", "not permitted"];
         assert!(
             says.iter().any(|says| result.stderr.contains(says)),
             "{refused}: {}",

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::Command,
     sync::Arc,
@@ -44,6 +45,14 @@ impl Folders {
         for folder in ["home", "tmp", "repos"] {
             fs::create_dir(folders.join(folder)).unwrap();
         }
+        folders
+    }
+
+    /// The same, with a way through for others: a temporary folder is private.
+    pub(crate) fn open() -> Self {
+        let folders = Self::new();
+        let open = fs::Permissions::from_mode(0o711);
+        fs::set_permissions(folders.join(""), open).unwrap();
         folders
     }
 
