@@ -136,7 +136,10 @@ fn free(range: u32, name: &str, taken: impl Fn(u32) -> bool) -> u32 {
 pub fn make_folder(path: &Path, owner: Option<Owner>) -> io::Result<()> {
     if let Some(parent) = path.parent() {
         let mode = owner.map_or(0o700, |_| 0o711);
-        DirBuilder::new().recursive(true).mode(mode).create(parent)?;
+        DirBuilder::new()
+            .recursive(true)
+            .mode(mode)
+            .create(parent)?;
     }
     match DirBuilder::new().mode(0o700).create(path) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => {}

@@ -28,6 +28,7 @@ use super::{
     child::{self, Child, Connection, Exit, ProcessHandle, Status},
     procfs,
     sandbox::{Confinement, Means, Profile},
+    uid,
     wire::{self, Command, Setup, Step, Wire},
 };
 use crate::task::Tasks;
@@ -131,6 +132,9 @@ impl Launcher {
             ConfinementMode::WithoutLandlock => Means::detect(false),
             ConfinementMode::Off => Means::NONE,
         };
+        if means.owners {
+            uid::let_others_read();
+        }
         let interval = BEAT.min(silence / 5);
         let wardens =
             Wardens::start(interval).map_err(|source| ProcessError::Heartbeat { source })?;

@@ -181,7 +181,7 @@ fn socket_inodes(pid: i32) -> Option<Vec<u64>> {
         };
         let inode = target.to_str().and_then(|target| {
             let inode = target.strip_prefix("socket:[")?.strip_suffix(']')?;
-            inode.parse().ok()
+            inode.parse::<u64>().ok()
         });
         inodes.extend(inode);
     }

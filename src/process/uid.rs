@@ -54,6 +54,12 @@ fn has_numbers() -> bool {
     })
 }
 
+/// What this process makes without saying for whom (a git directory's files) can be read by whoever
+/// gets into its folder.
+pub(super) fn let_others_read() {
+    umask(Mode::from_bits_truncate(0o022));
+}
+
 /// Makes this process, which has one thread, the folder's owner for good: no capability is left.
 /// `None`, or a folder that has no owner of ours: nobody.
 pub(super) fn become_owner(folder: Option<&Path>) -> io::Result<()> {

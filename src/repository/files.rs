@@ -77,6 +77,33 @@ impl Root {
         }
     }
 
+    /// Gives away the file at `path`, and the folders on the way there, where they are somebody else's.
+    /// Not a file that has a second name: that may be where it belongs.
+    pub(super) fn adopt(&self, path: &Path) -> io::Result<()> {
+        let folders = path.ancestors().skip(1);
+        for (is_file, path) in std::iter::once((true, path)).chain(folders.map(|up| (false, up))) {
+            let Some(name) = path.file_name() else { break };
+            let Some(folder) = self.folder_of(path, false)? else {
+                break;
+            };
+            let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+            let found = match openat(folder, name, flags, Mode::empty()) {
+                Err(Errno::ENOENT) => break,
+                found => found?,
+            };
+            let stat = fstat(&found)?;
+            let is_meant = match is_file {
+                true => kind(&stat) == SFlag::S_IFREG && stat.st_nlink == 1,
+                false => kind(&stat) == SFlag::S_IFDIR,
+            };
+            let is_its = Owner::new(stat.st_uid, stat.st_gid) == self.owner;
+            if is_meant && !is_its {
+                self.give_away(found)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Gives away what was just made in it and is open, if only as a place.
     pub(super) fn give_away(&self, made: impl AsFd) -> io::Result<()> {
         let Some(owner) = self.owner else {

@@ -14,7 +14,8 @@ use git2::{ErrorCode, Oid, Repository, Tree};
 use nix::sys::time::TimeSpec;
 
 use super::{
-    Operation as _, RepositoryError, Result, checkout, diff, files,
+    Operation as _, RepositoryError, Result, checkout, diff,
+    files::{self, Root},
     gate::Keeper,
     gitdir::GitDir,
     guard::{Repair, Strangers},
@@ -206,6 +207,7 @@ impl Worktree {
         // After the branch: an index that is behind is mended by the next commit, one that is
         // ahead would show work that is in no commit.
         let changes = found.stage.changes();
+        self.adopt(changes);
         match found.index {
             Some(index) if !changes.is_empty() || !index.is_of(tree) => {
                 self.write_index(&index, tree, changes);
@@ -226,6 +228,22 @@ impl Worktree {
             held_back: found.stage.held_back(),
             repairs: found.repairs,
         })
+    }
+
+    /// What somebody else put there (an operator at a shell, say) becomes the owner's: the agent could
+    /// not change it.
+    fn adopt(&self, changes: &BTreeMap<Vec<u8>, Option<Entry>>) {
+        if self.owner.is_none() {
+            return;
+        }
+        let adopted = Root::open(&self.path).and_then(|root| {
+            let present = changes.iter().filter(|(_, entry)| entry.is_some());
+            let mut paths = present.map(|(name, _)| Path::new(OsStr::from_bytes(name)));
+            paths.try_for_each(|path| root.adopt(path))
+        });
+        if let Err(error) = adopted {
+            tracing::warn!(%error, branch = self.branch, "files stay somebody else's");
+        }
     }
 
     /// Looks at the whole worktree: what a commit onto one of this tree would be now.

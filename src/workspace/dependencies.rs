@@ -341,7 +341,9 @@ impl Dependencies {
                 make_folder(folder, owner).map_err(disk("make the installer's folders"))?;
             }
             if let Some(owner) = owner {
-                folders.lend(&readable, owner).map_err(disk("lend npm's settings"))?;
+                folders
+                    .lend(&readable, owner)
+                    .map_err(disk("lend npm's settings"))?;
             }
             export(&folders.site).map_err(InstallError::Export)?;
             // The key was made of the files as they are in the worktree.

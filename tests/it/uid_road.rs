@@ -28,7 +28,11 @@ fn options(folders: &Folders, api: &StandIn) -> Options {
 
 fn place(path: &Path) -> (u32, u32, u32) {
     let found = fs::symlink_metadata(path).unwrap();
-    (found.uid(), found.gid(), found.permissions().mode() & 0o7777)
+    (
+        found.uid(),
+        found.gid(),
+        found.permissions().mode() & 0o7777,
+    )
 }
 
 /// What is in a worktree belongs to the thread, but for git's own link.
@@ -82,8 +86,14 @@ async fn each_thread_is_a_user_with_nothing_but_its_own() {
     ];
     let lines: Vec<_> = said.lines().collect();
     assert_eq!(lines[..6], expected, "{said}");
-    assert!(said.contains("CapAmb:\t0000000000000000\nNoNewPrivs:\t1\n0077\n1024\n"), "{said}");
-    assert!(said.ends_with(&format!("{uid}:{gid}\n{uid}:{gid}\nfine\n")), "{said}");
+    assert!(
+        said.contains("CapAmb:\t0000000000000000\nNoNewPrivs:\t1\n0077\n1024\n"),
+        "{said}"
+    );
+    assert!(
+        said.ends_with(&format!("{uid}:{gid}\n{uid}:{gid}\nfine\n")),
+        "{said}"
+    );
 
     // Who is who, on disk.
     let user = folders.user(&alice);
@@ -102,8 +112,14 @@ async fn each_thread_is_a_user_with_nothing_but_its_own() {
     ] {
         assert_eq!(place(&user.join(path)), expected, "{path}");
     }
-    let [two, bob] = others.each_ref().map(|other| Owner::of(&folders.worktree(other)).unwrap());
-    assert_eq!((two.gid(), two.uid() == uid), (gid, false), "threads of one user");
+    let [two, bob] = others
+        .each_ref()
+        .map(|other| Owner::of(&folders.worktree(other)).unwrap());
+    assert_eq!(
+        (two.gid(), two.uid() == uid),
+        (gid, false),
+        "threads of one user"
+    );
     assert!(bob.gid() != gid && bob.uid() != uid);
     for folder in [folders.workspace(), folders.workspace().join("acme")] {
         assert_eq!(place(&folder), (0, 0, 0o711));
@@ -118,13 +134,22 @@ async fn each_thread_is_a_user_with_nothing_but_its_own() {
         git commit --quiet --allow-empty -m sneaked || echo refused";
     let said = told(&greenroom, &folders, &alice, script).await;
     assert!(said.starts_with("done\n"), "{said}");
-    assert!(said.contains(" M .gitignore\n") && said.contains("2 files changed"), "{said}");
+    assert!(
+        said.contains(" M .gitignore\n") && said.contains("2 files changed"),
+        "{said}"
+    );
     assert!(said.ends_with("refused\n"), "{said}");
-    assert_eq!(git(folders.worktree(&alice), &["status", "--porcelain"]), "");
+    assert_eq!(
+        git(folders.worktree(&alice), &["status", "--porcelain"]),
+        ""
+    );
 
     // Another container sees the same numbers.
     let greenroom = greenroom.restart().await;
-    greenroom.execute(&alice, "Change the heading to Again").await.ok();
+    greenroom
+        .execute(&alice, "Change the heading to Again")
+        .await
+        .ok();
     assert_eq!(Owner::of(&folders.worktree(&alice)), Some(owner));
 }
 
@@ -165,12 +190,19 @@ async fn what_greenroom_puts_into_a_worktree_is_the_threads() {
     all_is_of(&worktree, owner);
     assert_eq!(Owner::of(&worktree.join("docs/deep")), Some(owner));
     let turn = greenroom.execute(&alice, "Write in place").await.ok();
-    assert_eq!(turn["commit"]["files"].as_array().unwrap().len(), 3, "{turn}");
+    assert_eq!(
+        turn["commit"]["files"].as_array().unwrap().len(),
+        3,
+        "{turn}"
+    );
     all_is_of(&worktree, owner);
     assert_eq!(git(&worktree, &["status", "--porcelain"]), "");
     let head = git(&worktree, &["rev-parse", "HEAD~2"]);
     let restore = format!("{}/restore", alice.path());
-    greenroom.api("POST", &restore, json!({"commit": head})).await.ok();
+    greenroom
+        .api("POST", &restore, json!({"commit": head}))
+        .await
+        .ok();
     all_is_of(&worktree, owner);
     assert_eq!(git(&worktree, &["status", "--porcelain"]), "");
 }
@@ -186,7 +218,10 @@ async fn a_workspace_of_before_is_taken_over_once() {
     let alice = who("acme", "alice", "main");
     let begun = TestGreenroom::start(options(&folders, &api).on_this_kernel()).await;
     begun.init(&alice, json!({"repoUrl": site})).await.ok();
-    begun.execute(&alice, "Change the heading to Before").await.ok();
+    begun
+        .execute(&alice, "Change the heading to Before")
+        .await
+        .ok();
     let worktree = folders.worktree(&alice);
     assert_eq!(Owner::of(&worktree), None);
     drop(begun);
@@ -196,7 +231,11 @@ async fn a_workspace_of_before_is_taken_over_once() {
     for path in files_below(&folders.user(&alice)) {
         std::os::unix::fs::lchown(path, Some(1000), Some(1000)).unwrap();
     }
-    for folder in [folders.user(&alice), worktree.clone(), folders.user(&alice).join("project")] {
+    for folder in [
+        folders.user(&alice),
+        worktree.clone(),
+        folders.user(&alice).join("project"),
+    ] {
         std::os::unix::fs::lchown(folder, Some(1000), Some(1000)).unwrap();
     }
     fs::hard_link(&secret, worktree.join("planted")).unwrap();
@@ -210,8 +249,14 @@ async fn a_workspace_of_before_is_taken_over_once() {
     for file in files_below(&folders.user(&alice).join("project")) {
         assert_eq!(place(&file).0, 0, "{}", file.display());
     }
-    let turn = greenroom.execute(&alice, "Change the heading to After").await.ok();
-    assert_eq!(turn["continuity"], "native", "its transcript went along: {turn}");
+    let turn = greenroom
+        .execute(&alice, "Change the heading to After")
+        .await
+        .ok();
+    assert_eq!(
+        turn["continuity"], "native",
+        "its transcript went along: {turn}"
+    );
 
     // The next start changes nothing any more.
     let watched = worktree.join("package.json");
@@ -250,11 +295,18 @@ async fn dev_servers_run_and_end_and_what_they_are_is_known() {
     let said = greenroom
         .execute(&alice, "Run `kill -9 -1; echo survived > survived.txt`")
         .await;
-    assert!([200, 502].contains(&said.answer.status), "{}", said.answer.text);
+    assert!(
+        [200, 502].contains(&said.answer.status),
+        "{}",
+        said.answer.text
+    );
     assert_eq!(greenroom.exited(), None);
     let shown = greenroom.get(&format!("{}/preview", bob.path())).await.ok();
     assert_eq!(shown["result"]["state"], "live", "{shown}");
-    greenroom.execute(&alice, "Change the heading to Mine").await.ok();
+    greenroom
+        .execute(&alice, "Change the heading to Mine")
+        .await
+        .ok();
 
     // A killed supervisor's wardens end them, who have another uid.
     greenroom.signal(Signal::SIGKILL);
@@ -293,7 +345,10 @@ async fn no_program_makes_more_of_itself() {
     );
     let said = told(&greenroom, &folders, &alice, &script).await;
     let (uid, gid) = (owner.uid(), owner.gid());
-    assert!(said.starts_with(&format!("{uid}\n{gid}\n6755:{uid}:{gid}\n")), "{said}");
+    assert!(
+        said.starts_with(&format!("{uid}\n{gid}\n6755:{uid}:{gid}\n")),
+        "{said}"
+    );
     for refused in ["no chown", "no chgrp", "no mount", "no score"] {
         assert!(said.contains(refused), "{refused}: {said}");
     }
@@ -328,9 +383,19 @@ async fn one_shot_runs_are_users_of_their_own() {
     };
     run(None).await;
     let in_place: Value = run(Some("acme/alice/threads/main")).await;
-    let uid = |file: &Path| fs::read_to_string(file).unwrap().trim().parse::<u32>().unwrap();
+    let uid = |file: &Path| {
+        fs::read_to_string(file)
+            .unwrap()
+            .trim()
+            .parse::<u32>()
+            .unwrap()
+    };
     let owner = Owner::of(&folders.worktree(&alice)).unwrap();
-    assert_eq!(uid(&folders.worktree(&alice).join("who.txt")), owner.uid(), "{in_place}");
+    assert_eq!(
+        uid(&folders.worktree(&alice).join("who.txt")),
+        owner.uid(),
+        "{in_place}"
+    );
     run(Some("imports/today")).await;
     let runs = uid(&imports.join("who.txt"));
     assert!(Owner::of(&imports).is_some_and(|owner| owner.uid() == runs));
@@ -356,6 +421,9 @@ async fn where_others_do_not_get_through_it_says_so_and_works_without() {
     assert!(log.contains("does not get through to this path"), "{log}");
     let alice = who("acme", "alice", "main");
     greenroom.init(&alice, json!({"repoUrl": site})).await.ok();
-    greenroom.execute(&alice, "Change the heading to Mine").await.ok();
+    greenroom
+        .execute(&alice, "Change the heading to Mine")
+        .await
+        .ok();
     assert_eq!(Owner::of(&folders.worktree(&alice)), None);
 }
