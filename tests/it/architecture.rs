@@ -86,10 +86,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         "service",
         &[
             "agent", // how a CLI is started
-            "gateway",
-            "process",
-            "usage",     // its run's budget
-            "workspace", // folders
+            "gateway", "process", "usage", // its run's budget
         ],
     ),
     (

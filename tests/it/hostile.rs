@@ -270,10 +270,13 @@ fn attempts(
             "link another's file",
             format!("ln {}/secret.txt stolen && cat stolen", path.display()),
         );
-        add(
-            "open another's folder",
-            format!("chmod 777 {} && echo REACHED", path.display()),
-        );
+        // Landlock does not know `chmod`, and the uid may be the same there.
+        if road == Road::Uid {
+            add(
+                "open another's folder",
+                format!("chmod 777 {} && echo REACHED", path.display()),
+            );
+        }
         add(
             "list another's files",
             format!("ls {} && echo REACHED", path.display()),
@@ -340,23 +343,23 @@ fn attempts(
         "find the key in its own",
         "env | grep -e ANTHROPIC_API_KEY -e canary".into(),
     );
+    // What runs for the same thread is one's own on the uid road.
+    let others = |what: &str| {
+        format!(
+            "for p in /proc/[0-9]*; do if ! grep -q \"^Uid:.$(id -u).\" $p/status; then {what}; fi; done"
+        )
+    };
     add(
         "read another agent's token",
-        "cat /proc/[0-9]*/environ | tr '\\0' '\\n' | grep ANTHROPIC_AUTH_TOKEN= | \
-         grep -v -e \"=${ANTHROPIC_AUTH_TOKEN:-none}$\""
-            .into(),
+        others("tr '\\0' '\\n' < $p/environ | grep ANTHROPIC_AUTH_TOKEN="),
     );
     add(
         "look into another's process",
-        "for p in /proc/[0-9]*; do [ \"$(stat -c %u $p)\" = \"$(id -u)\" ] || \
-         { ls $p/cwd/ || ls -l $p/fd/ || head -c1 $p/mem; } && echo REACHED; done | grep REACHED"
-            .into(),
+        others("(ls $p/cwd/ || ls -l $p/fd/ || head -c1 $p/mem) && echo REACHED"),
     );
     add(
         "signal another's process",
-        "for p in /proc/[0-9]*; do [ \"$(stat -c %u $p)\" = \"$(id -u)\" ] || \
-         kill -0 ${p#/proc/} && echo REACHED; done | grep REACHED"
-            .into(),
+        others("kill -0 ${p#/proc/} && echo REACHED"),
     );
     add(
         "end the supervisor",

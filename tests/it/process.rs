@@ -694,6 +694,11 @@ async fn files_are_confined_by_uid() {
     let error = launcher.spawn(spec).await.unwrap_err();
     assert!(matches!(error, ProcessError::EnterFolder { .. }), "{error}");
 
+    // What it prints by its streams' names reaches us too.
+    let names = "echo out > /dev/stdout; echo err > /dev/stderr";
+    let printed = output(&launcher, confined(&site, names)).await;
+    assert_eq!((&*printed.stdout, &*printed.stderr), ("out\n", "err\n"));
+
     // It ends by our hand all the same, and with whoever started it.
     let mut child = launcher
         .spawn(confined(
