@@ -694,6 +694,16 @@ async fn files_are_confined_by_uid() {
     let error = launcher.spawn(spec).await.unwrap_err();
     assert!(matches!(error, ProcessError::EnterFolder { .. }), "{error}");
 
+    // One that forks without end stops, and is ended with all of it.
+    let mut bomb = confined(&site, "");
+    bomb.program = "python3".into();
+    let forks = "import os, time\nmade = 0\ntry:\n    while made < 2000:\n        if os.fork() == 0: time.sleep(1000)\n        made += 1\nexcept BlockingIOError: pass\nprint(made, flush=True)\ntime.sleep(1000)";
+    bomb.args = vec!["-c".into(), forks.into()];
+    let mut child = launcher.spawn(bomb).await.unwrap();
+    let made = read_pids(&mut child, 1).await[0];
+    assert!((100..1024).contains(&made), "{made}");
+    child.handle().kill().await;
+
     // What it prints by its streams' names reaches us too.
     let names = "echo out > /dev/stdout; echo err > /dev/stderr";
     let printed = output(&launcher, confined(&site, names)).await;
