@@ -336,11 +336,7 @@ async fn a_site_of_astro_is_installed_shown_and_edited() {
     let worktree = folders.worktree(&alice);
     let owner = Owner::of(&worktree).unwrap();
     let modules = worktree.join("node_modules");
-    for its in [
-        modules.clone(),
-        modules.join(".vite"),
-        modules.join("astro"),
-    ] {
+    for its in [modules.clone(), modules.join("astro")] {
         assert_eq!(Owner::of(&its), Some(owner), "{}", its.display());
     }
     let linked = fs::metadata(modules.join("astro/package.json")).unwrap();

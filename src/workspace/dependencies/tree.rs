@@ -2,9 +2,10 @@
 //! `node_modules` for another. All blocking. No symlink is followed.
 
 use std::{
+    collections::HashSet,
     fs,
     io::{self, Write},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, lchown, symlink},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, lchown, symlink},
     path::{Path, PathBuf},
 };
 
@@ -191,12 +192,15 @@ fn make_read_only(root: &Path) -> io::Result<()> {
         Ok::<_, io::Error>(())
     };
     own(root, true)?;
+    let mut inodes = HashSet::new();
     let mut folders = vec![root.to_owned()];
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(&folder)? {
             let entry = entry?;
             let (path, found) = (entry.path(), entry.metadata()?);
-            if found.is_file() && Owner::in_metadata(&found) != installer {
+            // One file may have several names: packages link their programs.
+            let is_known = !inodes.insert((found.dev(), found.ino()));
+            if found.is_file() && !is_known && Owner::in_metadata(&found) != installer {
                 return Err(io::Error::other("a file among them is somebody else's"));
             }
             own(&path, found.is_dir())?;
@@ -397,8 +401,6 @@ fn link_file(from: &Path, to: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt;
-
     use super::*;
 
     const KEY: &str = "0123456789abcdef";
