@@ -12,7 +12,9 @@ use std::{
 };
 
 /// Rooms that everybody may use. They use each other and no other room.
-const COMMON: [&str; 6] = ["identity", "domain", "lease", "owner", "task", "text"];
+const COMMON: [&str; 7] = [
+    "address", "identity", "domain", "lease", "owner", "task", "text",
+];
 
 /// Who may use whom, beside the common rooms.
 const ARROWS: &[(&str, &[&str])] = &[
@@ -26,6 +28,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "config",
             "control_plane",
             "ecs",
+            "egress",
             "figures",
             "gateway",
             "lifecycle",
@@ -103,10 +106,12 @@ const ARROWS: &[(&str, &[&str])] = &[
     (
         "agent",
         &[
+            "egress", // its way out
             "gateway", "process", "usage", // its run's budget
         ],
     ),
-    ("preview", &["process"]),
+    ("preview", &["egress", "process"]),
+    ("egress", &[]),
     (
         "gateway",
         &[
@@ -121,6 +126,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     (
         "workspace",
         &[
+            "egress",     // the installer's way out
             "process",    // the installer
             "repository", // the template's files
         ],

@@ -240,7 +240,7 @@ async fn what_an_agent_does_to_git_changes_nothing_for_others() {
 
 /// On what holds programs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Road {
+pub(crate) enum Road {
     /// Whatever this kernel has.
     Kernel,
     /// As on Fargate: no Landlock, and a uid for each thread.
@@ -249,7 +249,7 @@ enum Road {
 
 /// What may not be reached from inside: a name, and a command of bash that says REACHED, or what
 /// it found.
-fn attempts(
+pub(crate) fn attempts(
     folders: &Folders,
     greenroom: &TestGreenroom,
     others: &[&Who],
@@ -380,7 +380,7 @@ fn attempts(
 }
 
 /// Other tenants with secrets, and the program.
-async fn town(api: &StandIn, road: Road) -> (Folders, TestGreenroom, Vec<Who>) {
+pub(crate) async fn town(api: &StandIn, road: Road) -> (Folders, TestGreenroom, Vec<Who>) {
     let folders = Folders::open();
     let site = folders.site("site", SITE);
     fs::create_dir(folders.join("outside")).unwrap();
@@ -412,7 +412,7 @@ async fn town(api: &StandIn, road: Road) -> (Folders, TestGreenroom, Vec<Who>) {
     (folders, greenroom, others)
 }
 
-fn port_of(url: &str) -> u16 {
+pub(crate) fn port_of(url: &str) -> u16 {
     url.rsplit(':').next().unwrap().parse().unwrap()
 }
 
