@@ -20,6 +20,7 @@ pub mod gateway;
 pub mod identity;
 pub mod lease;
 pub mod lifecycle;
+pub mod owner;
 pub mod preview;
 pub mod process;
 pub mod rehearsal;

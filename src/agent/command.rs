@@ -63,6 +63,10 @@ impl AgentSettings {
             ("DISABLE_AUTOUPDATER".into(), "1".into()),
             // Else a background command that ends after the turn makes the CLI start another one.
             ("CLAUDE_CODE_DISABLE_BACKGROUND_TASKS".into(), "1".into()),
+            // The git directory is greenroom's, which may be another user of the system.
+            ("GIT_CONFIG_COUNT".into(), "1".into()),
+            ("GIT_CONFIG_KEY_0".into(), "safe.directory".into()),
+            ("GIT_CONFIG_VALUE_0".into(), "*".into()),
         ];
         if let Some(limit) = self.max_output_tokens {
             env.push((
@@ -229,6 +233,7 @@ pub(super) fn spec(
         site.temporary.clone(),
     ]);
     profile.connect = settings.peers([site.preview_port]);
+    profile.owner = Some(site.worktree.clone());
     Spec {
         name: "claude",
         program: settings.program.clone(),

@@ -34,6 +34,7 @@ use crate::{
     figures::Figures,
     gateway::{self, Credential, Gateway, GatewayConfig, OAuthSettings, load_credentials_file},
     lifecycle::{Activity, Guard, HolderKind, Shares, Signals, StopReason, wait_for_reason},
+    owner,
     preview::{self, ActivityGuard, ActivitySink, PreviewSettings, Previews, Proxy, ProxyKind},
     process::{self, Bash, ConfinementMode, Launcher},
     rehearsal::{Rehearsal, Script},
@@ -70,9 +71,8 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
     let ledger = Ledger::new(ledger_settings(settings).await?, &tasks);
     let store = settings.workspace_path.join(".greenroom");
     let gateway = start_gateway(settings, credential, ledger.clone(), Some(store), &tasks).await?;
-    let launcher = Launcher::start(settings.lease / 2, ConfinementMode::Auto)
-        .context("failed to start the launcher")?;
     let programs = Programs::find(&loaded);
+    let (launcher, closed) = start_launcher(settings, &programs, &runtime)?;
     let egress = start_egress(settings, &tasks).await?;
     let activity = Activity::new(settings.auto_shutdown);
     let outside = Outside::start(settings, &activity, &tasks)?;
@@ -151,6 +151,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
     });
     // The first line of the log says where it listens.
     announce(&loaded, mode, &listeners, is_rehearsal, &launcher);
+    tell_closed(closed.as_deref());
     runtime.sweep_others(&tasks);
     if let Some(port) = network_port {
         tracing::info!(
@@ -208,9 +209,8 @@ pub async fn serve_one_shots(loaded: Loaded) -> anyhow::Result<()> {
         &tasks,
     );
     let gateway = start_gateway(settings, credential, ledger.clone(), None, &tasks).await?;
-    let launcher = Launcher::start(settings.lease / 2, ConfinementMode::Auto)
-        .context("failed to start the launcher")?;
     let programs = Programs::find(&loaded);
+    let (launcher, closed) = start_launcher(settings, &programs, &runtime)?;
     let egress = start_egress(settings, &tasks).await?;
     let activity = Activity::new(settings.auto_shutdown);
     let outside = Outside::start(settings, &activity, &tasks)?;
@@ -244,6 +244,7 @@ pub async fn serve_one_shots(loaded: Loaded) -> anyhow::Result<()> {
         env!("CARGO_PKG_VERSION"), for_whom(settings),
     );
     tell_more(&loaded, is_rehearsal, &launcher);
+    tell_closed(closed.as_deref());
     runtime.sweep_others(&tasks);
     let router = api::service_router(base);
     tasks.spawn("one-shot api", api::serve(listener, router, tasks.clone()));
@@ -568,6 +569,49 @@ async fn open_to_network(
     let opened = gateway.open_to_network(listener, tokens, awake, tasks);
     opened.await.context("GATEWAY_TOKENS_FILE")?;
     Ok(Some(port))
+}
+
+/// Programs run as users of their own only where these get through to everything that they need;
+/// else it says to what they do not.
+fn start_launcher(
+    settings: &Settings,
+    programs: &Programs,
+    runtime: &RuntimeFolder,
+) -> anyhow::Result<(Launcher, Option<PathBuf>)> {
+    let launcher = Launcher::start(settings.lease / 2, ConfinementMode::Auto)
+        .context("failed to start the launcher")?;
+    if !launcher.runs_as_owners() {
+        return Ok((launcher, None));
+    }
+    let shared = runtime.path().parent().unwrap_or(runtime.path());
+    let folders = [&settings.workspace_path, &settings.cache_path].map(PathBuf::as_path);
+    let programs = [&programs.claude, &programs.node].into_iter().flatten();
+    let needed = folders
+        .into_iter()
+        .chain([shared])
+        .chain(programs.map(PathBuf::as_path));
+    // What a link leads to, and the link.
+    let closed = needed
+        .flat_map(|path| [Some(path.to_owned()), path.canonicalize().ok()])
+        .flatten()
+        .find(|path| !owner::is_passable(path));
+    if closed.is_some() {
+        return Ok((launcher.without_owners(), closed));
+    }
+    runtime
+        .let_pass()
+        .context("failed to open the runtime folder")?;
+    Ok((launcher, None))
+}
+
+fn tell_closed(path: Option<&Path>) {
+    if let Some(path) = path {
+        tracing::warn!(
+            path = %path.display(),
+            "agents get no uid of their own, because another user does not get through to this path: \
+             open the folders above it (chmod o+x) or move it"
+        );
+    }
 }
 
 /// The children's way out, where the operator says whom they may reach.

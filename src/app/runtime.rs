@@ -18,6 +18,7 @@ use std::{
 };
 
 use crate::{
+    owner,
     task::{self, Tasks},
     workspace::make_private_dir,
 };
@@ -63,6 +64,12 @@ impl RuntimeFolder {
 
     pub(super) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// Lets programs that are users of their own through to their folders in it.
+    pub(super) fn let_pass(&self) -> io::Result<()> {
+        self.path.parent().map_or(Ok(()), owner::let_pass)?;
+        owner::let_pass(&self.path)
     }
 
     /// Removes what dead processes left beside it, off the async workers.

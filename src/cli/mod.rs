@@ -23,7 +23,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command, error::ErrorKind};
 use crate::{
     api, app,
     config::{self, ConfigError, Flags, Kind, Loaded, Mode, Spec, TABLE},
-    telemetry,
+    process, telemetry,
 };
 
 /// Exit statuses, as the contract numbers them.
@@ -35,8 +35,10 @@ const WRONG_USAGE: u8 = 2;
 #[error("{0}")]
 struct Usage(String);
 
-/// Runs the program with this process's arguments.
+/// Runs the program with this process's arguments. There is one thread yet.
 pub fn main() -> ExitCode {
+    // Whoever may look into /proc finds no secret there.
+    process::hide_environment();
     // The panic hook of the log comes with it; before, the default one reports.
     match run(called_as(std::env::args_os())) {
         Ok(()) => ExitCode::SUCCESS,

@@ -68,7 +68,8 @@ fn private_folder(path: PathBuf) -> io::Result<PathBuf> {
             format!("{} is not a folder of this user", path.display()),
         ));
     }
-    if metadata.permissions().mode() & 0o077 != 0 {
+    // Passing through is no looking: children that are users of their own have folders in it.
+    if metadata.permissions().mode() & 0o066 != 0 {
         fs::set_permissions(&path, fs::Permissions::from_mode(0o700))?;
     }
     Ok(path)

@@ -23,6 +23,7 @@ use super::{
 };
 use crate::{
     egress::Door,
+    owner::{Owner, make_folder},
     process::{Peers, Ports, ProcessHandle, Profile, Spec, Stdin},
     task::blocking,
 };
@@ -76,8 +77,9 @@ pub(crate) fn prepare(
     std::fs::remove_file(site.worktree.join(".astro/dev.json")).ok();
     let private = settings.private_root.join(&site.slug);
     let (home, tmp) = (private.join("home"), private.join("tmp"));
+    let owner = Owner::of(&site.worktree);
     for folder in [&home, &tmp] {
-        std::fs::create_dir_all(folder).map_err(machine("making the dev server's folders"))?;
+        make_folder(folder, owner).map_err(machine("making the dev server's folders"))?;
     }
     let (program, mut args) = program(&command, &site.worktree, &settings.node)?;
     args.extend(command.args(site.port));
@@ -105,6 +107,7 @@ pub(crate) fn prepare(
         },
     };
     profile.bind = Ports::Only(vec![site.port]);
+    profile.owner = Some(site.worktree.clone());
     let mut env = environment(site, settings, &home, &tmp);
     env.extend(settings.egress.iter().flat_map(Door::environment));
     if polls {

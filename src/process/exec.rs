@@ -2,24 +2,20 @@
 
 use std::{
     ffi::{OsStr, OsString},
-    fs, io,
+    io,
     os::unix::process::CommandExt,
     process::ExitCode,
 };
 
 use nix::sys::{
     prctl,
-    resource::{Resource, setrlimit},
     signal::{SigSet, Signal},
 };
 
 use super::{
-    broker, sandbox, seccomp,
+    broker, limits, sandbox, seccomp, uid,
     wire::{Failure, Opening, Setup, Step, Wire},
 };
-
-/// Children go first when memory runs out, the supervisor last.
-const OOM_SCORE: &str = "500";
 
 /// Becomes the program; comes back only if that failed, having said why over descriptor 0.
 pub(super) fn exec(program: &OsStr, args: impl Iterator<Item = OsString>) -> ExitCode {
@@ -41,6 +37,14 @@ fn become_program(
         Ok(setup) => setup,
         Err(error) => return Failure::new(Step::Launch, &error),
     };
+    let is_own = setup.means.owners;
+    if let Err(error) = limits::apply(is_own) {
+        return Failure::new(Step::Launch, &error.into());
+    }
+    if is_own && let Err(error) = uid::become_owner(setup.profile.owner.as_deref()) {
+        return Failure::new(Step::Confine, &error);
+    }
+    // As its own user: into a folder of somebody else's it does not get.
     if let Err(error) = std::env::set_current_dir(&setup.cwd) {
         return Failure::new(Step::EnterFolder, &error);
     }
@@ -60,9 +64,6 @@ fn prepare(opening: &Wire) -> io::Result<Setup> {
     prctl::set_pdeathsig(Signal::SIGKILL)?;
     nix::unistd::setsid()?;
     nix::unistd::dup2_stdin(stdin)?;
-    setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
-    // A container may hide the file: an order of dying, not a wall.
-    fs::write("/proc/self/oom_score_adj", OOM_SCORE).ok();
     Ok(setup)
 }
 

@@ -31,6 +31,7 @@ use super::{
     child::{self, Child, Connection, Exit, ProcessHandle, Status},
     procfs,
     sandbox::{Confinement, Means, Profile},
+    uid,
     wire::{self, Command, Setup, Step, Wire},
 };
 use crate::task::Tasks;
@@ -130,13 +131,13 @@ impl Launcher {
         mode: ConfinementMode,
     ) -> Result<Self, ProcessError> {
         let means = match mode {
-            ConfinementMode::Auto => Means::detect(),
-            ConfinementMode::WithoutLandlock => Means {
-                landlock: false,
-                ..Means::detect()
-            },
+            ConfinementMode::Auto => Means::detect(true),
+            ConfinementMode::WithoutLandlock => Means::detect(false),
             ConfinementMode::Off => Means::NONE,
         };
+        if means.owners {
+            uid::let_others_read();
+        }
         let interval = BEAT.min(silence / 5);
         let wardens =
             Wardens::start(interval).map_err(|source| ProcessError::Heartbeat { source })?;
@@ -148,6 +149,19 @@ impl Launcher {
             means,
             confinement: Confinement::by(means),
         })
+    }
+
+    /// Does each program run as the owner of its folder? Then folders have to be handed over: see
+    /// [`crate::owner`].
+    pub fn runs_as_owners(&self) -> bool {
+        self.means.owners
+    }
+
+    /// The same without that, where the owners could not reach their folders.
+    pub fn without_owners(mut self) -> Self {
+        self.means.owners = false;
+        self.confinement = Confinement::by(self.means);
+        self
     }
 
     /// What holds the programs that are started.

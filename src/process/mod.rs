@@ -24,11 +24,14 @@
 mod attached;
 mod broker;
 mod child;
+mod environment;
 mod exec;
 mod launcher;
+mod limits;
 mod procfs;
 mod sandbox;
 mod seccomp;
+mod uid;
 mod warden;
 mod wire;
 
@@ -37,6 +40,7 @@ use std::{io, process::ExitCode, time::Duration};
 pub use self::{
     attached::{Attached, run_attached},
     child::{Child, Exit, ProcessHandle},
+    environment::hide_environment,
     launcher::{ConfinementMode, Launcher, Output, Spec, Stdin},
     sandbox::{Bash, ConfinedBy, Confinement, Peers, Ports, Profile},
 };

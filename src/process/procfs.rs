@@ -2,9 +2,11 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    fs,
+    fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
+
+use crate::owner::Owner;
 
 /// A line of the process table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,17 +88,39 @@ pub(super) fn listens(ancestor: i32, address: SocketAddr) -> bool {
     if wanted.is_empty() {
         return false;
     }
-    let owned: HashSet<u64> = descendants(ancestor)
-        .into_iter()
-        .flat_map(socket_inodes)
-        .collect();
+    let (mut owned, mut uids) = (HashSet::new(), HashSet::new());
+    for pid in descendants(ancestor) {
+        match socket_inodes(pid) {
+            Some(inodes) => owned.extend(inodes),
+            // Of another uid, which is one thread's alone; without CAP_SYS_PTRACE that is all there
+            // is to see.
+            None => uids.extend(uid_of(pid)),
+        }
+    }
     // All of them: with SO_REUSEPORT the kernel picks one.
-    wanted.iter().all(|inode| owned.contains(inode))
+    wanted
+        .iter()
+        .all(|listener| owned.contains(&listener.inode) || uids.contains(&listener.uid))
 }
 
-/// The inodes of the listeners that a connection to `address` could reach: those bound to the
+/// A line of the table of sockets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Listener {
+    inode: u64,
+    uid: u32,
+}
+
+/// The uid that a process runs as, if that is one of those that greenroom gives.
+fn uid_of(pid: i32) -> Option<u32> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("Uid:"))?;
+    let uid: u32 = line.split_ascii_whitespace().next()?.parse().ok()?;
+    Owner::new(uid, uid).map(Owner::uid)
+}
+
+/// The listeners that a connection to `address` could reach: those bound to the
 /// very address, else those bound to all.
-fn listeners(table: &str, address: SocketAddr) -> Vec<u64> {
+fn listeners(table: &str, address: SocketAddr) -> Vec<Listener> {
     const LISTEN: &str = "0A";
     let (mut exact, mut any) = (Vec::new(), Vec::new());
     for line in table.lines() {
@@ -105,10 +129,13 @@ fn listeners(table: &str, address: SocketAddr) -> Vec<u64> {
         else {
             continue;
         };
-        // tx:rx queue, timer, retransmits, uid and timeout stand between state and inode.
-        let Some(inode) = fields.nth(5).and_then(|inode| inode.parse().ok()) else {
+        // tx:rx queue, timer and retransmits come before the uid, the timeout before the inode.
+        let uid = fields.nth(3).and_then(|uid| uid.parse().ok());
+        let inode = fields.nth(1).and_then(|inode| inode.parse().ok());
+        let (Some(uid), Some(inode)) = (uid, inode) else {
             continue;
         };
+        let listener = Listener { inode, uid };
         let Some(bound) = parse_address(local) else {
             continue;
         };
@@ -116,10 +143,10 @@ fn listeners(table: &str, address: SocketAddr) -> Vec<u64> {
             continue;
         }
         if bound.ip().to_canonical() == address.ip().to_canonical() {
-            exact.push(inode);
+            exact.push(listener);
         // `::` takes IPv4 connections too, unless told otherwise.
         } else if bound.ip().is_unspecified() && (bound.is_ipv6() || address.is_ipv4()) {
-            any.push(inode);
+            any.push(listener);
         }
     }
     if exact.is_empty() { any } else { exact }
@@ -142,22 +169,23 @@ fn parse_address(text: &str) -> Option<SocketAddr> {
     Some(SocketAddr::new(ip, u16::from_str_radix(port, 16).ok()?))
 }
 
-fn socket_inodes(pid: i32) -> Vec<u64> {
-    let Ok(folder) = fs::read_dir(format!("/proc/{pid}/fd")) else {
-        return Vec::new();
-    };
-    folder
-        .flatten()
-        .filter_map(|entry| {
-            let target = fs::read_link(entry.path()).ok()?;
-            target
-                .to_str()?
-                .strip_prefix("socket:[")?
-                .strip_suffix(']')?
-                .parse()
-                .ok()
-        })
-        .collect()
+/// `None` where we may not look.
+fn socket_inodes(pid: i32) -> Option<Vec<u64>> {
+    let folder = fs::read_dir(format!("/proc/{pid}/fd")).ok()?.flatten();
+    let mut inodes = Vec::new();
+    for entry in folder {
+        let target = match fs::read_link(entry.path()) {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return None,
+            Err(_) => continue,
+            Ok(target) => target,
+        };
+        let inode = target.to_str().and_then(|target| {
+            let inode = target.strip_prefix("socket:[")?.strip_suffix(']')?;
+            inode.parse::<u64>().ok()
+        });
+        inodes.extend(inode);
+    }
+    Some(inodes)
 }
 
 #[cfg(test)]
@@ -188,7 +216,11 @@ mod tests {
             0: 00000000000000000000000001000000:10E2 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000  1000        0 444 1\n\
             1: 00000000000000000000000000000000:10E3 00000000000000000000000000000000:0000 0A 00000000:00000000 00:00000000 00000000  1000        0 555 1\n";
         let none: [u64; 0] = [];
-        let found = |address: &str| listeners(table, address.parse().unwrap());
+        let found = |address: &str| -> Vec<u64> {
+            let found = listeners(table, address.parse().unwrap());
+            assert!(found.iter().all(|listener| listener.uid == 1000));
+            found.iter().map(|listener| listener.inode).collect()
+        };
         assert_eq!(found("127.0.0.1:4321"), [111]);
         assert_eq!(found("127.0.0.2:4321"), [222]);
         assert_eq!(found("[::1]:4321"), none);

@@ -18,7 +18,7 @@ use landlock::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::seccomp;
+use super::{seccomp, uid};
 
 /// The newest interface of which every right was tried with the programs that we run.
 const TESTED: ABI = ABI::V6;
@@ -60,6 +60,9 @@ pub struct Profile {
     pub bind: Ports,
     /// Signals and abstract sockets reach only processes started from within.
     pub scoped: bool,
+    /// Where programs run as users of their own: the folder whose owner this one runs as. Without
+    /// one it runs as nobody, who owns nothing.
+    pub owner: Option<PathBuf>,
 }
 
 /// Hosts and TCP ports. Landlock alone holds a program to the ports, of any host.
@@ -152,6 +155,7 @@ impl Profile {
             connect: Peers::here(Vec::new()),
             bind: Ports::Only(Vec::new()),
             scoped: true,
+            owner: None,
         }
     }
 
@@ -163,6 +167,7 @@ impl Profile {
             connect: Peers::Any,
             bind: Ports::Any,
             scoped: false,
+            owner: None,
         }
     }
 
@@ -181,19 +186,32 @@ pub(super) struct Means {
     pub(super) landlock: bool,
     /// The system call filter and a broker of connections.
     pub(super) broker: bool,
+    /// Each program runs as the owner of its folder.
+    pub(super) owners: bool,
 }
 
 impl Means {
     pub(super) const NONE: Self = Self {
         landlock: false,
         broker: false,
+        owners: false,
     };
 
-    /// Asks the kernel.
-    pub(super) fn detect() -> Self {
-        Self {
-            landlock: true,
+    /// Asks the kernel. Uids are the second choice: they need a supervisor that is root and folders
+    /// that were handed over, and hold less (a path's `stat`, `/tmp` and others' command lines are
+    /// open). So they come in where Landlock, if there is any, leaves files or processes free; then
+    /// both hold.
+    pub(super) fn detect(with_landlock: bool) -> Self {
+        let means = Self {
+            landlock: with_landlock,
             broker: seccomp::is_supported(),
+            owners: false,
+        };
+        let held = Confinement::by(means);
+        let is_held = |part| part != ConfinedBy::None;
+        Self {
+            owners: !(is_held(held.files) && is_held(held.processes)) && uid::is_possible(),
+            ..means
         }
     }
 }
@@ -212,6 +230,8 @@ pub struct Confinement {
 #[serde(rename_all = "kebab-case")]
 pub enum ConfinedBy {
     Landlock,
+    /// A user of the system for each thread.
+    Uid,
     /// A system call filter, and a broker that decides on connections.
     Seccomp,
     None,
@@ -253,11 +273,15 @@ impl Confinement {
             BitFlags::EMPTY,
             Scope::from_all(ABI::V6),
         ));
-        let network = match network {
-            ConfinedBy::None if means.broker => ConfinedBy::Seccomp,
-            network => network,
+        let or = |held, is_there, other| match held {
+            ConfinedBy::None if is_there => other,
+            held => held,
         };
-        Self::of(files, network, processes)
+        Self::of(
+            or(files, means.owners, ConfinedBy::Uid),
+            or(network, means.broker, ConfinedBy::Seccomp),
+            or(processes, means.owners, ConfinedBy::Uid),
+        )
     }
 
     const fn of(files: ConfinedBy, network: ConfinedBy, processes: ConfinedBy) -> Self {
@@ -377,12 +401,13 @@ mod tests {
 
     #[test]
     fn bash_is_all_only_where_everything_is_held() {
-        use ConfinedBy::{Landlock, None, Seccomp};
+        use ConfinedBy::{Landlock, None, Seccomp, Uid};
         assert_eq!(
             Confinement::of(Landlock, Landlock, Landlock).bash,
             Bash::All
         );
         assert_eq!(Confinement::of(Landlock, Seccomp, Landlock).bash, Bash::All);
+        assert_eq!(Confinement::of(Uid, Seccomp, Uid).bash, Bash::All);
         for held in 0..7 {
             let part = |bit: u8| match held & (1 << bit) {
                 0 => None,
@@ -397,6 +422,28 @@ mod tests {
             serde_json::to_string(&Confinement::of(Landlock, Seccomp, None)).unwrap(),
             r#"{"files":"landlock","network":"seccomp","processes":"none","bash":"files-only"}"#
         );
+    }
+
+    #[test]
+    fn uids_hold_what_landlock_does_not() {
+        let by = |landlock, owners| {
+            Confinement::by(Means {
+                landlock,
+                broker: true,
+                owners,
+            })
+        };
+        let held = by(false, true);
+        assert_eq!(
+            serde_json::to_string(&held).unwrap(),
+            r#"{"files":"uid","network":"seccomp","processes":"uid","bash":"all"}"#
+        );
+        assert_eq!(by(false, false).bash, Bash::FilesOnly);
+        let whole = by(true, false);
+        if whole.bash == Bash::All {
+            assert_eq!(by(true, true), whole, "Landlock comes first");
+            assert!(!Means::detect(true).owners, "and needs no uids beside it");
+        }
     }
 
     #[test]

@@ -79,6 +79,9 @@ pub(super) fn fill(repo: &Repository, tree: &Tree<'_>, folder: &Path) -> Result<
         .map(|slot| path(slot).to_owned())
         .collect();
     fill_some(repo, tree, converted.iter(), folder).during(WHAT)?;
+    for path in &converted {
+        writer.root.give(path).during(WHAT)?;
+    }
     for (slot, stat) in stats {
         index.know(slot, stat);
     }
@@ -238,6 +241,7 @@ impl Writer<'_> {
             if entry.mode == SUBMODULE_MODE {
                 let made = mkdirat(&folder, name, Mode::from_bits_truncate(0o777));
                 made.map_err(std::io::Error::from).during(WHAT)?;
+                self.root.give(path).during(WHAT)?;
                 continue;
             }
             let (size, _) = objects.read_header(entry.id).during(WHAT)?;
@@ -262,6 +266,7 @@ impl Writer<'_> {
                 let file = openat(&folder, name, flags, Mode::from_bits_truncate(mode))?;
                 let mut file = File::from(file);
                 file.write_all(content.data())?;
+                self.root.give_away(&file)?;
                 Ok(Stat::of(&fstat(&file)?))
             };
             stats.push((slot, write().during(WHAT)?));

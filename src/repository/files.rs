@@ -17,8 +17,10 @@ use nix::{
     errno::Errno,
     fcntl::{AtFlags, OFlag, openat, readlinkat, renameat},
     sys::stat::{FileStat, Mode, SFlag, fstat, fstatat, mkdirat},
-    unistd::{UnlinkatFlags, linkat, unlinkat},
+    unistd::{Gid, Uid, UnlinkatFlags, fchownat, linkat, unlinkat},
 };
+
+use crate::owner::Owner;
 
 /// What stands at a path.
 #[derive(Debug)]
@@ -34,12 +36,82 @@ pub(super) enum Found {
 
 /// A folder, held open.
 #[derive(Debug)]
-pub(super) struct Root(OwnedFd);
+pub(super) struct Root {
+    folder: OwnedFd,
+    /// Whose what is made in it is to be; `None` where it is ours.
+    owner: Option<Owner>,
+}
 
 impl Root {
     pub(super) fn open(path: &Path) -> io::Result<Self> {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        Ok(Self(nix::fcntl::open(path, flags, Mode::empty())?))
+        let folder = nix::fcntl::open(path, flags, Mode::empty())?;
+        let stat = fstat(&folder)?;
+        Ok(Self {
+            owner: Owner::new(stat.st_uid, stat.st_gid),
+            folder,
+        })
+    }
+
+    /// From here on what is made in it is for whom what is made in `other` is for.
+    pub(super) fn making_for(self, other: &Self) -> Self {
+        Self {
+            owner: other.owner,
+            ..self
+        }
+    }
+
+    /// Gives away what we made at `path`, in a folder that nobody else writes to.
+    pub(super) fn give(&self, path: &Path) -> io::Result<()> {
+        if self.owner.is_none() {
+            return Ok(());
+        }
+        let (Some(folder), Some(name)) = (self.folder_of(path, false)?, path.file_name()) else {
+            return Ok(());
+        };
+        let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+        match openat(folder, name, flags, Mode::empty()) {
+            Ok(made) => self.give_away(made),
+            Err(Errno::ENOENT) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Gives away the file at `path`, and the folders on the way there, where they are somebody else's.
+    /// Not a file that has a second name: that may be where it belongs.
+    pub(super) fn adopt(&self, path: &Path) -> io::Result<()> {
+        let folders = path.ancestors().skip(1);
+        for (is_file, path) in std::iter::once((true, path)).chain(folders.map(|up| (false, up))) {
+            let Some(name) = path.file_name() else { break };
+            let Some(folder) = self.folder_of(path, false)? else {
+                break;
+            };
+            let flags = OFlag::O_PATH | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
+            let found = match openat(folder, name, flags, Mode::empty()) {
+                Err(Errno::ENOENT) => break,
+                found => found?,
+            };
+            let stat = fstat(&found)?;
+            let is_meant = match is_file {
+                true => kind(&stat) == SFlag::S_IFREG && stat.st_nlink == 1,
+                false => kind(&stat) == SFlag::S_IFDIR,
+            };
+            let is_its = Owner::new(stat.st_uid, stat.st_gid) == self.owner;
+            if is_meant && !is_its {
+                self.give_away(found)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives away what was just made in it and is open, if only as a place.
+    pub(super) fn give_away(&self, made: impl AsFd) -> io::Result<()> {
+        let Some(owner) = self.owner else {
+            return Ok(());
+        };
+        let (uid, gid) = (Uid::from_raw(owner.uid()), Gid::from_raw(owner.gid()));
+        let flags = AtFlags::AT_EMPTY_PATH;
+        Ok(fchownat(made, "", Some(uid), Some(gid), flags)?)
     }
 
     /// Opens the folder that `path` lies in; with `make` what is missing of it is made. `None` if
@@ -47,18 +119,21 @@ impl Root {
     /// path that leads out (absolute, or with `..`), which a tree that means harm may hold.
     pub(super) fn folder_of(&self, path: &Path, make: bool) -> io::Result<Option<OwnedFd>> {
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let mut at = self.0.try_clone()?;
+        let mut at = self.folder.try_clone()?;
         for folder in path.parent().unwrap_or(Path::new("")).components() {
             let Component::Normal(folder) = folder else {
                 return Ok(None);
             };
             let mut next = openat(at.as_fd(), folder, flags, Mode::empty());
             if make && matches!(next, Err(Errno::ENOENT)) {
-                match mkdirat(at.as_fd(), folder, Mode::from_bits_truncate(0o777)) {
-                    Ok(()) | Err(Errno::EEXIST) => {}
-                    Err(error) => return Err(error.into()),
-                }
+                let made = mkdirat(at.as_fd(), folder, Mode::from_bits_truncate(0o777));
                 next = openat(at.as_fd(), folder, flags, Mode::empty());
+                match (made, &next) {
+                    // By the descriptor: it is a folder, whatever the name leads to by now.
+                    (Ok(()), Ok(next)) => self.give_away(next)?,
+                    (Ok(()) | Err(Errno::EEXIST), _) => {}
+                    (Err(error), _) => return Err(error.into()),
+                }
             }
             match next {
                 Ok(next) => at = next,

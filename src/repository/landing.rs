@@ -275,6 +275,7 @@ impl<'a> Landing<'a> {
             Ok((open(&folder.join("in"))?, open(&folder.join("out"))?))
         };
         let (incoming, outgoing) = make().during("make room beside the worktree")?;
+        let root = Root::open(worktree.path()).during("open the worktree")?;
         Ok(Self {
             repo,
             steps,
@@ -282,18 +283,26 @@ impl<'a> Landing<'a> {
             owner: worktree,
             after,
             worktree: worktree.path(),
-            root: Root::open(worktree.path()).during("open the worktree")?,
+            incoming: incoming.making_for(&root),
+            root,
             folder,
-            incoming,
             outgoing,
         })
     }
 
     fn write_beside(&self, after: &Tree<'_>) -> Result<()> {
         let written = self.steps.iter().filter(|(_, step)| step.new.is_some());
-        let paths = written.map(|(path, _)| path);
-        checkout::fill_some(self.repo, after, paths, &self.folder.join("in"))
+        let paths: Vec<_> = written.map(|(path, _)| path).collect();
+        self.fill(after, &paths)
             .during("write files beside the worktree")
+    }
+
+    /// Writes these files of a tree beside the worktree, for the worktree's owner.
+    fn fill(&self, tree: &Tree<'_>, paths: &[&PathBuf]) -> Result<(), git2::Error> {
+        let folder = self.folder.join("in");
+        checkout::fill_some(self.repo, tree, paths.iter().copied(), &folder)?;
+        let given = paths.iter().try_for_each(|path| self.incoming.give(path));
+        given.map_err(|error| git2::Error::from_str(&error.to_string()))
     }
 
     /// libgit2 writes no file where HEAD has a folder, wherever it is asked to write it. It does once
@@ -306,7 +315,7 @@ impl<'a> Landing<'a> {
                 missing.push(path.clone());
             }
         }
-        checkout::fill_some(self.repo, after, missing.iter(), &self.folder.join("in"))
+        self.fill(after, &missing.iter().collect::<Vec<_>>())
             .during("write files beside the worktree")
     }
 
@@ -459,9 +468,7 @@ impl<'a> Landing<'a> {
         let write = || -> Result<_, git2::Error> {
             let tree = tree::edit(self.repo, None, &edit.into())?;
             let tree = self.repo.find_tree(tree)?;
-            let path = path.to_owned();
-            let paths = std::iter::once(&path);
-            checkout::fill_some(self.repo, &tree, paths, &self.folder.join("in"))
+            self.fill(&tree, &[&path.to_owned()])
         };
         write().during("write a merged file")
     }

@@ -25,6 +25,7 @@ use crate::{
     domain::Signature,
     identity::{ThreadKey, UserKey},
     lease::Fence,
+    owner::Owner,
 };
 
 /// The branch that the built-in template starts.
@@ -35,6 +36,8 @@ const TEMPLATE_BRANCH: &str = "main";
 pub struct UserRepository {
     pub(super) project: PathBuf,
     pub(super) git: GitDir,
+    /// For whom worktrees are made.
+    pub(super) owner: Option<Owner>,
 }
 
 /// A thread's branch after [`UserRepository::ensure_thread`].
@@ -100,15 +103,22 @@ impl UserRepository {
         let repository = Self {
             project: project.to_owned(),
             git: GitDir::of_project(project),
+            owner: None,
         };
         repository.git.open(project)?;
         Ok(repository)
     }
 
+    /// Worktrees that are made from here on are made for this owner.
+    pub fn making_for(mut self, owner: Option<Owner>) -> Self {
+        self.owner = owner;
+        self
+    }
+
     /// The worktree of a thread at `path`; see [`UserRepository::ensure_thread`]. Does not touch
     /// the disk.
     pub fn worktree(&self, key: &ThreadKey, path: &Path) -> Worktree {
-        Worktree::new(self.git.clone(), key, path)
+        Worktree::new(self.git.clone(), key, path, self.owner)
     }
 
     /// Makes sure that the thread has its branch and, at `worktree`, its files. Idempotent; whatever

@@ -5,7 +5,7 @@ use std::{
     ffi::OsStr,
     fs::{self, File},
     io,
-    os::unix::ffi::OsStrExt as _,
+    os::unix::{ffi::OsStrExt as _, fs::PermissionsExt as _},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -14,7 +14,8 @@ use git2::{ErrorCode, Oid, Repository, Tree};
 use nix::sys::time::TimeSpec;
 
 use super::{
-    Operation as _, RepositoryError, Result, checkout, diff, files,
+    Operation as _, RepositoryError, Result, checkout, diff,
+    files::{self, Root},
     gate::Keeper,
     gitdir::GitDir,
     guard::{Repair, Strangers},
@@ -30,6 +31,7 @@ use crate::{
     domain::{CommitSummary, HeldBack, Signature},
     identity::{ThreadKey, UserKey},
     lease::Fence,
+    owner::Owner,
 };
 
 /// The worktree of one thread, on its branch. Plain paths: each call opens what it needs and
@@ -43,6 +45,8 @@ pub struct Worktree {
     pub(super) branch: String,
     /// It is the repository's own, `project/`, which has no links to be put right.
     pub(super) is_main: bool,
+    /// For whom the folder is made, if it has to be.
+    owner: Option<Owner>,
 }
 
 /// What a commit is to say.
@@ -107,7 +111,7 @@ const INDEX_TRIES: u32 = 20;
 const INDEX_PAUSE: Duration = Duration::from_millis(50);
 
 impl Worktree {
-    pub(super) fn new(git: GitDir, key: &ThreadKey, path: &Path) -> Self {
+    pub(super) fn new(git: GitDir, key: &ThreadKey, path: &Path, owner: Option<Owner>) -> Self {
         let admin = git.path().join("worktrees").join(key.thread.as_str());
         Self {
             git,
@@ -115,6 +119,7 @@ impl Worktree {
             path: path.to_owned(),
             branch: key.branch(),
             is_main: false,
+            owner,
         }
     }
 
@@ -126,6 +131,7 @@ impl Worktree {
             path: project.to_owned(),
             branch: key.user_branch(),
             is_main: true,
+            owner: None,
         }
     }
 
@@ -202,6 +208,7 @@ impl Worktree {
         // After the branch: an index that is behind is mended by the next commit, one that is
         // ahead would show work that is in no commit.
         let changes = found.stage.changes();
+        self.adopt(changes);
         match found.index {
             Some(index) if !changes.is_empty() || !index.is_of(tree) => {
                 self.write_index(&index, tree, changes);
@@ -222,6 +229,22 @@ impl Worktree {
             held_back: found.stage.held_back(),
             repairs: found.repairs,
         })
+    }
+
+    /// What somebody else put there (an operator at a shell, say) becomes the owner's: the agent could
+    /// not change it.
+    fn adopt(&self, changes: &BTreeMap<Vec<u8>, Option<Entry>>) {
+        if self.owner.is_none() {
+            return;
+        }
+        let adopted = Root::open(&self.path).and_then(|root| {
+            let present = changes.iter().filter(|(_, entry)| entry.is_some());
+            let mut paths = present.map(|(name, _)| Path::new(OsStr::from_bytes(name)));
+            paths.try_for_each(|path| root.adopt(path))
+        });
+        if let Err(error) = adopted {
+            tracing::warn!(%error, branch = self.branch, "files stay somebody else's");
+        }
     }
 
     /// Looks at the whole worktree: what a commit onto one of this tree would be now.
@@ -467,7 +490,8 @@ impl Worktree {
                     tracing::warn!(%error, "what was kept ready is of no use; writing all files");
                 }
                 files::remove_all(&partial).during("remove what was kept ready")?;
-                fs::create_dir(&partial).during("make the worktree's folder")?;
+                self.make_folder(&partial)
+                    .during("make the worktree's folder")?;
                 let repo = in_progress.open()?;
                 let tree = in_progress.tree(&repo, in_progress.tip(&repo)?)?;
                 (checkout::fill(&repo, &tree, &partial)?, tree.id())
@@ -477,9 +501,23 @@ impl Worktree {
         fs::rename(&partial, &self.path).during("put the worktree in place")
     }
 
+    /// Closed to others where it is for somebody; then what is written into it is for him too.
+    fn make_folder(&self, path: &Path) -> io::Result<()> {
+        fs::create_dir(path)?;
+        let Some(owner) = self.owner else {
+            return Ok(());
+        };
+        fs::set_permissions(path, fs::Permissions::from_mode(0o700))?;
+        owner.take(path)
+    }
+
     /// Makes the files of those that were kept ready, if there are any that are of use; and their
     /// index and the tree that it is of.
     fn move_in(&self) -> Result<Option<(Index, Oid)>> {
+        if self.owner.is_some() {
+            // They are ours, and so would the worktree be.
+            return Ok(None);
+        }
         let taken = Spare::of(self.git.path()).take(&self.path);
         let Some(taken) = taken.during("take what was kept ready")? else {
             return Ok(None);

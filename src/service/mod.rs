@@ -543,7 +543,9 @@ impl Service {
         if let Err(Denied::OverBudget(breach)) = meter.check().await {
             return Err(ServiceError::OverBudget { breach });
         }
-        let scratch = Scratch::make(&inner.settings.scratch).await;
+        let owners = inner.launcher.runs_as_owners();
+        let place = site.write.first().cloned();
+        let scratch = Scratch::make(&inner.settings.scratch, owners, place).await;
         let scratch = scratch.map_err(ServiceError::Folder)?;
         let token = inner.gateway.issue();
         let deadline = tokio::time::Instant::now() + shot.timeout;

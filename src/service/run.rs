@@ -75,6 +75,7 @@ pub(super) fn spec(
     profile.write.push(scratch.root().to_owned());
     profile.write.extend(site.write.iter().cloned());
     profile.connect = settings.peers(site.connect.iter().copied());
+    profile.owner = Some(scratch.root().to_owned());
     let mut args = args.clone();
     args.model = args.model.or_else(|| settings.model.clone());
     Spec {

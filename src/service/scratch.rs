@@ -6,7 +6,10 @@ use std::{
     time::Duration,
 };
 
-use crate::{task, workspace::make_private_dir};
+use crate::{
+    owner::{Owner, make_folder, take_over},
+    task,
+};
 
 /// A handful of small folders on the container's own disk; of a run that filled it, many files.
 const DISK_DEADLINE: Duration = Duration::from_secs(60);
@@ -19,22 +22,36 @@ pub(super) struct Scratch {
 }
 
 impl Scratch {
-    pub(super) async fn make(below: &Path) -> io::Result<Self> {
+    /// `place` is where the run writes in place. Where runs are `owners` of their own the folders are
+    /// its owner's; a place that has none is handed over.
+    pub(super) async fn make(
+        below: &Path,
+        owners: bool,
+        place: Option<PathBuf>,
+    ) -> io::Result<Self> {
         let root = below.join(uuid::Uuid::new_v4().simple().to_string());
         let scratch = Self {
             root,
             is_gone: false,
         };
-        let folders = [scratch.home(), scratch.temporary(), scratch.work()];
+        let folders = [
+            scratch.root.clone(),
+            scratch.home(),
+            scratch.temporary(),
+            scratch.work(),
+        ];
         let make = move || {
+            let owner = match owners {
+                true => Some(owner_of_run(place.as_deref())?),
+                false => None,
+            };
             folders
                 .iter()
-                .try_for_each(|folder| make_private_dir(folder))
+                .try_for_each(|folder| make_folder(folder, owner))
         };
         task::blocking("making a run's folders", DISK_DEADLINE, make)
             .await
-            .map_err(io::Error::other)?
-            .map_err(io::Error::other)?;
+            .map_err(io::Error::other)??;
         Ok(scratch)
     }
 
@@ -68,6 +85,20 @@ impl Scratch {
             tracing::warn!(?removed, "a one-shot run's folder could not be removed");
         }
     }
+}
+
+/// Who a run is: the owner of the place where it works, or of the user's folder that this is in.
+fn owner_of_run(place: Option<&Path>) -> io::Result<Owner> {
+    let Some(place) = place else {
+        return Ok(Owner::of_run());
+    };
+    if let Some(owner) = Owner::of(place) {
+        return Ok(owner);
+    }
+    let owner = place.ancestors().find_map(Owner::of_user);
+    let owner = owner.unwrap_or_else(Owner::of_run);
+    take_over(place, Some(owner))?;
+    Ok(owner)
 }
 
 impl Drop for Scratch {

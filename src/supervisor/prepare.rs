@@ -23,13 +23,14 @@ use crate::{
     domain::{Continuity, PreviewError, PreviewState, TurnKind},
     identity::{ThreadKey, TurnId},
     lease::{Fence, Lease, Patience},
+    owner::{Owner, make_folder},
     preview::{PreviewSite, pick_port},
     repository::{self, Source, ThreadState, UserRepository, Watch, Worktree},
     task,
     turn::{Accepted, Journal, StoredContext, TurnFile, TurnSite},
     workspace::{
-        DependencyRequest, InstallError, Metadata, PreviewPlace, ThreadPaths, linked_folder,
-        make_private_dir, read_bounded, template_files, write_atomic,
+        DependencyRequest, InstallError, Metadata, PreviewPlace, ThreadPaths, WorkspaceError,
+        linked_folder, read_bounded, settle_owners, template_files, write_atomic,
     },
 };
 
@@ -66,6 +67,8 @@ struct CheckedOut {
     place: PreviewPlace,
     context: StoredContext,
     notes: Option<String>,
+    /// Who the thread's programs run as, where that is not who we are.
+    owner: Option<Owner>,
     timings: BTreeMap<&'static str, Duration>,
 }
 
@@ -107,6 +110,7 @@ pub(super) async fn prepare(
         place,
         context,
         notes,
+        owner,
         timings,
     } = checked_out;
     let runtime = inner.settings.runtime.join(key.slug());
@@ -114,8 +118,10 @@ pub(super) async fn prepare(
     {
         let (temporary, session) = (temporary.clone(), paths.session());
         task::blocking("making the thread's folders", DISK_DEADLINE, move || {
-            make_private_dir(&temporary)?;
-            make_private_dir(&session)
+            for folder in [temporary, session] {
+                make_folder(&folder, owner).map_err(WorkspaceError::io("make", &folder))?;
+            }
+            Ok::<_, WorkspaceError>(())
         })
         .await??;
     }
@@ -151,8 +157,11 @@ pub(super) async fn prepare(
         None
     };
     let attach = Attach::start(inner.clone(), site.clone(), place, lease.clone());
-    let spare = keep_spare(inner.clone(), key.clone(), paths, attach.clone());
-    inner.tasks.spawn("spare worktree", spare);
+    // A thread's files are its own user's where it has one: they cannot be made for anybody.
+    if !inner.launcher.runs_as_owners() {
+        let spare = keep_spare(inner.clone(), key.clone(), paths, attach.clone());
+        inner.tasks.spawn("spare worktree", spare);
+    }
     Ok(Preparation {
         lease,
         prepared: Prepared {
@@ -185,6 +194,15 @@ fn check_out(
     let settings = &inner.settings;
     let user = key.user_key();
     let (present, repo_url) = choose_repository(inner, key, paths, wishes.as_ref())?;
+    let owner = match inner.launcher.runs_as_owners() {
+        true => Some(settle_owners(
+            &settings.workspace,
+            &inner.cache().user(&user),
+            paths,
+            key,
+        )?),
+        false => None,
+    };
     let project = paths.user.project();
     let base = wishes
         .as_ref()
@@ -208,6 +226,7 @@ fn check_out(
         lap(&mut timings, "cloneMs");
         created
     };
+    let repository = repository.making_for(owner);
     let now = Timestamp::now();
     let (created, base_branch) = match present {
         Some(metadata) => (metadata.created, metadata.base_branch),
@@ -236,6 +255,7 @@ fn check_out(
         place,
         context,
         notes,
+        owner,
         timings,
     })
 }

@@ -34,6 +34,7 @@ pub use self::tree::linked_folder;
 use self::{manifest::Need, tree::AttachError};
 use crate::{
     egress::Door,
+    owner::{Owner, make_folder, take_over},
     process::{Exit, Launcher, Peers, ProcessError, Profile, Spec, Stdin},
     task::{BlockingError, blocking},
     text::Tail,
@@ -343,20 +344,34 @@ impl Dependencies {
     {
         let staging = Staging::new(cache);
         let (folders, files) = (staging.clone(), need.files.clone());
+        let readable = self.tools.readable.clone();
         let fill = move || {
             let disk = |what| move |source| InstallError::Disk { what, source };
+            // The installer works for all threads of a user.
+            let owner = Owner::of_user(&folders.cache);
+            if folders.downloads.is_dir() && Owner::of(&folders.downloads) != owner {
+                take_over(&folders.downloads, owner).map_err(disk("hand the downloads over"))?;
+            }
             for folder in [
+                &folders.root,
                 &folders.site,
                 &folders.home,
                 &folders.tmp,
                 &folders.downloads,
             ] {
-                std::fs::create_dir_all(folder).map_err(disk("make the installer's folders"))?;
+                make_folder(folder, owner).map_err(disk("make the installer's folders"))?;
+            }
+            if let Some(owner) = owner {
+                folders
+                    .lend(&readable, owner)
+                    .map_err(disk("lend npm's settings"))?;
             }
             export(&folders.site).map_err(InstallError::Export)?;
             // The key was made of the files as they are in the worktree.
             for (name, bytes) in &files {
-                tree::write_fresh(&folders.site.join(name), bytes)
+                let file = folders.site.join(name);
+                tree::write_fresh(&file, bytes)
+                    .and_then(|()| owner.map_or(Ok(()), |owner| owner.take(&file)))
                     .map_err(disk("write package.json for the installer"))?;
             }
             Ok::<_, InstallError>(folders.site.join("node_modules").symlink_metadata().is_ok())
@@ -381,7 +396,7 @@ impl Dependencies {
         let manager = need.manager.name();
         if let Some(door) = &self.tools.egress {
             self.registries
-                .get_or_try_init(|| self.admit_registries(door))
+                .get_or_try_init(|| self.admit_registries(door, staging))
                 .await?;
             need.manager
                 .home()
@@ -418,10 +433,12 @@ impl Dependencies {
 
     /// Opens the way out to the registries of the operator's settings. npm is asked for them: it knows
     /// where its settings are, and what is so without any. No file of a site is among those.
-    async fn admit_registries(&self, door: &Door) -> Result<(), InstallError> {
+    async fn admit_registries(&self, door: &Door, staging: &Staging) -> Result<(), InstallError> {
         let manager = "npm";
         let npm = self.npm();
-        let mut env = self.tools.env.clone();
+        let mut env = self.with_lent(self.tools.env.clone(), staging);
+        let mut profile = self.profile(&npm);
+        profile.owner = Some(staging.root.clone());
         env.push(("HOME".into(), "/nonexistent".into()));
         let spec = Spec {
             name: "npm settings",
@@ -435,7 +452,7 @@ impl Dependencies {
             env: [env, quiet()].concat(),
             cwd: "/".into(),
             stdin: Stdin::Null,
-            profile: self.profile(&npm),
+            profile,
         };
         let run = self.launcher.run(spec, VERSION_DEADLINE, KEPT_BYTES).await;
         let output = run.map_err(|source| InstallError::Run { manager, source })?;
@@ -506,6 +523,7 @@ impl Dependencies {
             // port: a package's script must not reach our own API on loopback.
             None => peers(&tools.env),
         };
+        profile.owner = Some(staging.root.clone());
         let spec = Spec {
             name: "installer",
             program: tools.node.clone(),
@@ -567,6 +585,24 @@ impl Dependencies {
             .chain(["/usr/local/bin", "/usr/bin", "/bin"].map(Path::new))
     }
 
+    /// With the copies in the place of the operator's files, where the installer is another user.
+    fn with_lent(
+        &self,
+        mut env: Vec<(OsString, OsString)>,
+        staging: &Staging,
+    ) -> Vec<(OsString, OsString)> {
+        if self.launcher.runs_as_owners() {
+            for (_, value) in &mut env {
+                let files = self.tools.readable.iter();
+                let lent = files.zip(staging.lent()).find(|(file, _)| *file == &*value);
+                if let Some((_, copy)) = lent {
+                    *value = copy.into();
+                }
+            }
+        }
+        env
+    }
+
     fn environment(&self, staging: &Staging) -> Vec<(OsString, OsString)> {
         let mut path = OsString::new();
         for folder in self.folders() {
@@ -575,7 +611,7 @@ impl Dependencies {
             }
             path.push(folder);
         }
-        let mut env = network_settings(&self.tools);
+        let mut env = self.with_lent(network_settings(&self.tools), staging);
         env.extend([
             ("PATH".into(), path),
             ("HOME".into(), staging.home.clone().into()),
@@ -621,6 +657,8 @@ struct Run {
 /// The folders of one installation; removed when the last copy is dropped.
 #[derive(Debug, Clone)]
 struct Staging {
+    /// The user's cache.
+    cache: PathBuf,
     root: PathBuf,
     site: PathBuf,
     home: PathBuf,
@@ -654,6 +692,21 @@ impl Drop for RemoveOnDrop {
 }
 
 impl Staging {
+    /// Where copies of the operator's files lie, in their order.
+    fn lent(&self) -> impl Iterator<Item = PathBuf> {
+        let root = self.root.clone();
+        (0..).map(move |number| root.join(format!("lent-{number}")))
+    }
+
+    /// Copies of files that an installer who is another user may not get at where they are.
+    fn lend(&self, files: &[PathBuf], owner: Owner) -> io::Result<()> {
+        for (file, copy) in files.iter().zip(self.lent()) {
+            std::fs::copy(file, &copy)?;
+            owner.take(&copy)?;
+        }
+        Ok(())
+    }
+
     /// A line as the site's owner knows the place: where we keep things is nobody's business.
     fn without_paths(&self, line: &str) -> String {
         let mut line = line.to_owned();
@@ -672,6 +725,7 @@ impl Staging {
             .join("staging")
             .join(uuid::Uuid::new_v4().simple().to_string());
         Self {
+            cache: cache.to_owned(),
             site: root.join("site"),
             home: root.join("home"),
             tmp: root.join("tmp"),

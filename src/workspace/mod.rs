@@ -9,6 +9,7 @@ mod dependencies;
 mod files;
 mod layout;
 mod metadata;
+mod owners;
 mod template;
 
 pub use dependencies::{
@@ -18,6 +19,7 @@ pub use files::{append_line, make_private_dir, read_bounded, write_atomic};
 pub use layout::{Cache, ThreadPaths, UserPaths};
 pub use metadata::{Metadata, PreviewPlace};
 pub(crate) use metadata::{read_json, write_json};
+pub use owners::settle_owners;
 pub use template::template_files;
 
 use std::path::PathBuf;

@@ -12,7 +12,9 @@ use std::{
 };
 
 /// Rooms that everybody may use. They use each other and no other room.
-const COMMON: [&str; 6] = ["address", "identity", "domain", "lease", "task", "text"];
+const COMMON: [&str; 7] = [
+    "address", "identity", "domain", "lease", "owner", "task", "text",
+];
 
 /// Who may use whom, beside the common rooms.
 const ARROWS: &[(&str, &[&str])] = &[
@@ -42,7 +44,17 @@ const ARROWS: &[(&str, &[&str])] = &[
             "workspace",
         ],
     ),
-    ("cli", &["api", "app", "config", "telemetry", "usage"]),
+    (
+        "cli",
+        &[
+            "api",
+            "app",
+            "config",
+            "process", // hides its own environment, first of all
+            "telemetry",
+            "usage",
+        ],
+    ),
     (
         "api",
         &[
@@ -77,10 +89,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         "service",
         &[
             "agent", // how a CLI is started
-            "gateway",
-            "process",
-            "usage",     // its run's budget
-            "workspace", // folders
+            "gateway", "process", "usage", // its run's budget
         ],
     ),
     (

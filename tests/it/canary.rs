@@ -136,7 +136,11 @@ impl Stage {
         }
         assert!(looked > 1, "the agent and the dev server at least");
         let own = children.iter().find(|child| child.pid == supervisor);
-        holds_none("greenroom's own command line", &own.unwrap().command);
+        let own = own.expect("it runs in its folder");
+        holds_none("greenroom's own command line", &own.command);
+        // All of it, and not the secrets alone: other programs' may be among it.
+        let shown = own.environment.trim();
+        assert_eq!(shown, "", "greenroom's own environment, in /proc");
         for line in self.greenroom.log() {
             holds_none("the log", &line);
         }

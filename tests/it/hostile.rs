@@ -5,13 +5,13 @@
     reason = "a test that cannot be set up has failed"
 )]
 
-use std::{fs, path::Path};
+use std::{fs, os::unix::fs::PermissionsExt as _, path::Path};
 
 use serde_json::{Value, json};
 
 use crate::support::{
     Answer, CANARY, Folders, Options, SITE, Sent, StandIn, TestGreenroom, Who, files_below, git,
-    holds, processes_below, request, rule, runs, who, writes,
+    has_uid_road, holds, processes_below, request, rule, runs, who, writes,
 };
 
 const PAGE: &str = "src/pages/index.astro";
@@ -55,13 +55,14 @@ fn the_key_is_nowhere(folders: &Folders, greenroom: &TestGreenroom, said: &[&str
             assert!(!holds(&file, CANARY), "{}", file.display());
         }
     }
-    let supervisor = i32::try_from(greenroom.pid()).unwrap();
-    let children = processes_below(&folders.join(""));
-    for child in children.iter().filter(|child| child.pid != supervisor) {
-        assert!(!child.environment.contains(CANARY), "{}", child.command);
-        assert!(!child.command.contains(CANARY), "{}", child.command);
+    let processes = processes_below(&folders.join(""));
+    for process in &processes {
+        let shown = format!("{} {}", process.environment, process.command);
+        assert!(!shown.contains(CANARY), "{}", process.command);
     }
-    assert!(children.len() > 1, "the agent at least was looked at");
+    let supervisor = i32::try_from(greenroom.pid()).unwrap();
+    assert!(processes.iter().any(|process| process.pid == supervisor));
+    assert!(processes.len() > 1, "the agent at least was looked at");
     assert!(!greenroom.log().join("\n").contains(CANARY));
     for text in said {
         assert!(!text.contains(CANARY), "{text}");
@@ -237,6 +238,15 @@ async fn what_an_agent_does_to_git_changes_nothing_for_others() {
     );
 }
 
+/// On what holds programs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Road {
+    /// Whatever this kernel has.
+    Kernel,
+    /// As on Fargate: no Landlock, and a uid for each thread.
+    Uid,
+}
+
 /// What may not be reached from inside: a name, and a command of bash that says REACHED, or what
 /// it found.
 pub(crate) fn attempts(
@@ -244,6 +254,7 @@ pub(crate) fn attempts(
     greenroom: &TestGreenroom,
     others: &[&Who],
     upstream: u16,
+    road: Road,
 ) -> Vec<(String, String)> {
     let mut list = Vec::new();
     let mut add = |name: &str, command: String| list.push((name.to_owned(), command));
@@ -255,6 +266,17 @@ pub(crate) fn attempts(
             "read another's file",
             format!("cat {}/secret.txt", path.display()),
         );
+        add(
+            "link another's file",
+            format!("ln {}/secret.txt stolen && cat stolen", path.display()),
+        );
+        // Landlock does not know `chmod`, and the uid may be the same there.
+        if road == Road::Uid {
+            add(
+                "open another's folder",
+                format!("chmod 777 {} && echo REACHED", path.display()),
+            );
+        }
         add(
             "list another's files",
             format!("ls {} && echo REACHED", path.display()),
@@ -287,10 +309,13 @@ pub(crate) fn attempts(
             folders.join("outside").display()
         ),
     );
-    add(
-        "write into /tmp",
-        "echo x > /tmp/greenroom-escaped-$$ && echo REACHED".into(),
-    );
+    // A uid does not close what is everybody's.
+    if road == Road::Kernel {
+        add(
+            "write into /tmp",
+            "echo x > /tmp/greenroom-escaped-$$ && echo REACHED".into(),
+        );
+    }
     add(
         "write into /usr",
         "echo x > /usr/greenroom-escaped && echo REACHED".into(),
@@ -318,6 +343,24 @@ pub(crate) fn attempts(
         "find the key in its own",
         "env | grep -e ANTHROPIC_API_KEY -e canary".into(),
     );
+    // What runs for the same thread is one's own on the uid road.
+    let others = |what: &str| {
+        format!(
+            "for p in /proc/[0-9]*; do if ! grep -q \"^Uid:.$(id -u).\" $p/status; then {what}; fi; done"
+        )
+    };
+    add(
+        "read another agent's token",
+        others("tr '\\0' '\\n' < $p/environ | grep ANTHROPIC_AUTH_TOKEN="),
+    );
+    add(
+        "look into another's process",
+        others("(ls $p/cwd/ || ls -l $p/fd/ || head -c1 $p/mem) && echo REACHED"),
+    );
+    add(
+        "signal another's process",
+        others("kill -0 ${p#/proc/} && echo REACHED"),
+    );
     add(
         "end the supervisor",
         format!("kill -9 {} && echo REACHED", greenroom.pid()),
@@ -337,12 +380,23 @@ pub(crate) fn attempts(
 }
 
 /// Other tenants with secrets, and the program.
-pub(crate) async fn town(api: &StandIn) -> (Folders, TestGreenroom, Vec<Who>) {
-    let folders = Folders::new();
+pub(crate) async fn town(api: &StandIn, road: Road) -> (Folders, TestGreenroom, Vec<Who>) {
+    let folders = Folders::open();
     let site = folders.site("site", SITE);
     fs::create_dir(folders.join("outside")).unwrap();
     fs::write(folders.join("home/secret.txt"), "REACHED\n").unwrap();
-    let greenroom = TestGreenroom::start(Options::new(&folders).api(api).previews()).await;
+    let closed = fs::Permissions::from_mode(0o700);
+    fs::set_permissions(folders.join("home"), closed).unwrap();
+    let mut options = Options::new(&folders).api(api).previews();
+    if road == Road::Uid {
+        options = options.on_the_uid_road();
+    }
+    let greenroom = TestGreenroom::start(options).await;
+    let confinement = greenroom.get("/ready").await.body["confinement"].take();
+    if road == Road::Uid {
+        let held = json!({"files": "uid", "network": "seccomp", "processes": "uid", "bash": "all"});
+        assert_eq!(confinement, held);
+    }
     let others = vec![
         who("acme", "bob", "main"),
         who("globex", "alice", "main"),
@@ -364,15 +418,26 @@ pub(crate) fn port_of(url: &str) -> u16 {
 
 #[tokio::test]
 async fn an_agent_reaches_nothing_outside_of_its_site() {
+    agent_reaches_nothing(Road::Kernel).await;
+}
+
+#[tokio::test]
+async fn an_agent_reaches_nothing_outside_of_its_site_on_the_uid_road() {
+    if has_uid_road() {
+        agent_reaches_nothing(Road::Uid).await;
+    }
+}
+
+async fn agent_reaches_nothing(road: Road) {
     let api = StandIn::start(json!({})).await;
-    let (folders, mut greenroom, others) = town(&api).await;
+    let (folders, mut greenroom, others) = town(&api, road).await;
     let alice = who("acme", "alice", "main");
     greenroom
         .init(&alice, json!({"repoUrl": folders.join("repos/site")}))
         .await
         .ok();
     let others: Vec<&Who> = others.iter().collect();
-    let attempts = attempts(&folders, &greenroom, &others, port_of(&api.url()));
+    let attempts = attempts(&folders, &greenroom, &others, port_of(&api.url()), road);
     // Its own files and the gateway are within reach, or all of this would prove nothing.
     let mut script = String::from(
         "#!/bin/bash\nmkdir out\ncat package.json > out/own\n\
@@ -413,10 +478,21 @@ writeFileSync('found.json', JSON.stringify({ found, environment: process.env }))
 
 #[tokio::test]
 async fn a_package_s_script_at_install_reaches_nothing_outside() {
+    package_reaches_nothing(Road::Kernel).await;
+}
+
+#[tokio::test]
+async fn a_package_s_script_at_install_reaches_nothing_outside_on_the_uid_road() {
+    if has_uid_road() {
+        package_reaches_nothing(Road::Uid).await;
+    }
+}
+
+async fn package_reaches_nothing(road: Road) {
     let api = StandIn::start(json!({})).await;
-    let (folders, greenroom, others) = town(&api).await;
+    let (folders, greenroom, others) = town(&api, road).await;
     let others: Vec<&Who> = others.iter().collect();
-    let attempts = attempts(&folders, &greenroom, &others, port_of(&api.url()));
+    let attempts = attempts(&folders, &greenroom, &others, port_of(&api.url()), road);
     // It is not installed in the worktree: somebody's, by the whole path.
     let user = format!("{}/", folders.user(others[0]).display());
     let mut commands: Vec<String> = attempts
@@ -504,10 +580,21 @@ createServer((request, response) => {
 
 #[tokio::test]
 async fn a_dev_server_reaches_nothing_outside_of_its_site() {
+    dev_server_reaches_nothing(Road::Kernel).await;
+}
+
+#[tokio::test]
+async fn a_dev_server_reaches_nothing_outside_of_its_site_on_the_uid_road() {
+    if has_uid_road() {
+        dev_server_reaches_nothing(Road::Uid).await;
+    }
+}
+
+async fn dev_server_reaches_nothing(road: Road) {
     let api = StandIn::start(json!({})).await;
-    let (folders, greenroom, others) = town(&api).await;
+    let (folders, greenroom, others) = town(&api, road).await;
     let others: Vec<&Who> = others.iter().collect();
-    let attempts = attempts(&folders, &greenroom, &others, port_of(&api.url()));
+    let attempts = attempts(&folders, &greenroom, &others, port_of(&api.url()), road);
     let mut commands: Vec<&str> = attempts
         .iter()
         .map(|(_, command)| command.as_str())

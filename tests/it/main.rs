@@ -35,6 +35,7 @@ mod publish;
 mod slow_disk;
 mod tenants;
 mod terminal;
+mod uid_road;
 mod upstream;
 mod usage;
 mod warm;

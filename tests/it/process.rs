@@ -4,15 +4,18 @@
 use std::{
     fs,
     net::{Ipv4Addr, SocketAddr, TcpListener},
-    os::unix::net::UnixListener,
+    os::unix::{fs::PermissionsExt as _, net::UnixListener},
     path::{Path, PathBuf},
     sync::mpsc::{self, RecvTimeoutError},
     time::{Duration, Instant},
 };
 
-use greenroom::process::{
-    Bash, Child, ConfinedBy, ConfinementMode, Exit, Launcher, Peers, Ports, ProcessError, Profile,
-    Spec, Stdin,
+use greenroom::{
+    owner::Owner,
+    process::{
+        Bash, Child, ConfinedBy, ConfinementMode, Exit, Launcher, Peers, Ports, ProcessError,
+        Profile, Spec, Stdin,
+    },
 };
 use tempfile::TempDir;
 use tokio::{
@@ -163,6 +166,36 @@ async fn a_program_starts_clean() {
     assert_eq!(lines[3], "SigBlk:\t0000000000000000");
     assert_eq!(lines[4], "NoNewPrivs:\t1");
     assert_eq!(lines[5], "500");
+}
+
+#[tokio::test]
+async fn what_a_program_takes_of_the_machine_is_limited() {
+    let folder = TempDir::new().unwrap();
+    let mut spec = shell(
+        "ulimit -Hc; ulimit -Hn; ulimit -Hu; ulimit -n 100000 2>/dev/null && echo raised; \
+         truncate -s 8G most && echo all; truncate -s 9G more; echo $?",
+    );
+    spec.program = "/bin/bash".into();
+    spec.cwd = folder.path().into();
+    let result = output(&launcher(), spec).await;
+    let lines: Vec<_> = result.stdout.lines().collect();
+    let [cores, descriptors, processes, rest @ ..] = &lines[..] else {
+        panic!("{lines:?} {}", result.stderr);
+    };
+    let number = |text: &str| text.parse::<u64>().unwrap();
+    assert_eq!(*cores, "0");
+    assert!(number(descriptors) <= 65_536 && number(processes) <= 8192);
+    // The system's own program says that the file is too large, or is ended by the signal.
+    assert!(rest.len() == 2 && rest[0] == "all", "{lines:?}");
+    assert!(["1", "153"].contains(&rest[1]), "{lines:?}");
+    assert!(fs::metadata(folder.path().join("most")).unwrap().len() == 8 << 30);
+    assert!(
+        !folder
+            .path()
+            .join("more")
+            .metadata()
+            .is_ok_and(|more| more.len() > 8 << 30)
+    );
 }
 
 #[tokio::test]
@@ -602,11 +635,25 @@ struct Site {
 fn site() -> Site {
     // Not below /tmp's own rule: there is none, so any folder will do.
     let root = TempDir::new().unwrap();
+    let mode = |folder: &Path, mode| {
+        fs::set_permissions(folder, fs::Permissions::from_mode(mode)).unwrap();
+    };
+    mode(root.path(), 0o711);
     let [mine, tmp, other] = ["mine", "tmp", "other"].map(|name| root.path().join(name));
     for folder in [&mine, &tmp, &other] {
         fs::create_dir(folder).unwrap();
     }
     fs::write(other.join("secret"), "canary").unwrap();
+    for folder in [&mine, &tmp, &other] {
+        mode(folder, 0o700);
+    }
+    // Where programs run as the owners of their folders.
+    if nix::unistd::geteuid().is_root() {
+        let owner = Owner::new_user("acme/alice", |_| false);
+        for folder in [&mine, &tmp] {
+            owner.take(folder).unwrap();
+        }
+    }
     Site {
         _root: root,
         mine,
@@ -628,16 +675,80 @@ fn confined(site: &Site, script: &str) -> Spec {
         site.tmp.clone(),
         "/no/such/folder".into(),
     ]);
+    spec.profile.owner = Some(site.mine.clone());
     spec
 }
 
 #[tokio::test]
 async fn files_are_confined() {
     let Some(launcher) = confining() else { return };
+    files_are_held(
+        &launcher,
+        &["echo x > /tmp/greenroom-test-escape", "ls /proc"],
+    )
+    .await;
+}
+
+/// As on a kernel without Landlock, where greenroom is root.
+#[tokio::test]
+async fn files_are_confined_by_uid() {
+    let launcher = launcher_with(LIMIT * 4, ConfinementMode::WithoutLandlock);
+    if launcher.confinement().files != ConfinedBy::Uid {
+        eprintln!("skipped: only root gives uids");
+        return;
+    }
+    assert_eq!(launcher.confinement().bash, Bash::All);
+    files_are_held(
+        &launcher,
+        &["chmod 777 $OTHER", "echo x > /usr/greenroom-test-escape"],
+    )
+    .await;
+
+    // A program without a folder of its own is nobody, and never root.
+    let site = site();
+    let mut spec = confined(&site, "id -u");
+    spec.profile.owner = None;
+    spec.cwd = "/".into();
+    let nobody = output(&launcher, spec).await;
+    assert_eq!(nobody.stdout.trim(), Owner::NOBODY.uid().to_string());
+    let mut spec = confined(&site, "id -u");
+    spec.profile.owner = Some(site.other.clone());
+    let error = launcher.spawn(spec).await.unwrap_err();
+    assert!(matches!(error, ProcessError::EnterFolder { .. }), "{error}");
+
+    // One that forks without end stops, and is ended with all of it.
+    let mut bomb = confined(&site, "");
+    bomb.program = "python3".into();
+    let forks = "import os, time\nmade = 0\ntry:\n    while made < 2000:\n        if os.fork() == 0: time.sleep(1000)\n        made += 1\nexcept BlockingIOError: pass\nprint(made, flush=True)\ntime.sleep(1000)";
+    bomb.args = vec!["-c".into(), forks.into()];
+    let mut child = launcher.spawn(bomb).await.unwrap();
+    let made = read_pids(&mut child, 1).await[0];
+    assert!((100..1024).contains(&made), "{made}");
+    child.handle().kill().await;
+
+    // What it prints by its streams' names reaches us too.
+    let names = "echo out > /dev/stdout; echo err > /dev/stderr";
+    let printed = output(&launcher, confined(&site, names)).await;
+    assert_eq!((&*printed.stdout, &*printed.stderr), ("out\n", "err\n"));
+
+    // It ends by our hand all the same, and with whoever started it.
+    let mut child = launcher
+        .spawn(confined(
+            &site,
+            &format!("{LEAVES_A_SLEEPER} wait; sleep 1000"),
+        ))
+        .await
+        .unwrap();
+    let pids = read_pids(&mut child, 2).await;
+    child.handle().kill().await;
+    wait_gone(&pids).await;
+}
+
+async fn files_are_held(launcher: &Launcher, more: &[&str]) {
     let site = site();
     let inside = "mkdir d && echo x > d/f && mv d/f g && ln g h && cat > \"$TMPDIR/t\" <<EOT\nhello $(cat g)\nEOT\n\
                   cat \"$TMPDIR/t\" && rm -r d && echo 1 > /dev/null && node -p 6*7";
-    let result = output(&launcher, confined(&site, inside)).await;
+    let result = output(launcher, confined(&site, inside)).await;
     assert_eq!(
         (result.exit.code, result.stdout.as_str()),
         (Some(0), "hello x\n42\n"),
@@ -645,7 +756,7 @@ async fn files_are_confined() {
         result.stderr
     );
 
-    for refused in [
+    let both = [
         "cat $OTHER/secret",
         "ls $OTHER",
         "ls ..",
@@ -654,15 +765,16 @@ async fn files_are_confined() {
         "rm $OTHER/secret",
         "ln -s $OTHER/secret link && cat link",
         "ln $OTHER/secret hard",
-        "echo x > /tmp/greenroom-test-escape",
-        "ls /proc",
         "cat /proc/1/environ",
         "tr '\\0' ' ' < /proc/$SUPERVISOR/environ",
-    ] {
-        let result = output(&launcher, confined(&site, refused)).await;
+        "head -c1 /proc/$PPID/mem",
+        "ls /proc/$SUPERVISOR/cwd/",
+    ];
+    for refused in both.iter().chain(more) {
+        let result = output(launcher, confined(&site, refused)).await;
         assert!(!result.exit.is_success(), "{refused}: {}", result.stdout);
         // A link out of a folder that may not be moved from is refused as if it were far away.
-        let says = ["ermission denied", "cross-device"];
+        let says = ["ermission denied", "cross-device", "not permitted"];
         assert!(
             says.iter().any(|says| result.stderr.contains(says)),
             "{refused}: {}",

@@ -21,6 +21,7 @@ fn branches_move_together_or_not_at_all() {
     let users = UserRepository {
         git: GitDir::of_project(&project),
         project: project.clone(),
+        owner: None,
     };
     let repo = users.git.open(&project).unwrap();
     let a_move = |name: &str, old: Option<Oid>, new: Option<Oid>| Move {

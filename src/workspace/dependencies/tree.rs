@@ -2,15 +2,17 @@
 //! `node_modules` for another. All blocking. No symlink is followed.
 
 use std::{
+    collections::HashSet,
     fs,
     io::{self, Write},
-    os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt, symlink},
+    os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt, lchown, symlink},
     path::{Path, PathBuf},
 };
 
 use sha2::{Digest, Sha256};
 
 use super::{archive, inventory::Inventory};
+use crate::owner::{Owner, make_folder};
 
 const MODULES: &str = "node_modules";
 /// In an attached tree: the key that it was made for. A file of the tree's own, never a link.
@@ -177,19 +179,37 @@ pub(super) fn settle(
 }
 
 /// Files lose their write permission: they will be shared by every worktree. Folders keep it,
-/// they are copied.
+/// they are copied. What an installer that is a user of its own made becomes ours.
 fn make_read_only(root: &Path) -> io::Result<()> {
+    let installer = Owner::of(root);
+    let own = |path: &Path, is_folder: bool| {
+        if installer.is_some() {
+            lchown(path, Some(0), Some(0))?;
+            if is_folder {
+                fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
+            }
+        }
+        Ok::<_, io::Error>(())
+    };
+    own(root, true)?;
+    let mut inodes = HashSet::new();
     let mut folders = vec![root.to_owned()];
     while let Some(folder) = folders.pop() {
         for entry in fs::read_dir(&folder)? {
             let entry = entry?;
-            let kind = entry.file_type()?;
-            if kind.is_dir() {
-                folders.push(entry.path());
-            } else if kind.is_file() {
-                let executable = entry.metadata()?.permissions().mode() & 0o111 != 0;
+            let (path, found) = (entry.path(), entry.metadata()?);
+            // One file may have several names: packages link their programs.
+            let is_known = !inodes.insert((found.dev(), found.ino()));
+            if found.is_file() && !is_known && Owner::in_metadata(&found) != installer {
+                return Err(io::Error::other("a file among them is somebody else's"));
+            }
+            own(&path, found.is_dir())?;
+            if found.is_dir() {
+                folders.push(path);
+            } else if found.is_file() {
+                let executable = found.permissions().mode() & 0o111 != 0;
                 let mode = if executable { 0o555 } else { 0o444 };
-                fs::set_permissions(entry.path(), fs::Permissions::from_mode(mode))?;
+                fs::set_permissions(&path, fs::Permissions::from_mode(mode))?;
             }
         }
     }
@@ -234,7 +254,8 @@ pub(super) fn attach(
     remove_leftovers(worktree);
     let source = master.join(MODULES);
     let fresh = worktree.join(temporary_name());
-    match link_tree(&source, &fresh, key) {
+    let owner = Owner::of(worktree);
+    match link_tree(&source, &fresh, key, owner) {
         Ok(()) => {
             replace(worktree, &fresh)?;
             return Ok(None);
@@ -250,9 +271,9 @@ pub(super) fn attach(
         }
     }
     let folder = linked_folder(cache, worktree);
-    fs::create_dir_all(&folder).map_err(failed("make the thread's dependency folder"))?;
+    make_folder(&folder, owner).map_err(failed("make the thread's dependency folder"))?;
     let beside = folder.join(temporary_name());
-    link_tree(&source, &beside, key).map_err(failed("link the dependencies"))?;
+    link_tree(&source, &beside, key, owner).map_err(failed("link the dependencies"))?;
     let target = folder.join(MODULES);
     swap(&target, &beside).map_err(failed("replace the dependencies"))?;
     symlink(&target, &fresh).map_err(failed("link to the dependencies"))?;
@@ -336,12 +357,14 @@ fn swap(target: &Path, fresh: &Path) -> io::Result<()> {
 }
 
 /// Copies folders and symlinks, links files. Two files are never links: npm rewrites its own
-/// `.package-lock.json` in place, which would reach every worktree; and our marker.
-fn link_tree(source: &Path, target: &Path, key: &str) -> io::Result<()> {
+/// `.package-lock.json` in place, which would reach every worktree; and our marker. Folders and
+/// copies are the owner's in the end: nobody changes them under our hands.
+fn link_tree(source: &Path, target: &Path, key: &str, owner: Option<Owner>) -> io::Result<()> {
     let folder = |path: &Path| fs::DirBuilder::new().mode(0o755).create(path);
     folder(target)?;
-    let mut folders = vec![PathBuf::new()];
-    while let Some(below) = folders.pop() {
+    let (mut folders, mut next) = (vec![PathBuf::new()], 0);
+    while let Some(below) = folders.get(next).cloned() {
+        next += 1;
         for entry in fs::read_dir(source.join(&below))? {
             let entry = entry?;
             let name = below.join(entry.file_name());
@@ -354,12 +377,18 @@ fn link_tree(source: &Path, target: &Path, key: &str) -> io::Result<()> {
                 symlink(fs::read_link(&from)?, &to)?;
             } else if name.as_os_str() == ".package-lock.json" {
                 write_fresh(&to, &fs::read(&from)?)?;
+                owner.map_or(Ok(()), |owner| owner.take(&to))?;
             } else if kind.is_file() {
                 link_file(&from, &to)?;
             }
         }
     }
-    write_fresh(&target.join(MARKER), key.as_bytes())
+    write_fresh(&target.join(MARKER), key.as_bytes())?;
+    // The deepest first: whoever owns a folder can move what is in it.
+    for folder in folders.iter().rev() {
+        owner.map_or(Ok(()), |owner| owner.take(&target.join(folder)))?;
+    }
+    Ok(())
 }
 
 fn link_file(from: &Path, to: &Path) -> io::Result<()> {
@@ -372,8 +401,6 @@ fn link_file(from: &Path, to: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt;
-
     use super::*;
 
     const KEY: &str = "0123456789abcdef";

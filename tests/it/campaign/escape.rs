@@ -6,23 +6,34 @@ use serde_json::json;
 
 use super::{Dice, rounds};
 use crate::{
-    hostile::{attempts, port_of, town},
-    support::{StandIn, Who, who},
+    hostile::{Road, attempts, port_of, town},
+    support::{StandIn, Who, has_uid_road, who},
 };
 
 #[tokio::test]
 async fn nothing_is_reached_in_any_order_or_at_once() {
+    escape(Road::Kernel).await;
+}
+
+#[tokio::test]
+async fn nothing_is_reached_on_the_uid_road_either() {
+    if has_uid_road() {
+        escape(Road::Uid).await;
+    }
+}
+
+async fn escape(road: Road) {
     let rounds = rounds(2);
     let mut dice = Dice::new();
     let api = StandIn::start(json!({})).await;
-    let (folders, mut greenroom, others) = town(&api).await;
+    let (folders, mut greenroom, others) = town(&api, road).await;
     let alice = who("acme", "alice", "main");
     greenroom
         .init(&alice, json!({"repoUrl": folders.join("repos/site")}))
         .await
         .ok();
     let others: Vec<&Who> = others.iter().collect();
-    let all = attempts(&folders, &greenroom, &others, port_of(&api.url()));
+    let all = attempts(&folders, &greenroom, &others, port_of(&api.url()), road);
     let out = folders.worktree(&alice).join("out");
     let mut tried = 0;
     for round in 1..=rounds {

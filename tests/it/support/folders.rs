@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::Command,
     sync::Arc,
@@ -44,6 +45,14 @@ impl Folders {
         for folder in ["home", "tmp", "repos"] {
             fs::create_dir(folders.join(folder)).unwrap();
         }
+        folders
+    }
+
+    /// The same, with a way through for others: a temporary folder is private.
+    pub(crate) fn open() -> Self {
+        let folders = Self::new();
+        let open = fs::Permissions::from_mode(0o711);
+        fs::set_permissions(folders.join(""), open).unwrap();
         folders
     }
 
@@ -108,6 +117,10 @@ pub(crate) fn git(folder: impl AsRef<Path>, args: &[&str]) -> String {
         .env("LANG", "C.UTF-8")
         .env("GIT_CONFIG_NOSYSTEM", "1")
         .env("GIT_CONFIG_GLOBAL", "/dev/null")
+        // On the uid road a worktree is its thread's.
+        .env("GIT_CONFIG_COUNT", "1")
+        .env("GIT_CONFIG_KEY_0", "safe.directory")
+        .env("GIT_CONFIG_VALUE_0", "*")
         // Looking must not write.
         .env("GIT_OPTIONAL_LOCKS", "0")
         .env("GIT_AUTHOR_NAME", "Agency")

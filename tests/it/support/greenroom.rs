@@ -104,6 +104,20 @@ impl Options {
         self
     }
 
+    /// It runs as on Fargate: as root with six capabilities, on a kernel without Landlock. Its folders
+    /// have to be [open](Folders::open).
+    pub(crate) fn on_the_uid_road(mut self) -> Self {
+        let words = ["/usr/bin/python3", "-c", include_str!("old_kernel.py")];
+        self.starter = words.map(str::to_owned).to_vec();
+        self
+    }
+
+    /// As ordinary again.
+    pub(crate) fn on_this_kernel(mut self) -> Self {
+        self.starter.clear();
+        self
+    }
+
     /// Its upstream is this stand-in, its key [`CANARY`].
     pub(crate) fn api(self, api: &StandIn) -> Self {
         self.env("ANTHROPIC_BASE_URL", api.url())

@@ -42,6 +42,23 @@ pub(crate) fn tools() -> &'static Tools {
     })
 }
 
+/// Can the program be started here as on Fargate? Says so where not: it takes root, with all its
+/// capabilities and uids, and the tools in a place that everybody reaches.
+pub(crate) fn has_uid_road() -> bool {
+    let is_root = nix::unistd::geteuid().is_root();
+    let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    let has_uids = map.split_ascii_whitespace().eq(["0", "0", "4294967295"]);
+    let node = env::split_paths(&tools().path).next().unwrap_or_default();
+    let is_reached = [tools().claude.clone(), node.join("node"), acting_claude()]
+        .iter()
+        .all(|program| greenroom::owner::is_passable(program));
+    let can = is_root && has_uids && is_reached;
+    if !can {
+        eprintln!("skipped: root, all uids and tools that everybody reaches are needed");
+    }
+    can
+}
+
 /// The public tool that reads the CLI's transcripts (`CCUSAGE_BIN`, else where scripts/test puts
 /// it). Fails in one line where there is none.
 pub(crate) fn ccusage() -> PathBuf {
