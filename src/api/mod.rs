@@ -9,6 +9,7 @@ mod body;
 mod cli;
 mod error;
 mod health;
+mod label;
 mod one_shot;
 mod operations;
 mod page;
@@ -24,7 +25,7 @@ use std::{ops::Deref, sync::Arc, time::Instant};
 
 use axum::{
     Router,
-    extract::FromRef,
+    extract::{DefaultBodyLimit, FromRef},
     http::{Method, StatusCode},
     middleware,
     response::{IntoResponse, Response},
@@ -42,6 +43,7 @@ pub use serve::serve;
 use crate::{
     figures::Figures,
     identity::{ClientId, ThreadId, UserId},
+    label::Labels,
     lifecycle::Activity,
     service::Service,
     supervisor::Supervisor,
@@ -101,6 +103,7 @@ pub struct ApiState {
     pub supervisor: Supervisor,
     pub books: Books,
     pub pins: Pins,
+    pub labels: Labels,
 }
 
 /// The state as handlers take it.
@@ -143,6 +146,7 @@ impl FromRef<Shared> for Base {
         usage::report,
         usage::live,
         one_shot::execute,
+        label::one,
         cli::open,
     ),
     components(schemas(
@@ -195,6 +199,11 @@ pub fn router(state: Shared) -> Router {
         .route("/api/usage", get(usage::report))
         .route("/api/usage/live", get(usage::live))
         .route("/execute", post(one_shot::execute))
+        // What a body may have is bounded by `access`.
+        .route(
+            access::LABEL,
+            post(label::one).layer(DefaultBodyLimit::disable()),
+        )
         .route("/api/cli", post(cli::open))
         .route("/api/idle", get(health::idle))
         .route("/api/idle/touch", post(health::touch))
@@ -246,6 +255,7 @@ mod tests {
             "/api/turns/{turn}/events",
             "/api/usage",
             "/execute",
+            "/api/label",
         ] {
             assert!(document["paths"][path].is_object(), "{path} is described");
         }

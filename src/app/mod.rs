@@ -1,6 +1,7 @@
 //! The composition root: makes every room, connects them, and ends them in order. It knows all of
 //! them; none knows it.
 
+mod label;
 mod outside;
 mod programs;
 mod runtime;
@@ -16,6 +17,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use tokio::net::TcpListener;
 
+pub use self::label::{AskedPrompt, LabelJob, Labelled, label};
 use self::outside::Outside;
 use self::programs::{Programs, look_at_claude, look_at_programs};
 use self::runtime::RuntimeFolder;
@@ -30,6 +32,7 @@ use crate::{
     domain::Signature,
     figures::Figures,
     gateway::{self, Credential, Gateway, GatewayConfig, OAuthSettings, load_credentials_file},
+    label::{LabelSettings, Labels, MAX_ANSWER_TOKENS, Prompts},
     lifecycle::{Activity, Guard, HolderKind, StopReason, wait_for_reason},
     preview::{self, ActivityGuard, ActivitySink, PreviewSettings, Previews, Proxy, ProxyKind},
     process::{self, Bash, ConfinementMode, Launcher},
@@ -98,6 +101,15 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         &gateway,
         &tasks,
     );
+    let labels = labels(
+        settings,
+        agent.as_deref(),
+        runtime.path(),
+        &launcher,
+        &gateway,
+        &tasks,
+    );
+    let labels = labels.await?;
     let supervisor = Supervisor::new(
         SupervisorSettings {
             node: readiness.node.clone(),
@@ -145,6 +157,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
             budgets(settings),
         ),
         pins,
+        labels: labels.clone(),
     });
     // The first line of the log says where it listens.
     announce(&loaded, mode, &listeners, is_rehearsal, &launcher);
@@ -172,6 +185,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         outside,
         supervisor: Some(supervisor),
         service,
+        labels: Some(labels),
         launcher,
         tasks,
         activity,
@@ -250,6 +264,7 @@ pub async fn serve_one_shots(loaded: Loaded) -> anyhow::Result<()> {
         outside,
         supervisor: None,
         service,
+        labels: None,
         launcher,
         tasks,
         activity,
@@ -263,6 +278,7 @@ struct Ending {
     outside: Outside,
     supervisor: Option<Supervisor>,
     service: Service,
+    labels: Option<Labels>,
     launcher: Launcher,
     tasks: Tasks,
     activity: Activity,
@@ -309,6 +325,7 @@ async fn stop(reason: StopReason, settings: &Settings, ending: &Ending) {
     let Ending {
         supervisor,
         service,
+        labels,
         launcher,
         tasks,
         activity,
@@ -322,7 +339,12 @@ async fn stop(reason: StopReason, settings: &Settings, ending: &Ending) {
                 supervisor.drain(deadline).await;
             }
         };
-        tokio::join!(turns, service.drain(deadline));
+        let images = async {
+            if let Some(labels) = labels {
+                labels.service().drain(deadline).await;
+            }
+        };
+        tokio::join!(turns, service.drain(deadline), images);
         if !launcher.stop(LAST_STEPS).await {
             tracing::error!("children were left that did not end");
         }
@@ -557,6 +579,45 @@ fn one_shots(
         mask: |text| telemetry::masked(text).into_owned(),
     };
     Service::new(settings, launcher.clone(), gateway.clone(), tasks.clone())
+}
+
+/// Labels have runs of their own: neither do they wait for others' one-shot runs, nor others for
+/// them.
+async fn labels(
+    settings: &Settings,
+    agent: Option<&AgentSettings>,
+    runtime: &Path,
+    launcher: &Launcher,
+    gateway: &Gateway,
+    tasks: &Tasks,
+) -> anyhow::Result<Labels> {
+    let prompts = match settings.label_prompts_file.clone() {
+        None => Prompts::default(),
+        Some(file) => {
+            let load = move || Prompts::load(&file);
+            task::blocking("reading the prompts", Duration::from_secs(20), load)
+                .await?
+                .context("LABEL_PROMPTS_FILE")?
+        }
+    };
+    let agent = agent.map(|agent| {
+        Arc::new(AgentSettings {
+            model: settings.label_model.clone().or(agent.model.clone()),
+            max_output_tokens: Some(MAX_ANSWER_TOKENS),
+            ..agent.clone()
+        })
+    });
+    let service = ServiceSettings {
+        agent,
+        max_concurrent: settings.label_max_concurrent,
+        scratch: runtime.join("labels"),
+        mask: |text| telemetry::masked(text).into_owned(),
+    };
+    Ok(Labels::new(LabelSettings {
+        service: Service::new(service, launcher.clone(), gateway.clone(), tasks.clone()),
+        prompts,
+        timeout: settings.label_timeout,
+    }))
 }
 
 fn supervisor_settings(

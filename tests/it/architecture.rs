@@ -28,6 +28,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "ecs",
             "figures",
             "gateway",
+            "label",
             "lifecycle",
             "preview",
             "process",
@@ -41,14 +42,19 @@ const ARROWS: &[(&str, &[&str])] = &[
             "workspace",
         ],
     ),
-    ("cli", &["api", "app", "config", "telemetry", "usage"]),
+    (
+        "cli",
+        &["api", "app", "config", "label", "telemetry", "usage"],
+    ),
     (
         "api",
         &[
             "config", // `Secret`
             "ecs",    // `/health` names the task
             "figures",
+            "label",
             "lifecycle",  // requests hold the container awake
+            "picture",    // its errors become codes
             "process",    // `/ready` shows the confinement
             "rehearsal",  // `/health` names the examples
             "repository", // its errors become codes
@@ -82,6 +88,16 @@ const ARROWS: &[(&str, &[&str])] = &[
             "workspace", // folders
         ],
     ),
+    (
+        "label",
+        &[
+            "gateway", // what goes up for an image
+            "picture",
+            "service",   // its runs
+            "workspace", // small files
+        ],
+    ),
+    ("picture", &[]),
     (
         "turn",
         &[
@@ -134,7 +150,9 @@ const CRATES: &[(&str, &[&str])] = &[
     ("axum", &["api", "gateway", "rehearsal"]),
     ("clap", &["cli"]),
     ("git2", &["repository"]),
+    ("glob", &["cli"]),
     ("governor", &["api"]),
+    ("image", &["picture"]),
     ("landlock", &["process"]),
     ("metrics_exporter_prometheus", &["figures"]),
     ("notify", &["preview"]),

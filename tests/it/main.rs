@@ -20,6 +20,7 @@ mod history;
 mod hostile;
 mod hostile_repository;
 mod init;
+mod label;
 mod lifecycle;
 mod limits;
 mod one_shot;
