@@ -43,7 +43,8 @@ pub(super) struct ImageBody {
     #[schema(required)]
     data: Option<String>,
     /// What the caller takes it for; the file itself says what it is.
-    media_type: Option<String>,
+    #[serde(rename = "mediaType")]
+    _media_type: Option<String>,
 }
 
 /// The same as a form (`multipart/form-data`), the file as the field `image`.

@@ -204,7 +204,7 @@ fn prompt(
         }
         file => Ok(AskedPrompt::Named {
             name: name.unwrap_or_else(|| DEFAULT.to_owned()),
-            file: file.map(|file| std::path::absolute(file)).transpose()?,
+            file: file.map(std::path::absolute).transpose()?,
         }),
     }
 }

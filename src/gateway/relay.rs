@@ -23,7 +23,7 @@ use super::{
     ActivityGuard, GatewayConfig, GatewayError,
     network::ClientTokens,
     run::{Admission, Exchange, Tokens, retry_after},
-    toll::{self, Stopped, Toll},
+    toll::{Stopped, Toll},
     vault::Vault,
 };
 use crate::{
