@@ -32,7 +32,7 @@ use subtle::{Choice, ConstantTimeEq};
 use tokio::sync::Semaphore;
 use tracing::Instrument;
 
-use super::{ApiError, Base, error::REQUEST_ID, label, rate::Peer};
+use super::{ApiError, Base, batches, error::REQUEST_ID, label, rate::Peer};
 use crate::{
     config::Secret,
     lifecycle::{Guard, HolderKind},
@@ -41,6 +41,8 @@ use crate::{
 
 /// Where single images are labelled.
 pub(super) const LABEL: &str = "/api/label";
+/// And many.
+pub(super) const BATCHES: &str = "/api/label/batches";
 /// Largest body of an API call that carries no image.
 const MAX_BODY: usize = 1 << 20;
 /// A body has to be here in this time; one with images in three times as much.
@@ -103,6 +105,13 @@ impl Bounds {
                 named: "an image of 10 MiB",
                 mebibytes: 14,
                 deadline: BODY_DEADLINE * 3,
+                takes_forms: true,
+            },
+            BATCHES => Self {
+                bytes: batches::MAX_BODY,
+                named: "64 MiB; make several batches of it",
+                mebibytes: 64,
+                deadline: BODY_DEADLINE * 10,
                 takes_forms: true,
             },
             _ => Self {
@@ -430,7 +439,7 @@ async fn admit(state: &Base, request: Request) -> Result<Request, ApiError> {
     if is_open(parts.uri.path()) {
         return Ok(Request::from_parts(parts, Body::empty()));
     }
-    if matches!(parts.uri.path(), "/execute" | LABEL) {
+    if matches!(parts.uri.path(), "/execute" | LABEL | BATCHES) {
         state.rate.check(parts.extensions.get::<Peer>().copied())?;
     }
     let now = || Timestamp::now().as_millisecond();

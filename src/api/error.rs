@@ -15,7 +15,7 @@ use super::publish::PublishView;
 use crate::{
     domain::{Between, Conflict, ErrorCode, TurnResult},
     identity::{InvalidId, TurnId},
-    label::{Failure, LabelError, Status},
+    label::{BatchesError, Failure, LabelError, Status},
     picture::PictureError,
     repository::{RemoteError, RemoteErrorKind, RemoteUse, RepositoryError, SourceError},
     service::{Remains, ServiceError},
@@ -324,6 +324,24 @@ impl From<ServiceError> for ApiError {
                 Self::new(StatusCode::GATEWAY_TIMEOUT, "turn_timeout", said).with(of_a_run(remains))
             }
             E::Folder(_) => Self::internal(&error),
+        }
+    }
+}
+
+impl From<BatchesError> for ApiError {
+    fn from(error: BatchesError) -> Self {
+        let said = error.to_string();
+        match error {
+            BatchesError::NotFound => Self::not_found(said),
+            BatchesError::Full => {
+                Self::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", said).retry(60)
+            }
+            BatchesError::Draining => {
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, "draining", said).retry(5)
+            }
+            BatchesError::Workspace(_) | BatchesError::Journal(_) | BatchesError::Blocking(_) => {
+                Self::internal(&error)
+            }
         }
     }
 }

@@ -1,5 +1,7 @@
 //! `POST /api/label`: one image in, its label out.
 
+use std::str::FromStr;
+
 use axum::{
     Json as Answer,
     body::Bytes,
@@ -41,7 +43,7 @@ const MAX_FIELDS: usize = 32;
 pub(super) struct ImageBody {
     /// The file in base64, at most 10 MiB of it; the beginning of a data URL is passed over.
     #[schema(required)]
-    data: Option<String>,
+    pub(super) data: Option<String>,
     /// What the caller takes it for; the file itself says what it is.
     #[serde(rename = "mediaType")]
     _media_type: Option<String>,
@@ -67,11 +69,16 @@ pub(super) struct LabelBody {
 /// What is asked about images, and for whom.
 #[derive(Debug, Default, Clone)]
 pub(super) struct Asked {
-    prompt_type: Option<String>,
-    prompt: Option<String>,
-    model: Option<String>,
-    client_id: Option<String>,
-    user_id: Option<String>,
+    pub(super) prompt_type: Option<String>,
+    pub(super) prompt: Option<String>,
+    pub(super) model: Option<String>,
+    pub(super) client_id: Option<String>,
+    pub(super) user_id: Option<String>,
+    // Of batches alone.
+    pub(super) workers: Option<u64>,
+    pub(super) max_cost_usd: Option<f64>,
+    pub(super) cache: Option<bool>,
+    pub(super) dry_run: Option<bool>,
 }
 
 /// A label.
@@ -101,7 +108,7 @@ impl<S: Send + Sync> FromRequest<S> for LabelRequest {
     }
 }
 
-fn is_form(request: &Request) -> bool {
+pub(super) fn is_form(request: &Request) -> bool {
     let kind = request.headers().get(CONTENT_TYPE);
     let kind = kind.and_then(|kind| kind.to_str().ok()).unwrap_or_default();
     let kind = kind.split(';').next().unwrap_or_default().trim();
@@ -120,34 +127,48 @@ async fn from_json<S: Send + Sync>(request: Request, state: &S) -> Result<LabelR
             model: body.model,
             client_id: body.client_id,
             user_id: body.user_id,
+            ..Asked::default()
         },
     })
 }
 
 async fn from_form<S: Send + Sync>(request: Request, state: &S) -> Result<LabelRequest, ApiError> {
+    let (images, asked) = read_form(request, state, 1).await?;
+    let image = images.into_iter().next();
+    let (_, image) = image.ok_or_else(no_image)?;
+    Ok(LabelRequest { image, asked })
+}
+
+/// The files of a form by their names, and what is asked about them.
+pub(super) async fn read_form<S: Send + Sync>(
+    request: Request,
+    state: &S,
+    most: usize,
+) -> Result<(Vec<(String, Bytes)>, Asked), ApiError> {
     let broken = || ApiError::invalid("the form is broken: it is no multipart/form-data");
     let mut form = Multipart::from_request(request, state)
         .await
         .map_err(|_| broken())?;
-    let (mut image, mut asked) = (None, Asked::default());
-    for _ in 0..MAX_FIELDS {
+    let (mut images, mut asked) = (Vec::new(), Asked::default());
+    for _ in 0..MAX_FIELDS + most {
         let Some(field) = form.next_field().await.map_err(|_| broken())? else {
-            return Ok(LabelRequest {
-                image: image.ok_or_else(no_image)?,
-                asked,
-            });
+            return Ok((images, asked));
         };
         let name = field.name().unwrap_or_default().to_owned();
+        let file = field.file_name().unwrap_or_default().to_owned();
         let value = field.bytes().await.map_err(|_| broken())?;
-        if name == "image" {
-            if image.replace(value).is_some() {
-                return Err(ApiError::invalid(
-                    "image: there is more than one; ask about each by itself",
-                ));
-            }
+        if name != "image" {
+            asked.set(&name, &value)?;
             continue;
         }
-        asked.set(&name, &value)?;
+        if images.len() == most {
+            let why = match most {
+                1 => "image: there is more than one; ask about each by itself".to_owned(),
+                most => format!("image: there are more than {most}; make several batches of them"),
+            };
+            return Err(ApiError::invalid(why));
+        }
+        images.push((file, value));
     }
     Err(ApiError::invalid("the form has too many fields"))
 }
@@ -156,7 +177,7 @@ fn no_image() -> ApiError {
     ApiError::invalid("image is missing: send a file as the form's field, or {data, mediaType}")
 }
 
-fn decoded(field: &str, data: &str) -> Result<Bytes, ApiError> {
+pub(super) fn decoded(field: &str, data: &str) -> Result<Bytes, ApiError> {
     let data = match data.split_once(";base64,") {
         Some((start, data)) if start.starts_with("data:") => data,
         _ => data,
@@ -170,20 +191,23 @@ fn decoded(field: &str, data: &str) -> Result<Bytes, ApiError> {
 impl Asked {
     /// Takes in a field of a form; an unknown one is passed over, like one of JSON.
     fn set(&mut self, name: &str, value: &[u8]) -> Result<(), ApiError> {
-        let field = match name {
-            "promptType" => &mut self.prompt_type,
-            "prompt" => &mut self.prompt,
-            "model" => &mut self.model,
-            "clientId" => &mut self.client_id,
-            "userId" => &mut self.user_id,
-            _ => return Ok(()),
-        };
         if value.len() > MAX_FIELD {
             return Err(ApiError::invalid(format!("{name}: it is too long")));
         }
         let text = str::from_utf8(value);
         let text = text.map_err(|_| ApiError::invalid(format!("{name}: it is no UTF-8")))?;
-        *field = Some(text.to_owned());
+        match name {
+            "promptType" => self.prompt_type = Some(text.to_owned()),
+            "prompt" => self.prompt = Some(text.to_owned()),
+            "model" => self.model = Some(text.to_owned()),
+            "clientId" => self.client_id = Some(text.to_owned()),
+            "userId" => self.user_id = Some(text.to_owned()),
+            "workers" => self.workers = Some(plain(name, text, "a whole number")?),
+            "maxCostUsd" => self.max_cost_usd = Some(plain(name, text, "a number")?),
+            "cache" => self.cache = Some(plain(name, text, "true or false")?),
+            "dryRun" => self.dry_run = Some(plain(name, text, "true or false")?),
+            _ => {}
+        }
         Ok(())
     }
 
@@ -229,6 +253,12 @@ impl Asked {
             timeout: None,
         })
     }
+}
+
+/// A value of a form that is no text.
+fn plain<T: FromStr>(name: &str, text: &str, kind: &str) -> Result<T, ApiError> {
+    let wrong = |_| ApiError::invalid(format!("{name}: it has to be {kind}"));
+    text.trim().parse().map_err(wrong)
 }
 
 /// Says what an image shows (`description`, `tags`) and for whom it is fit (`nsfw_rating`). PNG,

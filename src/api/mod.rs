@@ -5,6 +5,7 @@
 //! picks a status or a code is `error.rs`.
 
 mod access;
+mod batches;
 mod body;
 mod cli;
 mod error;
@@ -35,6 +36,7 @@ use tokio_util::sync::CancellationToken;
 use utoipa::OpenApi;
 
 pub use access::{Access, AccessSettings};
+pub use batches::is_ours;
 pub use error::ApiError;
 pub use health::{Facts, Readiness};
 pub use rate::RateLimit;
@@ -43,7 +45,7 @@ pub use serve::serve;
 use crate::{
     figures::Figures,
     identity::{ClientId, ThreadId, UserId},
-    label::Labels,
+    label::{Batches, Labels},
     lifecycle::Activity,
     service::Service,
     supervisor::Supervisor,
@@ -104,6 +106,7 @@ pub struct ApiState {
     pub books: Books,
     pub pins: Pins,
     pub labels: Labels,
+    pub batches: Batches,
 }
 
 /// The state as handlers take it.
@@ -147,6 +150,11 @@ impl FromRef<Shared> for Base {
         usage::live,
         one_shot::execute,
         label::one,
+        batches::submit,
+        batches::one,
+        batches::events,
+        batches::cancel,
+        batches::resume,
         cli::open,
     ),
     components(schemas(
@@ -204,6 +212,14 @@ pub fn router(state: Shared) -> Router {
             access::LABEL,
             post(label::one).layer(DefaultBodyLimit::disable()),
         )
+        .route(
+            access::BATCHES,
+            post(batches::submit).layer(DefaultBodyLimit::disable()),
+        )
+        .route("/api/label/batches/{batch}", get(batches::one))
+        .route("/api/label/batches/{batch}/events", get(batches::events))
+        .route("/api/label/batches/{batch}/cancel", post(batches::cancel))
+        .route("/api/label/batches/{batch}/resume", post(batches::resume))
         .route("/api/cli", post(cli::open))
         .route("/api/idle", get(health::idle))
         .route("/api/idle/touch", post(health::touch))
@@ -256,6 +272,7 @@ mod tests {
             "/api/usage",
             "/execute",
             "/api/label",
+            "/api/label/batches",
         ] {
             assert!(document["paths"][path].is_object(), "{path} is described");
         }

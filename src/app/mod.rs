@@ -29,10 +29,12 @@ use crate::{
     },
     config::{self, CredentialSource, Loaded, Mode, Settings},
     control_plane::Notice,
-    domain::Signature,
+    domain::{Account, Signature},
     figures::Figures,
     gateway::{self, Credential, Gateway, GatewayConfig, OAuthSettings, load_credentials_file},
-    label::{LabelSettings, Labels, MAX_ANSWER_TOKENS, Prompts},
+    label::{
+        BatchSettings, Batches, Busy, Cache, LabelSettings, Labels, MAX_ANSWER_TOKENS, Prompts,
+    },
     lifecycle::{Activity, Guard, HolderKind, StopReason, wait_for_reason},
     preview::{self, ActivityGuard, ActivitySink, PreviewSettings, Previews, Proxy, ProxyKind},
     process::{self, Bash, ConfinementMode, Launcher},
@@ -110,6 +112,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         &tasks,
     );
     let labels = labels.await?;
+    let batches = batches(settings, &labels, &activity, &tasks);
     let supervisor = Supervisor::new(
         SupervisorSettings {
             node: readiness.node.clone(),
@@ -156,7 +159,8 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
             tenants(settings),
             budgets(settings),
         ),
-        pins,
+        pins: pins.clone(),
+        batches: batches.clone(),
         labels: labels.clone(),
     });
     // The first line of the log says where it listens.
@@ -175,6 +179,10 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         "readiness",
         look_at_programs(programs, launcher.clone(), readiness),
     );
+    tasks.spawn("batches", async move {
+        let is_ours = move |account: &Account| api::is_ours(&pins, account);
+        batches.take_up(is_ours).await;
+    });
     tasks.spawn(
         "outcomes",
         outside
@@ -618,6 +626,20 @@ async fn labels(
         prompts,
         timeout: settings.label_timeout,
     }))
+}
+
+/// Batches of images, kept on the workspace.
+fn batches(settings: &Settings, labels: &Labels, activity: &Activity, tasks: &Tasks) -> Batches {
+    let (awake, busy) = (activity.clone(), activity.clone());
+    let settings = BatchSettings {
+        folder: settings.workspace_path.join(".greenroom/labels"),
+        labels: labels.clone(),
+        cache: Cache::new(settings.cache_path.join("labels/known")),
+        busy: Busy::new(move || busy.count(HolderKind::Turn) > 0),
+        lease: settings.lease,
+        awake: Arc::new(move || Box::new(awake.hold(HolderKind::Request, "a batch of images"))),
+    };
+    Batches::new(settings, tasks)
 }
 
 fn supervisor_settings(

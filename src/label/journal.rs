@@ -17,7 +17,7 @@ use std::{
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use tokio::sync::{Mutex, watch};
+use tokio::sync::Mutex;
 
 use super::batch::{Entry, Outcome, Progress, Summary};
 use crate::{
@@ -114,6 +114,21 @@ pub struct EventLine {
     pub event: Event,
 }
 
+impl EventLine {
+    /// The event's data with the batch's id, as JSON text.
+    pub fn data(&self, batch: &str) -> String {
+        let value = serde_json::to_value(&self.event).expect("our own plain data serialises");
+        let mut data = value
+            .get("data")
+            .cloned()
+            .unwrap_or_else(|| serde_json::json!({}));
+        if let Some(object) = data.as_object_mut() {
+            object.insert("batchId".into(), batch.into());
+        }
+        data.to_string()
+    }
+}
+
 /// What a journal tells of one image.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Known {
@@ -176,8 +191,6 @@ pub(super) struct Journal {
     file: Arc<File>,
     fence: Fence,
     next_id: Mutex<u64>,
-    /// Bytes that may be read.
-    committed: watch::Sender<u64>,
 }
 
 impl Journal {
@@ -188,14 +201,13 @@ impl Journal {
     pub(super) async fn open(path: PathBuf, fence: Fence) -> Result<(Self, Past), JournalError> {
         let at = path.clone();
         let open = move || open(&at);
-        let (file, past, last_id, bytes) =
+        let (file, past, last_id) =
             task::blocking("opening a batch's journal", DISK_DEADLINE, open).await??;
         let journal = Self {
             path,
             file: Arc::new(file),
             fence,
             next_id: Mutex::new(last_id + 1),
-            committed: watch::Sender::new(bytes),
         };
         Ok((journal, past))
     }
@@ -213,31 +225,24 @@ impl Journal {
         };
         let mut text = serde_json::to_vec(&line).expect("our own plain data serialises");
         text.push(b'\n');
-        let length = text.len() as u64;
         let (file, path) = (self.file.clone(), self.path.clone());
         let write = move || append_line(&file, &text, true).map_err(io_error("write", &path));
         self.fence
             .write("writing a batch's journal", DISK_DEADLINE, write)
             .await?;
         *next_id += 1;
-        self.committed.send_modify(|bytes| *bytes += length);
         Ok(())
-    }
-
-    /// How far it may be read, as it grows.
-    pub(super) fn committed(&self) -> watch::Receiver<u64> {
-        self.committed.subscribe()
     }
 }
 
-/// The events between two offsets, a bounded number of them, and the offset after the last one.
+/// The events from an offset on, a bounded number of them, and the offset after the last one.
 /// Blocking.
-pub(super) fn read(path: &Path, from: u64, to: u64) -> Result<(Vec<EventLine>, u64), JournalError> {
+pub(super) fn read(path: &Path, from: u64) -> Result<(Vec<EventLine>, u64), JournalError> {
     let mut file = File::open(path).map_err(io_error("open", path))?;
     file.seek(SeekFrom::Start(from))
         .map_err(io_error("read", path))?;
     let mut lines = Vec::new();
-    let end = each_line(file.take(to - from), |line| {
+    let end = each_line(file, |line| {
         lines.extend(line);
         lines.len() < AT_ONCE
     });
@@ -260,7 +265,7 @@ pub(super) fn look(path: &Path) -> Result<Option<Past>, JournalError> {
     Ok(Some(past))
 }
 
-fn open(path: &Path) -> Result<(File, Past, u64, u64), JournalError> {
+fn open(path: &Path) -> Result<(File, Past, u64), JournalError> {
     if let Some(folder) = path.parent() {
         make_private_dir(folder)
             .map_err(|error| io_error("make the folder of", path)(io::Error::other(error)))?;
@@ -287,7 +292,7 @@ fn open(path: &Path) -> Result<(File, Past, u64, u64), JournalError> {
     })
     .map_err(io_error("read", path))?;
     file.set_len(end).map_err(io_error("mend", path))?;
-    Ok((file, past, last_id, end))
+    Ok((file, past, last_id))
 }
 
 /// Calls `visit` with each whole line (`None`: it cannot be read) until it answers false; answers
@@ -369,10 +374,12 @@ mod tests {
         assert_eq!((digest.as_deref(), entry), (Some("d1"), &labelled("a.png")));
         assert_eq!(past.usage.cost_usd, 0.25);
         journal.append(done("b.png")).await.unwrap();
-        let to = *journal.committed().borrow();
-        let (lines, end) = read(&path, 0, to).unwrap();
+        let (lines, end) = read(&path, 0).unwrap();
         let ids: Vec<u64> = lines.iter().map(|line| line.id).collect();
-        assert_eq!((ids, end), (vec![1, 2, 3], to));
+        assert_eq!(
+            (ids, end),
+            (vec![1, 2, 3], std::fs::metadata(&path).unwrap().len())
+        );
         assert_eq!(look(&path).unwrap().unwrap().images.len(), 2);
         assert_eq!(look(&folder.path().join("none")).unwrap(), None);
     }

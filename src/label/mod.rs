@@ -15,6 +15,7 @@
 
 mod answer;
 mod batch;
+mod batches;
 mod cache;
 mod journal;
 mod prompt;
@@ -39,6 +40,10 @@ use utoipa::ToSchema;
 pub use answer::Rating;
 pub use batch::{
     BatchError, Busy, Code, Entry, Failed, Image, MAX_IMAGES, Outcome, Plan, Progress, Summary,
+};
+pub use batches::{
+    Awake, BatchEvents, BatchSettings, BatchView, Batches, BatchesError, Job, MAX_UPLOADED,
+    Standing,
 };
 pub use cache::Cache;
 pub use journal::{Done, Event, EventLine, JournalError};

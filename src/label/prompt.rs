@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::workspace::{WorkspaceError, read_bounded};
 
@@ -47,11 +47,13 @@ pub enum PromptError {
 }
 
 /// One question about an image.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Prompt {
     system: String,
     text: String,
-    schema: Option<&'static str>,
+    /// The answer has a form of ours.
+    is_formed: bool,
 }
 
 impl Prompt {
@@ -78,13 +80,13 @@ impl Prompt {
             Self {
                 system,
                 text: text.to_owned(),
-                schema: None,
+                is_formed: false,
             }
         } else {
             Self {
                 system,
                 text: format!("{text}\n\n{FORM}"),
-                schema: Some(SCHEMA),
+                is_formed: true,
             }
         })
     }
@@ -98,12 +100,12 @@ impl Prompt {
     }
 
     pub(super) fn schema(&self) -> Option<&'static str> {
-        self.schema
+        self.is_formed.then_some(SCHEMA)
     }
 
     /// Bytes that it adds to a request.
     pub(super) fn weight(&self) -> usize {
-        self.system.len() + self.text.len() + self.schema.map_or(0, str::len)
+        self.system.len() + self.text.len() + self.schema().map_or(0, str::len)
     }
 }
 

@@ -214,6 +214,8 @@ fn json_size(value: &Value) -> usize {
         Value::Null => 0,
         Value::String(text) => text.len(),
         Value::Array(items) => items.iter().map(json_size).sum(),
+        // By pixels, not by bytes: as much as one of the larger ones.
+        Value::Object(fields) if fields.get("type").is_some_and(|kind| kind == "image") => 6400,
         Value::Object(fields) => fields.iter().map(|(key, v)| key.len() + json_size(v)).sum(),
         Value::Bool(_) | Value::Number(_) => 4,
     }

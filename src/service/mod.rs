@@ -354,6 +354,11 @@ impl Service {
         self.0.gateway.ledger()
     }
 
+    /// Runs at once.
+    pub fn max_concurrent(&self) -> usize {
+        self.0.settings.max_concurrent
+    }
+
     /// The model of a run that names none; `None`: the CLI's own choice.
     pub fn model(&self) -> Option<&str> {
         self.0.settings.agent.as_ref()?.model.as_deref()
@@ -603,11 +608,14 @@ impl Service {
             stderr: clean(&raw.stderr),
             output: clean(tail(&String::from_utf8_lossy(&raw.stdout), OUTPUT_TAIL)),
         };
+        let answered = || Answer {
+            output: masked(&String::from_utf8_lossy(&raw.stdout)),
+            duration,
+        };
         let answer = match raw.end {
-            End::Exited(exit) if exit.is_success() || is_answered => Ok(Answer {
-                output: masked(&String::from_utf8_lossy(&raw.stdout)),
-                duration,
-            }),
+            End::Exited(exit) if exit.is_success() || is_answered => Ok(answered()),
+            // Its one answer used the budget up.
+            End::OverBudget(_) if is_answered => Ok(answered()),
             End::Exited(exit) => Err(ServiceError::Failed {
                 exit,
                 remains: remains(exit),

@@ -18,7 +18,7 @@ use crate::support::{
 /// A picture that no other number makes.
 fn picture_of(number: u32, width: u32, height: u32) -> Vec<u8> {
     let [_, r, g, b] = number.wrapping_mul(2_654_435_761).to_be_bytes();
-    let image = RgbImage::from_fn(width, height, |x, y| match (x / 8 + y / 8) % 2 {
+    let image = RgbImage::from_fn(width, height, |x, y| match (x / 50 + y / 50) % 2 {
         0 => Rgb([r, g, b]),
         _ => Rgb([b, r, g]),
     });
@@ -287,7 +287,6 @@ async fn nothing_of_an_image_touches_the_disk_and_time_and_money_have_an_end() {
         let body = json!({
             "image": {"data": STANDARD.encode(&image)},
             "prompt": "take your time",
-            // Nobody's: what it costs is in no budget.
         });
         let call = request(greenroom.api_port, Sent::new("POST", "/api/label", &body));
         let look = wait_for("its request", || {
