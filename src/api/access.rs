@@ -47,6 +47,8 @@ pub(super) const BATCHES: &str = "/api/label/batches";
 const MAX_BODY: usize = 1 << 20;
 /// A body has to be here in this time; one with images in three times as much.
 const BODY_DEADLINE: Duration = Duration::from_secs(30);
+/// Of a body that is too large.
+const MAX_DISCARDED: usize = 128 << 20;
 /// How far a signature's clock may be from ours, in milliseconds.
 const CLOCK_SKEW_MS: i64 = 30_000;
 /// Signatures that are remembered: two thousand a second for as long as one may be good. Older ones
@@ -446,6 +448,9 @@ async fn admit(state: &Base, request: Request) -> Result<Request, ApiError> {
     let claim = state.access.claim(&parts.headers, now())?;
     let bounds = Bounds::of(parts.uri.path());
     if body.size_hint().lower() > bounds.bytes as u64 {
+        if bounds.takes_forms {
+            discard(body).await;
+        }
         return Err(ApiError::too_large(bounds.named));
     }
     let body = match claim {
@@ -480,6 +485,21 @@ async fn admit(state: &Base, request: Request) -> Result<Request, ApiError> {
         ));
     }
     Ok(Request::from_parts(parts, Body::from(body)))
+}
+
+/// Takes in a body that nobody wants: a caller who is still sending it would not hear why.
+async fn discard(mut body: Body) {
+    let all = async {
+        let mut left = MAX_DISCARDED;
+        while let Some(Ok(frame)) = body.frame().await {
+            let length = frame.data_ref().map_or(0, Bytes::len);
+            let Some(rest) = left.checked_sub(length) else {
+                return;
+            };
+            left = rest;
+        }
+    };
+    tokio::time::timeout(BODY_DEADLINE, all).await.ok();
 }
 
 async fn read_body(body: Body, bounds: &Bounds) -> Result<Bytes, ApiError> {

@@ -298,7 +298,7 @@ pub(super) async fn run(
         plan,
         journal: &journal,
         model: model.unwrap_or_default().to_owned(),
-        twins: Mutex::new(twins_of(&past)),
+        twins: Mutex::new(twins_of(&past, plan.asks_again)),
         past: past.images,
         under_way: AtomicUsize::new(0),
         tally: Mutex::new(Tally {
@@ -354,19 +354,31 @@ pub(super) async fn run(
     Ok(summary)
 }
 
-/// What is labelled already, by its bytes.
-fn twins_of(past: &Past) -> HashMap<String, Twin> {
-    let known = past.images.values().filter_map(|known| match known {
-        Known::Done {
-            digest: Some(digest),
-            entry,
-        } if matches!(entry.outcome, Outcome::Labelled { .. }) => {
-            let outcome = Some(entry.outcome.clone());
-            Some((digest.clone(), Arc::new(tokio::sync::Mutex::new(outcome))))
+/// What is known already by a file's bytes: labels, and what may have been paid.
+fn twins_of(past: &Past, asks_again: bool) -> HashMap<String, Twin> {
+    let mut known: HashMap<&str, Outcome> = HashMap::new();
+    for image in past.images.values() {
+        let (digest, outcome) = match image {
+            Known::Sent { digest } => (digest, Outcome::Failed(interrupted())),
+            Known::Done {
+                digest: Some(digest),
+                entry,
+            } => (digest, entry.outcome.clone()),
+            Known::Done { digest: None, .. } => continue,
+        };
+        let is_label = matches!(outcome, Outcome::Labelled { .. });
+        let is_paid = matches!(&outcome, Outcome::Failed(failed) if failed.paid);
+        if is_label {
+            known.insert(digest, outcome);
+        } else if is_paid && !asks_again {
+            known.entry(digest).or_insert(outcome);
         }
-        _ => None,
+    }
+    let twins = known.into_iter().map(|(digest, outcome)| {
+        let twin = Arc::new(tokio::sync::Mutex::new(Some(outcome)));
+        (digest.to_owned(), twin)
     });
-    known.collect()
+    twins.collect()
 }
 
 impl Run<'_> {
@@ -461,17 +473,7 @@ impl Run<'_> {
                 }
             },
             Known::Sent { digest: then } if then == digest && !self.plan.asks_again => {
-                Some(Outcome::Failed(Failed {
-                    status: Status::Error,
-                    code: Code::Interrupted,
-                    message:
-                        "it was asked about when the batch was killed, and may have been paid; \
-                              have it asked again with --retry-failed"
-                            .to_owned(),
-                    raw_response: None,
-                    paid: true,
-                    usage: Usage::default(),
-                }))
+                Some(Outcome::Failed(interrupted()))
             }
             // Another file by now, or never asked.
             Known::Done { .. } | Known::Sent { .. } => None,
@@ -807,6 +809,21 @@ fn failed_of(failure: &Failure) -> Failed {
         raw_response,
         paid: failure.is_paid,
         usage: failure.usage,
+    }
+}
+
+/// Of an image whose request was under way when the batch was killed.
+fn interrupted() -> Failed {
+    Failed {
+        status: Status::Error,
+        code: Code::Interrupted,
+        message:
+            "it was asked about when the batch was killed, and may have been paid; it is asked \
+                  about again on request alone (--retry-failed, retryFailed)"
+                .to_owned(),
+        raw_response: None,
+        paid: true,
+        usage: Usage::default(),
     }
 }
 
