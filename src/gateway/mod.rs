@@ -138,11 +138,20 @@ impl Gateway {
         let SocketAddr::V4(address) = listener.local_addr().map_err(listen)? else {
             unreachable!("bound to an IPv4 address")
         };
-        let door = Door::Agents(tokens.clone());
-        tasks.spawn(
-            "gateway",
-            accept(listener, relay.clone(), door, tasks.clone()),
-        );
+        let listener = listener.into_std().map_err(listen)?;
+        let (agents, upstream) = (tokens.clone(), relay.clone());
+        let connections = tasks.clone();
+        // A stream's pieces go from hand to hand in here: none of them waits for another thread to
+        // wake up.
+        tasks
+            .spawn_apart("gateway", move || {
+                let listener = TcpListener::from_std(listener)?;
+                let door = Door::Agents(agents);
+                let accept = accept(listener, upstream, door, connections.clone());
+                connections.spawn("gateway", accept);
+                Ok(())
+            })
+            .map_err(listen)?;
         Ok(Self {
             port: address.port(),
             tokens,

@@ -130,8 +130,6 @@ pub(super) struct Index {
     slots: Vec<Slot>,
     names: Vec<u8>,
     tree: Option<Oid>,
-    /// When the file was written; entries that are younger vouch for nothing.
-    written: Option<Moment>,
     /// Paths of a merge that somebody left unsettled in the file.
     unsettled: Vec<Vec<u8>>,
 }
@@ -162,7 +160,6 @@ impl Index {
             return Ok((known, damage));
         }
         let mut index = Self::of_tree(repo, tree)?;
-        index.written = known.written;
         index.learn(&known);
         index.unsettled = known.unsettled;
         Ok((index, damage))
@@ -171,6 +168,11 @@ impl Index {
     /// Is the file exactly the index of this tree?
     pub(super) fn is_of(&self, tree: Oid) -> bool {
         self.tree == Some(tree)
+    }
+
+    /// The tree whose index this file is, if it is that of one.
+    pub(super) fn tree_of(file: &Path) -> Option<Oid> {
+        Self::read(file).ok()?.tree
     }
 
     /// Paths of a merge that somebody left unsettled.
@@ -269,7 +271,7 @@ impl Index {
     /// Does the entry know this state of its file as the one whose content it has?
     pub(super) fn vouches(&self, slot: usize, stat: &Stat) -> bool {
         let own = &self.slots[slot].entry.stat;
-        own.is_same(stat) && self.written.is_some_and(|written| own.mtime < written)
+        own.is_same(stat)
     }
 
     /// The first place in `range` for which `is_before` does not hold.
@@ -304,7 +306,12 @@ impl Index {
         io::Read::read_to_end(&mut io::Read::take(opened, MAX_BYTES), &mut bytes)
             .map_err(|_| Damaged("it cannot be read"))?;
         let mut index = Self::parse(bytes)?;
-        index.written = Some((about.mtime() as u32, about.mtime_nsec() as u32));
+        let written = (about.mtime() as u32, about.mtime_nsec() as u32);
+        for slot in &mut index.slots {
+            if !slot.entry.stat.is_settled(written) {
+                slot.entry.stat = Stat::NONE;
+            }
+        }
         Ok(index)
     }
 
@@ -600,15 +607,26 @@ mod tests {
         assert!(!stat.is_settled((10, 5)) && !stat.is_settled((9, 9)));
         assert!(!known((10, 5), (11, 0)).stat.is_settled((10, 6)));
 
-        // git vouches for a file by an index of the same tick; it must not be believed.
-        let mut index = of(&[("a", known((10, 5), (10, 5)))]);
+        // git vouches for a file by an index of the same tick; it must not be believed, also once
+        // that index was written again later.
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("index");
+        let read_as_of = |index: &Index, written: (u64, u32)| {
+            let tree = Oid::from_bytes(&[7; HASH]).unwrap();
+            index.write(&file, tree, &BTreeMap::new()).unwrap();
+            let at = std::time::UNIX_EPOCH + std::time::Duration::new(written.0, written.1);
+            let opened = File::options().write(true).open(&file).unwrap();
+            opened.set_modified(at).unwrap();
+            Index::read(&file).unwrap()
+        };
+        let index = of(&[("a", known((10, 5), (10, 5)))]);
         let stat = index.entry(0).stat;
-        assert!(!index.vouches(0, &stat), "an index that was never written");
         for (written, vouches) in [((10, 6), true), ((10, 5), false), ((10, 0), false)] {
-            index.written = Some(written);
-            assert_eq!(index.vouches(0, &stat), vouches, "{written:?}");
+            let read = read_as_of(&index, written);
+            assert_eq!(read.vouches(0, &stat), vouches, "{written:?}");
+            assert_eq!(read_as_of(&read, (20, 0)).vouches(0, &stat), vouches);
         }
-        index.written = Some((20, 0));
+        let mut index = read_as_of(&index, (20, 0));
         for changed in [
             known((10, 5), (10, 6)).stat,
             known((10, 4), (10, 5)).stat,

@@ -32,6 +32,7 @@ mod publish;
 mod remote;
 mod scan;
 mod source;
+mod spare;
 mod stage;
 #[cfg(test)]
 mod tests;

@@ -21,6 +21,7 @@ use super::{
     index::{Entry, Index, LINK_MODE, Moment},
     message,
     scan::{look, scan},
+    spare::Spare,
     stage::{Stage, in_tree},
     user,
     watch::Watch,
@@ -450,18 +451,43 @@ impl Worktree {
         hidden.push(".partial");
         let partial = self.path.with_file_name(hidden);
         files::remove_all(&partial).during("remove the leftovers of an earlier attempt")?;
-        fs::create_dir_all(&partial).during("make the worktree's folder")?;
+        if let Some(threads) = partial.parent() {
+            fs::create_dir_all(threads).during("make the folder of the threads")?;
+        }
         // Whatever index there is belongs to files that are gone.
         files::remove_all(&self.admin.join("index")).during("remove the old index")?;
         let in_progress = Self {
             path: partial.clone(),
             ..self.clone()
         };
-        let repo = in_progress.open()?;
-        let tree = in_progress.tree(&repo, in_progress.tip(&repo)?)?;
-        let index = checkout::fill(&repo, &tree, &partial)?;
-        in_progress.write_index(&index, tree.id(), &BTreeMap::new());
+        let (index, tree) = match in_progress.move_in() {
+            Ok(Some(done)) => done,
+            unusable => {
+                if let Err(error) = unusable {
+                    tracing::warn!(%error, "what was kept ready is of no use; writing all files");
+                }
+                files::remove_all(&partial).during("remove what was kept ready")?;
+                fs::create_dir(&partial).during("make the worktree's folder")?;
+                let repo = in_progress.open()?;
+                let tree = in_progress.tree(&repo, in_progress.tip(&repo)?)?;
+                (checkout::fill(&repo, &tree, &partial)?, tree.id())
+            }
+        };
+        in_progress.write_index(&index, tree, &BTreeMap::new());
         fs::rename(&partial, &self.path).during("put the worktree in place")
+    }
+
+    /// Makes the files of those that were kept ready, if there are any that are of use; and their
+    /// index and the tree that it is of.
+    fn move_in(&self) -> Result<Option<(Index, Oid)>> {
+        let taken = Spare::of(self.git.path()).take(&self.path);
+        let Some(taken) = taken.during("take what was kept ready")? else {
+            return Ok(None);
+        };
+        let repo = self.open()?;
+        let tree = self.tree(&repo, self.tip(&repo)?)?;
+        let index = taken.renew(&repo, &tree, &self.path)?;
+        Ok(index.map(|index| (index, tree.id())))
     }
 
     /// Removes the folder and its entry in the git directory.

@@ -151,6 +151,8 @@ pub(super) async fn prepare(
         None
     };
     let attach = Attach::start(inner.clone(), site.clone(), place, lease.clone());
+    let spare = keep_spare(inner.clone(), key.clone(), paths, attach.clone());
+    inner.tasks.spawn("spare worktree", spare);
     Ok(Preparation {
         lease,
         prepared: Prepared {
@@ -474,6 +476,25 @@ async fn wait_for_preview(inner: &Inner, slug: &str) {
         )
     });
     timeout(inner.settings.preview_ready, settled).await.ok();
+}
+
+/// Keeps a worktree ready for the user's next thread, once this one's page is there.
+async fn keep_spare(inner: Arc<Inner>, key: ThreadKey, paths: ThreadPaths, mut attach: Attach) {
+    let make = async {
+        attach.outcome.wait_for(Option::is_some).await.ok();
+        wait_for_preview(&inner, &key.slug()).await;
+        let (project, user) = (paths.user.project(), key.user_key());
+        let make = move || UserRepository::open(&project)?.keep_spare(&user);
+        match task::blocking("keeping a worktree ready", CLONE_DEADLINE, make).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "no worktree is kept ready"),
+            Err(error) => tracing::warn!(%error, "no worktree is kept ready"),
+        }
+    };
+    tokio::select! {
+        () = make => {}
+        () = inner.draining.cancelled() => {}
+    }
 }
 
 /// Dependencies and dev server of a prepared thread: brought up beside the turns, so that an

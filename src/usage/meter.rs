@@ -18,7 +18,7 @@ use super::{
 };
 use crate::{
     domain::Account,
-    task::{self, BlockingError, Tasks},
+    task::{self, BlockingError},
 };
 
 /// How long a request waits for others that hold what is left of a budget.
@@ -182,24 +182,6 @@ impl Meter {
     /// # Errors
     /// [`Denied`]; nothing is reserved then.
     pub async fn reserve(&self, ask: Ask) -> Result<Reservation, Denied> {
-        let (sender, reserved) = oneshot::channel();
-        let meter = self.clone();
-        // In a task of its own, which nobody cuts off between the line and its place.
-        self.tasks().spawn("reserving", async move {
-            // Nobody waits any more: dropped, it is given back.
-            drop(sender.send(meter.reserve_patiently(ask).await));
-        });
-        reserved.await.unwrap_or_else(|_| {
-            let stopping = io::Error::other("greenroom is stopping");
-            Err(Denied::Ledger(stopping))
-        })
-    }
-
-    fn tasks(&self) -> &Tasks {
-        &self.0.ledger.0.tasks
-    }
-
-    async fn reserve_patiently(&self, ask: Ask) -> Result<Reservation, Denied> {
         let inner = &self.0.ledger.0;
         let is_shared = inner.budgets.are_shared();
         let deadline = tokio::time::Instant::now() + HELD_PATIENCE;
@@ -209,8 +191,8 @@ impl Meter {
                 inner.refresh(&self.0.account, false).await?;
             }
             let breach = match self.hold(&ask) {
-                Ok(mut reservation) => {
-                    reservation.write().await?;
+                Ok(reservation) => {
+                    let reservation = reservation.write().await?;
                     if !is_shared {
                         return Ok(reservation);
                     }
@@ -352,36 +334,55 @@ pub struct Reservation {
 
 impl Reservation {
     /// Writes the line, and begins to bring it to the disk.
-    async fn write(&mut self) -> Result<(), Denied> {
+    ///
+    /// The request waits for this: one thread does both, and nothing else stands between.
+    async fn write(mut self) -> Result<Self, Denied> {
         let inner = self.meter.0.ledger.0.clone();
         if inner.writer.is_none() {
-            return Ok(());
+            return Ok(self);
         }
-        let request = self.request.clone();
+        let (on_disk, synced) = oneshot::channel::<()>();
+        self.synced = Some(synced);
+        let (sender, mut written) = oneshot::channel();
         let tasks = inner.tasks.clone();
-        let write = move || match &inner.writer {
-            Some(writer) => writer
-                .begin(&Row::Reserved(request.clone()), &request)
-                .map(Some),
-            None => Ok(None),
-        };
-        let written = task::blocking_apart("writing the usage ledger", DISK_DEADLINE, write);
-        self.place = written.await?.map_err(Denied::Ledger)?;
-        if let Some(place) = self.place.clone() {
-            let (sender, synced) = oneshot::channel();
-            self.synced = Some(synced);
-            tasks.spawn("syncing the ledger", async move {
-                let sync =
-                    task::blocking_apart("syncing the usage ledger", DISK_DEADLINE, move || {
-                        place.sync()
-                    });
-                if let Ok(Err(error)) = sync.await {
-                    tracing::error!(%error, "the usage ledger does not reach the disk");
+        let write = move || {
+            let writer = inner.writer.as_ref().expect("it was there a moment ago");
+            let row = Row::Reserved(self.request.clone());
+            let place = match writer.begin(&row, &self.request) {
+                Ok(place) => place,
+                Err(error) => {
+                    sender.send(Err(error)).ok();
+                    return;
                 }
-                sender.send(()).ok();
-            });
-        }
-        Ok(())
+            };
+            self.place = Some(place.clone());
+            // Where nobody waits any more it is dropped here, and with that given back.
+            drop(sender.send(Ok(self)));
+            if let Err(error) = place.sync() {
+                tracing::error!(%error, "the usage ledger does not reach the disk");
+            }
+        };
+        let lost = || io::Error::other("the line was not written");
+        let mut work = Box::pin(task::blocking_apart(
+            "writing the usage ledger",
+            DISK_DEADLINE,
+            write,
+        ));
+        let written = tokio::select! {
+            biased;
+            written = &mut written => {
+                tasks.spawn("syncing the ledger", async move {
+                    work.await.ok();
+                    drop(on_disk);
+                });
+                written.unwrap_or_else(|_| Err(lost()))
+            }
+            done = &mut work => {
+                done?;
+                written.try_recv().unwrap_or_else(|_| Err(lost()))
+            }
+        };
+        written.map_err(Denied::Ledger)
     }
 
     /// The most tokens that were thought of.

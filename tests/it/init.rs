@@ -1,11 +1,12 @@
 //! `POST /api/init`, seen from outside.
 
-use std::{fs, path::Path};
+use std::{fs, os::unix::fs::MetadataExt as _, path::Path};
 
 use serde_json::{Value, json};
 
 use crate::support::{
-    Folders, Options, SITE, StandIn, TestGreenroom, files_below, git, holds, rule, who, writes,
+    Folders, Options, SITE, StandIn, TestGreenroom, files_below, git, holds, rule, wait_for, who,
+    writes,
 };
 
 /// A program that plays the model by itself, on folders with one site.
@@ -191,6 +192,39 @@ async fn the_template_is_the_site_where_none_is_named() {
     let site = folders.site("site", SITE);
     let refused = greenroom.init(&alice, json!({"repoUrl": site})).await;
     refused.error(409, "repo_mismatch");
+}
+
+#[tokio::test]
+async fn the_next_thread_has_files_that_were_kept_ready() {
+    let (folders, site, greenroom) = start().await;
+    let alice = |thread: &str| who("acme", "alice", thread);
+    greenroom
+        .init(&alice("main"), json!({"repoUrl": site}))
+        .await
+        .ok();
+    let file = |folder: &Path| {
+        let about = fs::metadata(folder.join("src/pages/index.astro"));
+        about.ok().map(|about| about.ino())
+    };
+    let kept = folders
+        .user(&alice("main"))
+        .join("project/.git/spare/files");
+    let ino = wait_for("files are kept ready", || file(&kept)).await;
+    // Two at once: one of them gets it, and neither waits for the other.
+    let (one, other) = (alice("one"), alice("other"));
+    let (first, second) = tokio::join!(
+        greenroom.init(&one, json!({})),
+        greenroom.init(&other, json!({}))
+    );
+    first.ok();
+    second.ok();
+    let (one, other) = (folders.worktree(&one), folders.worktree(&other));
+    let taken = [file(&one), file(&other)].map(Option::unwrap);
+    assert_eq!(taken.iter().filter(|taken| **taken == ino).count(), 1);
+    is_clean(one);
+    is_clean(other);
+    // And one is there for the next.
+    wait_for("files are kept ready again", || file(&kept)).await;
 }
 
 #[tokio::test]

@@ -217,6 +217,42 @@ async fn a_control_plane_that_hangs_holds_nothing_up() {
 }
 
 #[tokio::test]
+async fn a_control_plane_that_redirects_leads_nowhere() {
+    let elsewhere = Ear::start(|_, _| StatusCode::NO_CONTENT.into_response()).await;
+    let target = elsewhere.url("/taken");
+    let ear = Ear::start(move |number, _| {
+        // The kinds that would send the body again, and one that would not.
+        let kinds = [
+            StatusCode::TEMPORARY_REDIRECT,
+            StatusCode::PERMANENT_REDIRECT,
+            StatusCode::FOUND,
+        ];
+        let location = [("location", target.clone())];
+        (kinds[number % kinds.len()], location).into_response()
+    })
+    .await;
+    let folders = Folders::new();
+    let options = Options::new(&folders)
+        .rehearsal()
+        .env("CONTROL_PLANE_URL", ear.url("/hook"))
+        .env("CLAUDE_SERVICE_SECRET", SECRET);
+    let mut greenroom = TestGreenroom::start(options).await;
+    assert_eq!(greenroom.stop().await.code(), Some(0));
+    let told: Vec<_> = ear
+        .heard()
+        .iter()
+        .map(|heard| heard.json()["event"].as_str().unwrap().to_owned())
+        .collect();
+    assert_eq!(told, ["ready", "stopping", "stopped"], "each is told once");
+    assert!(elsewhere.heard().is_empty(), "{:?}", elsewhere.heard());
+    let log = greenroom.log().join("\n");
+    assert!(
+        log.contains("the control plane could not be told") && log.contains("it answered 307"),
+        "{log}"
+    );
+}
+
+#[tokio::test]
 async fn a_task_of_ecs_is_named_and_protected_while_a_turn_runs() {
     let ear = Ear::start(|_, heard| match heard.path.as_str() {
         "/v4/abc/task" => axum::Json(json!({

@@ -1,4 +1,4 @@
-//! A real Astro dev server behind the proxy, asked by a client that spells as it likes.
+//! A real dev server, Astro's and once Vite's own, behind the proxy, asked by a client that spells as it likes.
 #![expect(
     clippy::unwrap_used,
     reason = "a test that cannot be set up has failed"
@@ -583,4 +583,82 @@ async fn a_browser_that_hears_nothing_makes_the_preview_stale() {
     let mut fresh = room.hmr(&host).await;
     let silence = timeout(Duration::from_secs(2), fresh.next()).await;
     assert!(silence.is_err(), "{silence:?}");
+}
+
+/// What is installed for the built-in template has Vite in it.
+#[tokio::test]
+async fn a_site_of_vite_alone_is_a_site() {
+    let room = Room::with(|options| options).await;
+    let manifest = include_str!("../../workspace-template/package.json");
+    let script = "export const words = 'thrown by hand'\n\
+         document.querySelector('#words').textContent = words\n\
+         if (import.meta.hot) import.meta.hot.accept()\n";
+    let site = room.folders.site(
+        "vite",
+        &[
+            (
+                "package.json",
+                &manifest.replace("\"dev\": \"astro dev\"", "\"dev\": \"vite\""),
+            ),
+            (
+                "package-lock.json",
+                include_str!("../../workspace-template/package-lock.json"),
+            ),
+            (
+                "index.html",
+                "<!doctype html><h1>Pots</h1><p id=words></p>\n\
+                 <script type=module src=/src/main.js></script>\n",
+            ),
+            ("src/main.js", script),
+        ],
+    );
+    let main = thread("main");
+    let answer = room
+        .greenroom
+        .init(&main, json!({"repoUrl": site}))
+        .await
+        .ok();
+    assert_eq!(answer["preview"]["state"], "live", "{answer}");
+    let url = answer["preview"]["url"].as_str().unwrap();
+    let host = url.trim_start_matches("http://").to_owned();
+    let page = room.ask(&host, "/", "Accept: text/html\r\n").await;
+    assert_eq!(page.status, 200);
+    assert!(page.body.contains("/@vite/client"), "{}", page.body);
+    let source = room.ask(&host, "/src/main.js", "").await;
+    assert!(source.body.contains("thrown by hand"), "{}", source.body);
+
+    // A change is told, and shows.
+    let mut socket = room.hmr(&host).await;
+    room.write(
+        &main,
+        "src/main.js",
+        &script.replace("by hand", "on a wheel"),
+    );
+    let told = async {
+        loop {
+            let message = socket.next().await.unwrap().unwrap();
+            if message.to_text().unwrap().contains("/src/main.js") {
+                return;
+            }
+        }
+    };
+    timeout(PATIENCE, told).await.expect("the change is told");
+    let source = room.ask(&host, "/src/main.js", "").await;
+    assert!(source.body.contains("on a wheel"), "{}", source.body);
+    room.write(&main, "index.html", "<!doctype html><h1>Bowls</h1>\n");
+    room.shows(&host, "Bowls").await;
+
+    // So is what breaks it.
+    room.write(&main, "src/main.js", "export const words = (\n");
+    let broken = async || {
+        // As the page would.
+        room.ask(&host, "/src/main.js", "").await;
+        let preview = room.preview(&main).await;
+        (preview["state"] == "error").then_some(preview)
+    };
+    let broken = wait_for_async("the error is told", broken).await;
+    assert_eq!(broken["errors"][0]["file"], "src/main.js", "{broken}");
+    assert!(broken["errors"][0]["line"].is_u64(), "{broken}");
+    room.write(&main, "src/main.js", script);
+    room.becomes(&main, "live").await;
 }

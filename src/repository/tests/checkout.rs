@@ -1,5 +1,7 @@
 //! What lies on disk after a checkout is what the git program would have put there.
 
+use std::os::unix::fs::MetadataExt as _;
+
 use super::*;
 
 /// Everything below a folder but `.git`: path, kind and content.
@@ -97,6 +99,171 @@ fn an_edit_right_after_the_checkout_is_found() {
         fs::write(site.dir.join("src/pages/about.astro"), edit).unwrap();
         assert_eq!(site.commit_cleanly().len(), 1);
     }
+}
+
+/// A user's threads, and what is kept ready for the next one.
+struct Kept {
+    place: Place,
+    repository: UserRepository,
+    threads: u32,
+}
+
+impl Kept {
+    fn new() -> Self {
+        let place = Place::new();
+        for number in 0..150 {
+            write(
+                place.origin().join(format!("many/{number}.md")),
+                format!("{number}\n"),
+            );
+        }
+        git(&place.origin(), &["add", "-A"]);
+        git(&place.origin(), &["commit", "-qm", "many"]);
+        let repository = place.create("alice");
+        Self {
+            place,
+            repository,
+            threads: 0,
+        }
+    }
+
+    fn project(&self) -> PathBuf {
+        self.place.home("alice").join("project")
+    }
+
+    fn spare(&self) -> PathBuf {
+        self.project().join(".git/spare")
+    }
+
+    fn keep(&self) {
+        let key = key("acme", "alice", "any");
+        self.repository.keep_spare(&key.user_key()).unwrap();
+    }
+
+    /// The user's branch goes on.
+    fn go_on(&self, edit: impl FnOnce(&Path)) {
+        edit(&self.project());
+        git(&self.project(), &["add", "-A"]);
+        git(&self.project(), &["commit", "-qm", "go on"]);
+    }
+
+    /// A new thread, whose files are the branch's and whose index says so; its site, and an inode of
+    /// a file that never changes.
+    fn thread(&mut self) -> (Site, u64) {
+        self.threads += 1;
+        let name = format!("t{}", self.threads);
+        let by_git = self.place.root.path().join(format!("by-git-{name}"));
+        let text = by_git.to_str().unwrap();
+        git(
+            &self.project(),
+            &["worktree", "add", "-q", "--detach", text],
+        );
+        let (_, site) = self.place.thread("alice", &name);
+        assert!(listing(&site.dir) == listing(&by_git), "{name}");
+        assert_eq!(site.status(), "");
+        let committed = site.commit("Nothing");
+        assert_eq!((committed.commit, committed.held_back), (None, vec![]));
+        let ino = fs::metadata(site.dir.join("many/149.md")).unwrap().ino();
+        (site, ino)
+    }
+}
+
+#[test]
+fn a_new_thread_takes_what_was_kept_ready() {
+    let mut kept = Kept::new();
+    kept.keep();
+    let ready = kept.spare().join("files");
+    assert!(ready.join("src/pages/about.astro").exists());
+    let ino = fs::metadata(ready.join("many/149.md")).unwrap().ino();
+    // Made once.
+    kept.keep();
+    let (site, taken) = kept.thread();
+    assert_eq!(taken, ino);
+    assert!(!kept.spare().exists());
+    // An edit of the same size is found, though its file was written long before.
+    write(site.dir.join("many/7.md"), "8\n");
+    assert_eq!(site.commit_cleanly().len(), 1);
+    let (_, other) = kept.thread();
+    assert_ne!(other, ino, "nothing was kept for this one");
+
+    // What came to the branch meanwhile is in it.
+    kept.keep();
+    let ino = fs::metadata(ready.join("many/149.md")).unwrap().ino();
+    kept.go_on(|project| {
+        write(project.join("many/1.md"), "one\n");
+        fs::remove_file(project.join("many/2.md")).unwrap();
+        fs::remove_file(project.join("many/3.md")).unwrap();
+        write(project.join("many/3.md/inner.md"), "three\n");
+        write(project.join("new/deep/4.md"), "four\n");
+        let run = fs::Permissions::from_mode(0o755);
+        fs::set_permissions(project.join("many/5.md"), run).unwrap();
+        fs::remove_file(project.join("many/6.md")).unwrap();
+        symlink("../new", project.join("many/6.md")).unwrap();
+    });
+    let (_, taken) = kept.thread();
+    assert_eq!(taken, ino);
+    kept.keep();
+    kept.go_on(|project| {
+        fs::remove_dir_all(project.join("many/3.md")).unwrap();
+        write(project.join("many/3.md"), "3\n");
+        fs::remove_dir_all(project.join("new")).unwrap();
+    });
+    kept.thread();
+    git(&kept.project(), &["fsck", "--strict"]);
+}
+
+#[test]
+fn what_is_of_no_use_is_not_taken() {
+    let mut kept = Kept::new();
+    let ino = |kept: &Kept| {
+        fs::metadata(kept.spare().join("files/many/149.md"))
+            .unwrap()
+            .ino()
+    };
+    kept.keep();
+    let before = ino(&kept);
+    kept.go_on(|project| {
+        for number in 0..120 {
+            write(project.join(format!("many/{number}.md")), "another\n");
+        }
+    });
+    assert_ne!(kept.thread().1, before, "too different");
+
+    kept.keep();
+    let before = ino(&kept);
+    kept.go_on(|project| write(project.join(".gitattributes"), "*.md eol=crlf\n"));
+    assert_ne!(kept.thread().1, before, "all is written otherwise now");
+
+    kept.keep();
+    let before = ino(&kept);
+    write(kept.spare().join("index"), "nothing of the kind");
+    assert_ne!(kept.thread().1, before, "nothing is known of it");
+
+    // What somebody put there instead leads nowhere.
+    let outside = kept.place.root.path().join("outside");
+    write(outside.join("mine"), "mine\n");
+    kept.keep();
+    fs::remove_dir_all(kept.spare().join("files")).unwrap();
+    symlink(&outside, kept.spare().join("files")).unwrap();
+    kept.thread();
+    symlink(&outside, kept.spare()).unwrap();
+    kept.thread();
+    write(kept.spare(), "no folder");
+    kept.thread();
+    assert_eq!(listing(&outside).len(), 1);
+
+    // A process that was killed leaves its half behind: for a while.
+    let half = kept.project().join(".git/spare-of-one-that-was-killed");
+    write(half.join("files/a"), "a\n");
+    kept.keep();
+    assert!(half.exists(), "it may be at it still");
+    let long_ago = std::time::SystemTime::now() - std::time::Duration::from_secs(2 * 60 * 60);
+    let opened = fs::File::open(&half).unwrap();
+    opened.set_modified(long_ago).unwrap();
+    fs::remove_dir_all(kept.spare()).unwrap();
+    kept.keep();
+    assert!(!half.exists());
+    assert!(kept.spare().exists());
 }
 
 /// Trees that git itself would never write: nothing of them may land outside the worktree.
