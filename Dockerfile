@@ -78,9 +78,11 @@ RUN groupadd --gid 1000 greenroom \
 COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/ca-certificates.crt
 COPY --from=node /out /
 COPY --from=cli /out /
+# Children reach npm's registry and nobody else, until the operator names the hosts that sites ask for.
 ENV HOME=/home/greenroom \
     CACHE_PATH=/var/cache/greenroom \
     WORKSPACE_PATH=/workspace \
+    EGRESS_ALLOW=none \
     DISABLE_AUTOUPDATER=1
 WORKDIR /workspace
 # With these a read-only root is enough. /workspace is none of them: work must not end up in a volume

@@ -71,8 +71,12 @@ pub struct Instance {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Notice {
-    /// It serves.
-    Ready,
+    /// It serves. What the stops before it left undone, if they did: one sentence each.
+    #[serde(rename_all = "camelCase")]
+    Ready {
+        #[serde(skip_serializing_if = "Vec::is_empty")]
+        cut_short: Vec<String>,
+    },
     TurnEnded(Box<TurnEnded>),
     /// Nobody needs it; it will stop then unless somebody does.
     #[serde(rename_all = "camelCase")]

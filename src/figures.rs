@@ -66,6 +66,14 @@ const COUNTERS: &[(&str, &str)] = &[
         "Requests of the preview's proxy by class of their answer.",
     ),
     (
+        "greenroom_orphans_reaped_total",
+        "Processes without a parent that fell to greenroom as PID 1 and have ended.",
+    ),
+    (
+        "greenroom_egress_requests_total",
+        "Children's requests to other machines, by whose (site, installer) and what became of them.",
+    ),
+    (
         "greenroom_service_calls_total",
         "Calls of the one-shot service by outcome.",
     ),

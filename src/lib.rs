@@ -4,6 +4,7 @@
 //! thread's worktree, shows the result through the site's own dev server, and commits every turn.
 //! `ARCHITECTURE.md` draws the rooms below and the arrows between them.
 
+pub mod address;
 pub mod agent;
 pub mod api;
 pub mod app;
@@ -13,6 +14,7 @@ pub mod config;
 pub mod control_plane;
 pub mod domain;
 pub mod ecs;
+pub mod egress;
 pub mod figures;
 pub mod gateway;
 pub mod identity;

@@ -21,6 +21,7 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Table> {
     let root = world.folder("dependencies");
     fs::create_dir_all(&root)?;
     let tools = NodeTools {
+        egress: None,
         node: world.node()?.to_owned(),
         npm: world.npm_program()?,
         env: World::npm_settings()

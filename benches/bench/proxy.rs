@@ -284,6 +284,7 @@ pub(crate) fn serve(args: &[String]) -> anyhow::Result<()> {
     runtime.block_on(async {
         let tasks = Tasks::new();
         let settings = PreviewSettings {
+            egress: None,
             access: greenroom::preview::Access::open(),
             node: "/nowhere".into(),
             private_root: "/nowhere".into(),

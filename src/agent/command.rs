@@ -8,6 +8,7 @@ use std::{
 
 use crate::{
     domain::TurnMode,
+    egress::Door,
     process::{Peers, Profile, Spec, Stdin},
 };
 
@@ -24,6 +25,8 @@ pub struct AgentSettings {
     /// The gateway's address and port.
     pub gateway_url: String,
     pub gateway_port: u16,
+    /// The way out of this machine; without one there is none.
+    pub egress: Option<Door>,
     pub model: Option<String>,
     pub max_output_tokens: Option<u64>,
     pub tools: Vec<String>,
@@ -67,7 +70,16 @@ impl AgentSettings {
                 limit.to_string().into(),
             ));
         }
+        env.extend(self.egress.iter().flat_map(Door::environment));
         env
+    }
+
+    /// Where every CLI may connect to, and what is on these ports of this machine.
+    pub fn peers(&self, others: impl IntoIterator<Item = u16>) -> Peers {
+        let mut ports = vec![self.gateway_port];
+        ports.extend(self.egress.as_ref().map(Door::port));
+        ports.extend(others);
+        Peers::here(ports)
     }
 
     /// What every CLI may read, and nothing to write or to connect to: add to it.
@@ -216,7 +228,7 @@ pub(super) fn spec(
         site.config_dir.clone(),
         site.temporary.clone(),
     ]);
-    profile.connect = Peers::here(vec![settings.gateway_port, site.preview_port]);
+    profile.connect = settings.peers([site.preview_port]);
     Spec {
         name: "claude",
         program: settings.program.clone(),
@@ -264,6 +276,7 @@ mod tests {
             program: "/opt/claude/claude".into(),
             gateway_url: "http://127.0.0.1:1".into(),
             gateway_port: 1,
+            egress: None,
             model: None,
             max_output_tokens: None,
             tools: vec!["Read".into(), "Bash".into()],

@@ -1,27 +1,29 @@
 //! `greenroom label`: images of this machine, labelled without a supervisor: a launcher, a gateway
 //! and runs of its own, for as long as it takes.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Context as _, bail};
 use sha2::{Digest, Sha256};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    LAST_STEPS, agent_settings, labels, ledger_settings, programs::Programs, runtime_folder,
-    start_gateway,
+    agent_settings, labels, ledger_settings, programs::Programs, runtime_folder, start_gateway,
 };
 use crate::{
     config::{CredentialSource, Loaded, Settings},
     domain::Account,
     label::{Busy, Cache, Entry, Image, Labels, Plan, Progress, Prompt, Question, Summary},
     lease::Fence,
-    lifecycle::{Activity, wait_for_reason},
+    lifecycle::Signals,
     process::{self, ConfinementMode, Launcher},
     service::Service,
     task::Tasks,
     usage::{Ledger, LedgerSettings},
 };
+
+/// What ending children and tasks may take.
+const LAST_STEPS: Duration = Duration::from_secs(3);
 
 /// What is asked.
 #[derive(Debug, Clone)]
@@ -114,7 +116,7 @@ pub async fn label(
     let gateway = start_gateway(&settings, credential, ledger, store.clone(), &tasks).await?;
     let launcher = Launcher::start(settings.lease / 2, ConfinementMode::Auto)
         .context("failed to start the launcher")?;
-    let agent = agent_settings(&settings, &programs, &launcher, &gateway);
+    let agent = agent_settings(&settings, &programs, &launcher, &gateway, None);
     let labels = labels(
         &settings,
         agent.as_deref(),
@@ -177,7 +179,8 @@ async fn run(
         busy: Busy::default(),
     };
     let stop = CancellationToken::new();
-    let signals = obey_signals(stop.clone(), labels.service().clone());
+    let signals = Signals::listen().context("failed to listen for signals")?;
+    let signals = obey(signals, stop.clone(), labels.service().clone());
     let ending = tasks.token().clone();
     tasks.spawn("signals", async move {
         ending.run_until_cancelled(signals).await;
@@ -189,14 +192,11 @@ async fn run(
 }
 
 /// The first signal lets what is under way end, the second one ends it.
-async fn obey_signals(stop: CancellationToken, runs: Service) {
-    let never = Activity::new(None);
-    if wait_for_reason(&never, |_| ()).await.is_ok() {
-        stop.cancel();
-    }
-    if wait_for_reason(&never, |_| ()).await.is_ok() {
-        runs.drain(tokio::time::Instant::now()).await;
-    }
+async fn obey(mut signals: Signals, stop: CancellationToken, runs: Service) {
+    signals.next().await;
+    stop.cancel();
+    signals.next().await;
+    runs.drain(tokio::time::Instant::now()).await;
 }
 
 /// The same command is the same batch.

@@ -5,6 +5,7 @@ mod label;
 mod outside;
 mod programs;
 mod runtime;
+mod stops;
 mod terminal;
 
 use std::{
@@ -21,6 +22,7 @@ pub use self::label::{AskedPrompt, LabelJob, Labelled, label};
 use self::outside::Outside;
 use self::programs::{Programs, look_at_claude, look_at_programs};
 use self::runtime::RuntimeFolder;
+use self::stops::{Step, StopNote};
 pub use self::terminal::terminal;
 use crate::{
     agent::{AgentSettings, Ceiling, Limits},
@@ -30,12 +32,13 @@ use crate::{
     config::{self, CredentialSource, Loaded, Mode, Settings},
     control_plane::Notice,
     domain::{Account, Signature},
+    egress::Egress,
     figures::Figures,
     gateway::{self, Credential, Gateway, GatewayConfig, OAuthSettings, load_credentials_file},
     label::{
         BatchSettings, Batches, Busy, Cache, LabelSettings, Labels, MAX_ANSWER_TOKENS, Prompts,
     },
-    lifecycle::{Activity, Guard, HolderKind, StopReason, wait_for_reason},
+    lifecycle::{Activity, Guard, HolderKind, Shares, Signals, StopReason, wait_for_reason},
     preview::{self, ActivityGuard, ActivitySink, PreviewSettings, Previews, Proxy, ProxyKind},
     process::{self, Bash, ConfinementMode, Launcher},
     rehearsal::{Rehearsal, Script},
@@ -48,9 +51,6 @@ use crate::{
     workspace::{Dependencies, make_private_dir},
 };
 
-/// What the last steps of a shutdown (stopping children, closing tasks) may take.
-const LAST_STEPS: Duration = Duration::from_secs(3);
-
 /// What the control plane may take to hear of the end.
 const LAST_NEWS: Duration = Duration::from_secs(2);
 
@@ -60,6 +60,7 @@ const LAST_NEWS: Duration = Duration::from_secs(2);
 /// What keeps it from starting, or from ending well, as one line that says what to do.
 pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
     let started = Instant::now();
+    let signals = Signals::listen().context("failed to listen for signals")?;
     process::harden_self().context("failed to protect the process")?;
     repository::init();
     let settings = &loaded.settings;
@@ -77,6 +78,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
     let launcher = Launcher::start(settings.lease / 2, ConfinementMode::Auto)
         .context("failed to start the launcher")?;
     let programs = Programs::find(&loaded);
+    let egress = start_egress(settings, &tasks).await?;
     let activity = Activity::new(settings.auto_shutdown);
     let outside = Outside::start(settings, &activity, &tasks)?;
     let network_port =
@@ -90,11 +92,12 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
             most_awake: settings.max_previews,
             shows_banner: settings.preview_errors == config::PreviewErrors::Banner,
             access: preview_access(settings),
+            egress: egress.as_ref().map(|egress| egress.sites.clone()),
         },
         tasks.clone(),
     );
     let readiness = Readiness::default();
-    let agent = agent_settings(settings, &programs, &launcher, &gateway);
+    let agent = agent_settings(settings, &programs, &launcher, &gateway, egress.as_ref());
     let service = one_shots(
         settings,
         agent.clone(),
@@ -122,7 +125,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         gateway,
         previews.clone(),
         programs
-            .node_tools()
+            .node_tools(egress.map(|egress| egress.installer))
             .map(|tools| Dependencies::new(launcher.clone(), tools)),
         activity.clone(),
         tasks.clone(),
@@ -199,7 +202,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         activity,
         runtime,
     };
-    ending.wait_and_stop(settings).await
+    ending.wait_and_stop(settings, signals).await
 }
 
 /// Runs the one-shot service alone: no workspace, no Node, no site.
@@ -208,6 +211,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
 /// As [`serve`].
 pub async fn serve_one_shots(loaded: Loaded) -> anyhow::Result<()> {
     let started = Instant::now();
+    let signals = Signals::listen().context("failed to listen for signals")?;
     process::harden_self().context("failed to protect the process")?;
     let settings = &loaded.settings;
     let runtime = runtime_folder(&loaded)?;
@@ -229,10 +233,11 @@ pub async fn serve_one_shots(loaded: Loaded) -> anyhow::Result<()> {
     let launcher = Launcher::start(settings.lease / 2, ConfinementMode::Auto)
         .context("failed to start the launcher")?;
     let programs = Programs::find(&loaded);
+    let egress = start_egress(settings, &tasks).await?;
     let activity = Activity::new(settings.auto_shutdown);
     let outside = Outside::start(settings, &activity, &tasks)?;
     open_to_network(&gateway, network, &activity, &tasks).await?;
-    let agent = agent_settings(settings, &programs, &launcher, &gateway);
+    let agent = agent_settings(settings, &programs, &launcher, &gateway, egress.as_ref());
     let service = one_shots(settings, agent, runtime.path(), &launcher, &gateway, &tasks);
     let readiness = Readiness::default();
     let port = crate::app::port(&listener);
@@ -278,7 +283,7 @@ pub async fn serve_one_shots(loaded: Loaded) -> anyhow::Result<()> {
         activity,
         runtime,
     };
-    ending.wait_and_stop(settings).await
+    ending.wait_and_stop(settings, signals).await
 }
 
 /// What is ended, in order, when it is time.
@@ -295,7 +300,14 @@ struct Ending {
 }
 
 impl Ending {
-    async fn wait_and_stop(self, settings: &Settings) -> anyhow::Result<()> {
+    /// Where stops are noted for the next start; the one-shot service has no workspace for that.
+    fn stops_folder(&self, settings: &Settings) -> Option<PathBuf> {
+        self.supervisor
+            .as_ref()
+            .map(|_| settings.workspace_path.join(".greenroom/stops"))
+    }
+
+    async fn wait_and_stop(self, settings: &Settings, mut signals: Signals) -> anyhow::Result<()> {
         if std::process::id() == 1 {
             let reaper = reap(self.launcher.clone(), self.tasks.clone());
             self.tasks.spawn("reaper", reaper);
@@ -307,19 +319,36 @@ impl Ending {
             ending.run_until_cancelled(circuit).await;
         });
         let told = &self.outside.control_plane;
-        told.tell(Notice::Ready);
+        let stops = self.stops_folder(settings);
+        told.tell(Notice::Ready {
+            cut_short: stops::report(stops.clone()).await,
+        });
         let going = |stops_at| told.tell(Notice::GoingIdle { stops_at });
         let reason = tokio::select! {
-            reason = wait_for_reason(&self.activity, going) => {
-                reason.context("failed to wait for signals")?
-            }
+            reason = wait_for_reason(&mut signals, &self.activity, going) => reason,
             () = self.tasks.token().cancelled() => StopReason::Broken,
         };
         let why = reason.as_str();
         told.tell(Notice::Stopping { reason: why });
-        stop(reason, settings, &self).await;
+        let begin = tokio::time::Instant::now();
+        let shares = Shares::of(settings.drain, settings.stop_timeout);
+        let note = StopNote::begin(stops, why, settings.stop_timeout);
+        let stopping = stop(reason, begin, shares, &self, &note);
+        tokio::select! {
+            () = stopping => {}
+            // Whoever asks twice means now. Children end by themselves when we are gone.
+            () = signals.next(), if reason != StopReason::Broken => {
+                tracing::warn!("stopping at once");
+                note.cut("a second signal ended it at once");
+            }
+        }
+        tracing::info!(reason = why, "stopped");
         told.tell(Notice::Stopped { reason: why });
-        told.finish(LAST_NEWS).await;
+        let left = (begin + shares.told).saturating_duration_since(tokio::time::Instant::now());
+        let news = async {
+            told.finish(LAST_NEWS.min(left)).await;
+        };
+        tokio::join!(news, note.end());
         drop(self.runtime);
         match reason {
             StopReason::Broken => bail!("a part of greenroom broke; the log says which"),
@@ -328,8 +357,15 @@ impl Ending {
     }
 }
 
-/// Ends everything in order: admit nothing, let turns end, stop children, close tasks.
-async fn stop(reason: StopReason, settings: &Settings, ending: &Ending) {
+/// Ends everything in order: admit nothing, let turns end, stop children, close tasks. Each step has
+/// its share of the platform's patience; one that is cut short is noted.
+async fn stop(
+    reason: StopReason,
+    begin: tokio::time::Instant,
+    shares: Shares,
+    ending: &Ending,
+    note: &StopNote,
+) {
     let Ending {
         supervisor,
         service,
@@ -340,50 +376,71 @@ async fn stop(reason: StopReason, settings: &Settings, ending: &Ending) {
         ..
     } = ending;
     tracing::info!(reason = reason.as_str(), "stopping");
-    let drain = async {
-        let deadline = tokio::time::Instant::now() + settings.drain;
-        let turns = async {
-            if let Some(supervisor) = supervisor {
-                supervisor.drain(deadline).await;
-            }
-        };
-        let images = async {
-            if let Some(labels) = labels {
-                labels.service().drain(deadline).await;
-            }
-        };
-        tokio::join!(turns, service.drain(deadline), images);
-        if !launcher.stop(LAST_STEPS).await {
-            tracing::error!("children were left that did not end");
+    let (turns_end, saved) = (begin + shares.turns, begin + shares.saved);
+    let turns = async {
+        let Some(supervisor) = supervisor else { return };
+        let drained = supervisor.drain(turns_end, saved).await;
+        if drained.interrupted > 0 {
+            let turns = drained.interrupted;
+            note.cut(format!("{turns} running turns were interrupted"));
         }
-        // Answers that are on their way get out.
-        let answered = async {
-            while activity.count(HolderKind::Request) > 0 {
-                tokio::time::sleep(Duration::from_millis(10)).await;
-            }
-        };
-        tokio::time::timeout(Duration::from_secs(1), answered)
-            .await
-            .ok();
-        if !tasks.stop(LAST_STEPS).await {
-            tracing::warn!("tasks were left that did not end");
+        for thread in drained.unsaved {
+            note.cut(format!(
+                "{thread} was not saved in time; its next init recovers it"
+            ));
         }
     };
-    tokio::select! {
-        () = drain => {}
-        // Whoever asks twice means now. Children end by themselves when we are gone.
-        _ = wait_for_reason_again(reason) => tracing::warn!("stopping at once"),
+    let runs = async {
+        match service.drain(turns_end).await {
+            0 => {}
+            runs => note.cut(format!("{runs} one-shot runs were ended")),
+        }
+    };
+    let images = async {
+        let Some(labels) = labels else { return };
+        match labels.service().drain(turns_end).await {
+            0 => {}
+            runs => note.cut(format!("{runs} runs that label an image were ended")),
+        }
+    };
+    let runs = async { tokio::join!(runs, images) };
+    tokio::join!(turns, tokio::time::timeout_at(saved, runs))
+        .1
+        .ok();
+    note.reached(Step::Children);
+    if std::process::id() == 1 {
+        launcher.terminate_orphans();
     }
-    tracing::info!(reason = reason.as_str(), "stopped");
-}
-
-/// A second signal, while the first one is being obeyed.
-async fn wait_for_reason_again(first: StopReason) -> std::io::Result<StopReason> {
-    let never = Activity::new(None);
-    if first == StopReason::Broken {
-        return std::future::pending().await;
+    let now = tokio::time::Instant::now();
+    let children = (begin + shares.children).saturating_duration_since(now);
+    // Half of it to end by themselves, half to be ended.
+    let ended = launcher.stop(children / 2);
+    if !matches!(tokio::time::timeout(children, ended).await, Ok(true)) {
+        tracing::error!("children were left that did not end");
+        note.cut("children were left that did not end");
     }
-    wait_for_reason(&never, |_| ()).await
+    note.reached(Step::Answers);
+    // Answers that are on their way get out.
+    let answered = async {
+        while activity.count(HolderKind::Request) > 0 {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    let in_a_second = tokio::time::Instant::now() + Duration::from_secs(1);
+    let answers_end = in_a_second.min(begin + shares.answers);
+    if tokio::time::timeout_at(answers_end, answered)
+        .await
+        .is_err()
+    {
+        note.cut("requests were left without an answer");
+    }
+    note.reached(Step::Tasks);
+    let now = tokio::time::Instant::now();
+    let left = (begin + shares.tasks).saturating_duration_since(now);
+    if !tasks.stop(left).await {
+        tracing::warn!("tasks were left that did not end");
+        note.cut("tasks were left that did not end");
+    }
 }
 
 async fn prepare_folder(path: &Path, setting: &'static str) -> anyhow::Result<()> {
@@ -546,18 +603,29 @@ async fn open_to_network(
     Ok(Some(port))
 }
 
+/// The children's way out, where the operator says whom they may reach.
+async fn start_egress(settings: &Settings, tasks: &Tasks) -> anyhow::Result<Option<Egress>> {
+    let Some(names) = &settings.egress_allow else {
+        return Ok(None);
+    };
+    let egress = Egress::start(names, tasks).await;
+    Ok(Some(egress.context("failed to start the egress proxy")?))
+}
+
 /// How CLIs are started; `None` where there is none.
 fn agent_settings(
     settings: &Settings,
     programs: &Programs,
     launcher: &Launcher,
     gateway: &Gateway,
+    egress: Option<&Egress>,
 ) -> Option<Arc<AgentSettings>> {
     let program = programs.claude.clone()?;
     Some(Arc::new(AgentSettings {
         program,
         gateway_url: gateway.base_url(),
         gateway_port: gateway.port(),
+        egress: egress.map(|egress| egress.sites.clone()),
         model: settings.claude_model.clone(),
         max_output_tokens: settings.claude_max_output_tokens.map(u64::from),
         tools: settings.claude_tools.clone(),
@@ -612,6 +680,8 @@ async fn labels(
         Arc::new(AgentSettings {
             model: settings.label_model.clone().or(agent.model.clone()),
             max_output_tokens: Some(MAX_ANSWER_TOKENS),
+            // It has no tool that could use one.
+            egress: None,
             ..agent.clone()
         })
     });
@@ -897,6 +967,11 @@ fn tell_more(loaded: &Loaded, is_rehearsal: bool, launcher: &Launcher) {
     tracing::info!(
         files = ?confinement.files, network = ?confinement.network,
         processes = ?confinement.processes, bash = ?confinement.bash,
+        egress = match &loaded.settings.egress_allow {
+            None => "any".to_owned(),
+            Some(names) if names.is_empty() => "none".to_owned(),
+            Some(names) => names.join(","),
+        },
         "how agents and dev servers are held"
     );
 }
@@ -916,6 +991,7 @@ async fn reap(launcher: Launcher, tasks: Tasks) {
         let reaped = task::blocking("reaping orphans", Duration::from_secs(10), move || {
             launcher.reap_orphans()
         });
-        reaped.await.ok();
+        let reaped = reaped.await.unwrap_or_default();
+        metrics::counter!("greenroom_orphans_reaped_total").increment(reaped as u64);
     }
 }

@@ -11,6 +11,7 @@ use std::{
 use crate::{
     api::Readiness,
     config::{self, Loaded},
+    egress::Door,
     process::{Launcher, Profile, Spec, Stdin},
     workspace::NodeTools,
 };
@@ -47,7 +48,7 @@ impl Programs {
         }
     }
 
-    pub(super) fn node_tools(&self) -> Option<NodeTools> {
+    pub(super) fn node_tools(&self, egress: Option<Door>) -> Option<NodeTools> {
         let npm = std::env::split_paths(&self.path)
             .map(|folder| folder.join("npm"))
             .find(|npm| npm.is_file());
@@ -62,6 +63,7 @@ impl Programs {
                 .map(|(_, file)| file.into())
                 .collect(),
             env: self.npm_env.clone(),
+            egress,
         })
     }
 

@@ -269,6 +269,9 @@ settings! {
     TURN_TIMEOUT_SECONDS, turn_timeout: Duration, Number, value::some_seconds, Is("600"),
         "Longest turn";
 
+    EGRESS_ALLOW, egress_allow: Option<Vec<String>>, List, value::egress, Is("any"),
+        "Hosts that agents, sites and installers may reach, through greenroom's proxy alone; .example.com is every name below, none is no host but the registries of npm's settings, any is no proxy";
+
     BUDGET_TURN_USD, budget_turn: Option<f64>, Number, value::dollars, Unset,
         "Most that one turn may spend at the model API, in US dollars";
     BUDGET_THREAD_DAY_USD, budget_thread_day: Option<f64>, Number, value::dollars, Unset,

@@ -334,6 +334,22 @@ fn bad_values_are_refused_by_name_source_and_rule() {
         ("DRAIN_SECONDS", &["-1"]),
         ("MAX_PREVIEWS", &["0", "-1", "many", "1.0"]),
         ("MAX_WARM_AGENTS", &["-1"]),
+        (
+            "EGRESS_ALLOW",
+            &[
+                "*",
+                "*.example.com",
+                ".",
+                "http://x",
+                "x:443",
+                "10.0.0.1",
+                "[::1]",
+                "2130706433",
+                "a/b",
+                ",",
+                "any,example.com,1.2.3.4",
+            ],
+        ),
         ("CLAUDE_MAX_OUTPUT_TOKENS", &["0", "4294967297"]),
         ("CLIENT_ID", &["../x", ".a", "a/b", "a..b", "x.lock", "ä"]),
         ("USER_ID", &["a b"]),
@@ -856,6 +872,30 @@ fn paths_are_absolute_and_public_addresses_are_filled_in() {
         .settings();
     assert!(own.allows_host("green.internal:8080") && own.allows_host("localhost"));
     assert!(!own.allows_host("api.example.com"));
+}
+
+#[test]
+fn whom_children_may_reach() {
+    let allow = |value: &str| {
+        Place::new()
+            .env("EGRESS_ALLOW", value)
+            .settings()
+            .egress_allow
+    };
+    assert_eq!(Place::new().settings().egress_allow, None);
+    assert_eq!(allow("any"), None);
+    assert_eq!(allow("None"), Some(Vec::new()));
+    let names = allow("API.Example.com., .example.org,bücher.example");
+    let names = names.unwrap();
+    assert_eq!(
+        names,
+        ["api.example.com", ".example.org", "xn--bcher-kva.example"]
+    );
+    let place = Place::new().file("greenroom.yaml", "egressAllow: [a.example, .b.example]");
+    assert_eq!(
+        place.settings().egress_allow.unwrap(),
+        ["a.example", ".b.example"]
+    );
 }
 
 #[test]

@@ -382,6 +382,32 @@ pub(super) fn hosts(text: &str, _: &Surroundings) -> Outcome<Vec<String>> {
     list(text, hosts, allowed)
 }
 
+/// Names that children may ask for, a leading dot meaning every name below; `None` is `any`.
+pub(super) fn egress(text: &str, _: &Surroundings) -> Outcome<Option<Vec<String>>> {
+    match text.to_ascii_lowercase().as_str() {
+        "any" => return parsed(None, "any"),
+        "none" => return parsed(Some(Vec::new()), "none"),
+        _ => {}
+    }
+    let allowed = "host names without ports, .example.com for every name below it, separated by \
+                   commas; or any, or none";
+    let mut names = Vec::new();
+    for item in items(text) {
+        let (dot, bare) = match item.strip_prefix('.') {
+            Some(bare) => (".", bare),
+            None => ("", item),
+        };
+        match Host::parse(bare.trim_end_matches('.')) {
+            Ok(Host::Domain(name)) if !item.contains(['*', '%', '{', '/']) && !name.is_empty() => {
+                names.push(format!("{dot}{name}"));
+            }
+            _ => return wrong(format!("{} is not a host's name", quoted(item)), allowed),
+        }
+    }
+    let Parsed { value, shown } = list(text, names, allowed)?;
+    parsed(Some(value), shown)
+}
+
 /// Only a default is an empty text, and an empty list.
 fn list(text: &str, items: Vec<String>, allowed: &str) -> Outcome<Vec<String>> {
     if items.is_empty() && !text.is_empty() {

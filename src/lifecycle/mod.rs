@@ -6,4 +6,4 @@ mod shutdown;
 
 pub use activity::{Activity, Guard, Holder, HolderKind, IdleAnswer};
 pub use memory::Memory;
-pub use shutdown::{StopReason, wait_for_reason};
+pub use shutdown::{Shares, Signals, StopReason, wait_for_reason};

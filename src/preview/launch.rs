@@ -22,6 +22,7 @@ use super::{
     probe,
 };
 use crate::{
+    egress::Door,
     process::{Peers, Ports, ProcessHandle, Profile, Spec, Stdin},
     task::blocking,
 };
@@ -96,12 +97,16 @@ pub(crate) fn prepare(
         .extend([site.worktree.clone(), home.clone(), tmp.clone()]);
     profile.write.extend(site.writable.iter().cloned());
     // Sites fetch from APIs while they render; they may ask themselves too.
-    profile.connect = Peers::Only {
-        here: vec![site.port],
-        elsewhere: vec![443],
+    profile.connect = match &settings.egress {
+        Some(door) => Peers::here(vec![site.port, door.port()]),
+        None => Peers::Only {
+            here: vec![site.port],
+            elsewhere: vec![443],
+        },
     };
     profile.bind = Ports::Only(vec![site.port]);
     let mut env = environment(site, settings, &home, &tmp);
+    env.extend(settings.egress.iter().flat_map(Door::environment));
     if polls {
         // Vite looks at its files by itself (measured with 8.3.8).
         env.push(("CHOKIDAR_USEPOLLING".into(), "1".into()));

@@ -64,6 +64,7 @@ pub use self::{
 };
 use crate::{
     domain::{PreviewError, PreviewState, PreviewStatus},
+    egress::Door,
     preview::{
         dev_server::{DevServer, Intent},
         filter::{Folders, Refusal},
@@ -93,6 +94,8 @@ pub struct PreviewSettings {
     pub node: PathBuf,
     /// Who may look.
     pub access: Access,
+    /// The dev servers' way out of this machine; without one they reach any host on 443.
+    pub egress: Option<Door>,
     /// Below it each preview gets a private HOME and TMPDIR. Not readable by other threads.
     pub private_root: PathBuf,
     /// Dev servers at once; the least recently used one sleeps where another is needed.

@@ -13,7 +13,10 @@ use std::{
 };
 
 use nix::{
-    sys::wait::{WaitPidFlag, waitpid},
+    sys::{
+        signal::{self, Signal},
+        wait::{WaitPidFlag, waitpid},
+    },
     unistd::Pid,
 };
 use tokio::{
@@ -342,6 +345,24 @@ impl Launcher {
                 waitpid(Pid::from_raw(process.pid), Some(WaitPidFlag::WNOHANG)).is_ok()
             })
             .count()
+    }
+
+    /// SIGTERM to what fell to this process as PID 1: nobody else will tell it. Reads `/proc`.
+    pub fn terminate_orphans(&self) {
+        let us = std::process::id().cast_signed();
+        let live = self.wardens.live();
+        let orphans = procfs::processes()
+            .into_iter()
+            .filter(|process| !process.is_zombie && process.parent == us)
+            .filter(|process| !live.contains(&process.pid));
+        for orphan in orphans {
+            for pid in [orphan.pid]
+                .into_iter()
+                .chain(procfs::descendants(orphan.pid))
+            {
+                signal::kill(Pid::from_raw(pid), Signal::SIGTERM).ok();
+            }
+        }
     }
 
     /// Starts nothing more, terminates all that runs, and waits for the end of it.

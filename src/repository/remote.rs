@@ -31,6 +31,7 @@ use tokio::sync::mpsc;
 use url::{Host, Url};
 
 use super::message::one_line;
+use crate::address::is_inside;
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(15);
 /// Longest silence of a server: it may have to pack a large repository before it says a word.
@@ -288,7 +289,7 @@ impl Session {
             Some(Host::Ipv6(ip)) => Some(IpAddr::V6(ip)),
             _ => None,
         };
-        if !is_trusted && address.is_some_and(is_private) {
+        if !is_trusted && address.is_some_and(is_inside) {
             return Err(RemoteError {
                 during,
                 kind: RemoteErrorKind::Rejected,
@@ -523,34 +524,11 @@ impl reqwest::dns::Resolve for PublicOnly {
         let name = name.as_str().to_owned();
         Box::pin(async move {
             let found: Vec<SocketAddr> = tokio::net::lookup_host((name, 0)).await?.collect();
-            if found.iter().any(|address| is_private(address.ip())) {
+            if found.iter().any(|address| is_inside(address.ip())) {
                 return Err(PRIVATE.into());
             }
             Ok(Box::new(found.into_iter()) as reqwest::dns::Addrs)
         })
-    }
-}
-
-fn is_private(address: IpAddr) -> bool {
-    match address.to_canonical() {
-        IpAddr::V4(ip) => {
-            let [a, b, ..] = ip.octets();
-            ip.is_private()
-                || ip.is_loopback()
-                || ip.is_link_local()
-                || ip.is_multicast()
-                || a == 0
-                || a >= 240
-                // Shared by carriers and clouds (RFC 6598).
-                || a == 100 && (64..128).contains(&b)
-        }
-        IpAddr::V6(ip) => {
-            ip.is_loopback()
-                || ip.is_unspecified()
-                || ip.is_multicast()
-                || ip.is_unique_local()
-                || ip.is_unicast_link_local()
-        }
     }
 }
 

@@ -535,19 +535,23 @@ impl Service {
         self.0.draining.clone()
     }
 
-    /// Refuses new calls, lets those under way end until `deadline`, then ends them.
-    pub async fn drain(&self, deadline: tokio::time::Instant) {
+    /// Refuses new calls, lets those under way end until `deadline`, then ends them. Answers how many
+    /// had to be ended.
+    pub async fn drain(&self, deadline: tokio::time::Instant) -> usize {
         self.0.draining.cancel();
         let all = u32::try_from(self.0.settings.max_concurrent).unwrap_or(u32::MAX);
         let over = self.0.slots.acquire_many(all);
-        if tokio::time::timeout_at(deadline, over).await.is_err() {
-            tracing::warn!("ending one-shot runs that still go on");
-            self.0.stop.cancel();
-            let over = self.0.slots.acquire_many(all);
-            tokio::time::timeout(Duration::from_secs(6), over)
-                .await
-                .ok();
+        if tokio::time::timeout_at(deadline, over).await.is_ok() {
+            return 0;
         }
+        let ended = self.0.settings.max_concurrent - self.0.slots.available_permits();
+        tracing::warn!(runs = ended, "ending one-shot runs that still go on");
+        self.0.stop.cancel();
+        let over = self.0.slots.acquire_many(all);
+        tokio::time::timeout(Duration::from_secs(6), over)
+            .await
+            .ok();
+        ended
     }
 
     async fn run(&self, shot: &Shot, site: &RunSite, cancel: &CancellationToken) -> Ran {

@@ -14,7 +14,7 @@ use super::{Args, scratch::Scratch};
 use crate::{
     agent::AgentSettings,
     gateway::ActiveRun,
-    process::{Child, Exit, Peers, Spec, Stdin},
+    process::{Child, Exit, Spec, Stdin},
     usage::Breach,
 };
 
@@ -74,9 +74,7 @@ pub(super) fn spec(
     profile.read.extend(site.read.iter().cloned());
     profile.write.push(scratch.root().to_owned());
     profile.write.extend(site.write.iter().cloned());
-    let mut ports = site.connect.clone();
-    ports.push(settings.gateway_port);
-    profile.connect = Peers::here(ports);
+    profile.connect = settings.peers(site.connect.iter().copied());
     let mut args = args.clone();
     args.model = args.model.or_else(|| settings.model.clone());
     Spec {

@@ -15,7 +15,7 @@ mod view;
 mod warm;
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     time::Duration,
@@ -315,6 +315,15 @@ impl RepositoryLock {
     async fn release(self) {
         self.lease.release().await;
     }
+}
+
+/// What of a shutdown did not come to its own end.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Drained {
+    /// Turns that were interrupted; what they wrote is committed.
+    pub interrupted: usize,
+    /// Threads that were still busy with that when their time was over.
+    pub unsaved: Vec<String>,
 }
 
 /// A turn that somebody can still stop.
@@ -830,8 +839,9 @@ impl Supervisor {
 
     /// Ends the service's core: refuses new work, lets running turns end until `deadline`, then
     /// interrupts them; their edits are committed in either case. Agents and dev servers are gone
-    /// when this returns.
-    pub async fn drain(&self, deadline: Instant) {
+    /// when this returns, unless that took longer than until `save`.
+    pub async fn drain(&self, deadline: Instant, save: Instant) -> Drained {
+        let mut drained = Drained::default();
         self.0.draining.cancel();
         let wait_for_turns = async {
             while self.active_turns() > 0 {
@@ -842,19 +852,36 @@ impl Supervisor {
             .await
             .is_err()
         {
+            drained.interrupted = self.active_turns();
             tracing::warn!(
-                turns = self.active_turns(),
+                turns = drained.interrupted,
                 "interrupting turns that still run"
             );
             for live in lock(&self.0.live).values() {
                 live.cancel.cancel();
             }
         }
-        let handles: Vec<ThreadHandle> = lock(&self.0.threads)
-            .drain()
-            .map(|(_, handle)| handle)
-            .collect();
-        futures_util::future::join_all(handles.into_iter().map(ThreadHandle::stop)).await;
-        self.0.previews.stop_all(PREVIEW_GRACE).await;
+        let handles: Vec<(ThreadKey, ThreadHandle)> = lock(&self.0.threads).drain().collect();
+        let open: Mutex<BTreeSet<String>> =
+            Mutex::new(handles.iter().map(|(key, _)| key.to_string()).collect());
+        let save_all = handles.into_iter().map(|(key, handle)| {
+            let open = &open;
+            async move {
+                handle.stop().await;
+                lock(open).remove(&key.to_string());
+            }
+        });
+        let all = async {
+            futures_util::future::join_all(save_all).await;
+            self.0.previews.stop_all(PREVIEW_GRACE).await;
+        };
+        if tokio::time::timeout_at(save, all).await.is_err() {
+            drained.unsaved = std::mem::take(&mut *lock(&open)).into_iter().collect();
+            tracing::warn!(
+                threads = ?drained.unsaved,
+                "threads did not come to their end in time; the next init finishes them"
+            );
+        }
+        drained
     }
 }

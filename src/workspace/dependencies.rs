@@ -33,6 +33,7 @@ use tokio::sync::OnceCell;
 pub use self::tree::linked_folder;
 use self::{manifest::Need, tree::AttachError};
 use crate::{
+    egress::Door,
     process::{Exit, Launcher, Peers, ProcessError, Profile, Spec, Stdin},
     task::{BlockingError, blocking},
     text::Tail,
@@ -116,6 +117,9 @@ pub struct NodeTools {
     pub env: Vec<(OsString, OsString)>,
     /// Files that those settings name (npm's user configuration, certificates).
     pub readable: Vec<PathBuf>,
+    /// The installer's way out of this machine; without one it reaches any host on the ports that a
+    /// registry may have.
+    pub egress: Option<Door>,
 }
 
 /// One worktree to provide for.
@@ -170,6 +174,8 @@ pub struct Dependencies {
     tools: Arc<NodeTools>,
     /// Node's major version, which packages are built for; asked once.
     node_major: Arc<OnceCell<u32>>,
+    /// The way out leads to npm's registries; seen to once.
+    registries: Arc<OnceCell<()>>,
     /// One installation at a time for each master.
     locks: Arc<Mutex<HashMap<PathBuf, Weak<tokio::sync::Mutex<()>>>>>,
 }
@@ -181,6 +187,7 @@ impl Dependencies {
             launcher,
             tools: Arc::new(tools),
             node_major: Arc::default(),
+            registries: Arc::default(),
             locks: Arc::default(),
         }
     }
@@ -358,6 +365,15 @@ impl Dependencies {
         on_progress: &mut (impl FnMut(&str) + Send),
     ) -> Result<(), InstallError> {
         let manager = need.manager.name();
+        if let Some(door) = &self.tools.egress {
+            self.registries
+                .get_or_try_init(|| self.admit_registries(door))
+                .await?;
+            need.manager
+                .home()
+                .into_iter()
+                .for_each(|host| door.admit(host));
+        }
         let script = match need.manager.package() {
             None => self.npm(),
             Some((package, script)) => {
@@ -383,6 +399,40 @@ impl Dependencies {
             }
             on_progress("Installing dependencies (the lockfile doesn't fit package.json)");
         }
+        Ok(())
+    }
+
+    /// Opens the way out to the registries of the operator's settings. npm is asked for them: it knows
+    /// where its settings are, and what is so without any. No file of a site is among those.
+    async fn admit_registries(&self, door: &Door) -> Result<(), InstallError> {
+        let manager = "npm";
+        let npm = self.npm();
+        let mut env = self.tools.env.clone();
+        env.push(("HOME".into(), "/nonexistent".into()));
+        let spec = Spec {
+            name: "npm settings",
+            program: self.tools.node.clone(),
+            args: vec![
+                npm.clone().into(),
+                "config".into(),
+                "list".into(),
+                "--json".into(),
+            ],
+            env: [env, quiet()].concat(),
+            cwd: "/".into(),
+            stdin: Stdin::Null,
+            profile: self.profile(&npm),
+        };
+        let run = self.launcher.run(spec, VERSION_DEADLINE, KEPT_BYTES).await;
+        let output = run.map_err(|source| InstallError::Run { manager, source })?;
+        let registries = registries(&output.stdout);
+        if registries.is_empty() {
+            tracing::warn!(
+                exit = %output.exit,
+                "npm does not tell its registry: installs reach no host but those of EGRESS_ALLOW"
+            );
+        }
+        door.admit_registries(&registries);
         Ok(())
     }
 
@@ -432,24 +482,16 @@ impl Dependencies {
         let tools = &self.tools;
         let mut all: Vec<OsString> = vec![script.into()];
         all.extend(args);
-        let node = tools
-            .node
-            .canonicalize()
-            .unwrap_or_else(|_| tools.node.clone());
-        let mut profile = Profile::system();
-        for program in [&tools.node, &node] {
-            profile.read.extend(program.parent().map(Path::to_owned));
-        }
-        // `npm/bin/npm-cli.js` needs all of `npm/`.
-        let package = script.parent().and_then(Path::parent);
-        profile.read.extend(package.map(Path::to_owned));
-        profile.read.extend(tools.readable.iter().cloned());
+        let mut profile = self.profile(script);
         profile
             .write
             .extend([staging.root.clone(), staging.downloads.clone()]);
-        // Registries speak 443 or 80, or the port that the operator's settings name. Not every
-        // port: a package's script must not reach our own API on loopback.
-        profile.connect = peers(&tools.env);
+        profile.connect = match &tools.egress {
+            Some(door) => Peers::here(vec![door.port()]),
+            // Registries speak 443 or 80, or the port that the operator's settings name. Not every
+            // port: a package's script must not reach our own API on loopback.
+            None => peers(&tools.env),
+        };
         let spec = Spec {
             name: "installer",
             program: tools.node.clone(),
@@ -481,6 +523,24 @@ impl Dependencies {
         })
     }
 
+    /// What a script of Node's may read to run.
+    fn profile(&self, script: &Path) -> Profile {
+        let tools = &self.tools;
+        let node = tools
+            .node
+            .canonicalize()
+            .unwrap_or_else(|_| tools.node.clone());
+        let mut profile = Profile::system();
+        for program in [&tools.node, &node] {
+            profile.read.extend(program.parent().map(Path::to_owned));
+        }
+        // `npm/bin/npm-cli.js` needs all of `npm/`.
+        let package = script.parent().and_then(Path::parent);
+        profile.read.extend(package.map(Path::to_owned));
+        profile.read.extend(tools.readable.iter().cloned());
+        profile
+    }
+
     /// The installer's PATH.
     fn folders(&self) -> impl Iterator<Item = &Path> {
         self.tools
@@ -498,7 +558,7 @@ impl Dependencies {
             }
             path.push(folder);
         }
-        let mut env = self.tools.env.clone();
+        let mut env = network_settings(&self.tools);
         env.extend([
             ("PATH".into(), path),
             ("HOME".into(), staging.home.clone().into()),
@@ -514,14 +574,12 @@ impl Dependencies {
                 staging.downloads.join("yarn").into(),
             ),
         ]);
+        env.extend(quiet());
         env.extend(
             [
                 ("LANG", "C.UTF-8"),
                 ("CI", "1"),
                 ("NO_COLOR", "1"),
-                ("npm_config_update_notifier", "false"),
-                // It would be removed with the staging folder, and its path is of no use to anybody.
-                ("npm_config_logs_max", "0"),
                 ("HUSKY", "0"),
                 ("ASTRO_TELEMETRY_DISABLED", "1"),
             ]
@@ -604,6 +662,53 @@ impl Staging {
     }
 }
 
+/// npm without its log, which would be removed with the staging folder and whose path is of no use to
+/// anybody, and without its advice.
+fn quiet() -> Vec<(OsString, OsString)> {
+    [
+        ("npm_config_update_notifier", "false"),
+        ("npm_config_logs_max", "0"),
+    ]
+    .map(|(name, value)| (name.into(), value.into()))
+    .to_vec()
+}
+
+/// The operator's settings, with greenroom's proxy in the place of theirs where there is one: it knows
+/// theirs, and the installer cannot reach it.
+fn network_settings(tools: &NodeTools) -> Vec<(OsString, OsString)> {
+    let Some(door) = &tools.egress else {
+        return tools.env.clone();
+    };
+    let names_proxy = |name: &OsString| {
+        let name = name.to_string_lossy().to_ascii_lowercase();
+        let name = name.strip_prefix("npm_config_").unwrap_or(&name);
+        let name = name.replace('-', "_");
+        ["http_proxy", "https_proxy", "proxy", "no_proxy", "noproxy"].contains(&name.as_str())
+    };
+    let others = tools.env.iter().filter(|(name, _)| !names_proxy(name));
+    let mut env: Vec<_> = others.cloned().collect();
+    let ours = door.environment();
+    // Stronger than a line of its configuration file. An empty one would count as none.
+    let no_proxy = ("npm_config_noproxy".into(), "nobody.invalid".into());
+    let url = ours.iter().find(|(name, _)| name == "HTTPS_PROXY");
+    let as_npm_s = url.into_iter().flat_map(|(_, url)| {
+        ["npm_config_proxy", "npm_config_https_proxy"].map(|name| (name.into(), url.clone()))
+    });
+    env.extend(as_npm_s);
+    env.push(no_proxy);
+    env.extend(ours);
+    env
+}
+
+/// The registries in what `npm config list --json` says: npm's own, and those of scopes.
+fn registries(settings: &str) -> Vec<url::Url> {
+    let settings: serde_json::Value = serde_json::from_str(settings).unwrap_or_default();
+    let all = settings.as_object().into_iter().flatten();
+    all.filter(|(name, _)| *name == "registry" || name.ends_with(":registry"))
+        .filter_map(|(_, value)| value.as_str()?.parse().ok())
+        .collect()
+}
+
 /// The ports 443 and 80, and where the URLs among npm's settings lead.
 fn peers(settings: &[(OsString, OsString)]) -> Peers {
     let (mut here, mut elsewhere) = (Vec::new(), vec![80, 443]);
@@ -633,6 +738,55 @@ fn peers(settings: &[(OsString, OsString)]) -> Peers {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn registries_are_those_that_npm_tells() {
+        let told = r#"{"json": true, "registry": "https://npm.example:8443/all/", "proxy": null,
+            "@acme:registry": "http://10.0.0.7:4873", "other": "https://evil.example/"}"#;
+        let told = registries(told).into_iter().map(|url| url.to_string());
+        let mut told: Vec<_> = told.collect();
+        told.sort();
+        assert_eq!(
+            told,
+            ["http://10.0.0.7:4873/", "https://npm.example:8443/all/"]
+        );
+        assert!(registries("npm error").is_empty());
+    }
+
+    #[tokio::test]
+    async fn the_installer_knows_our_proxy_alone() {
+        let tasks = crate::task::Tasks::new();
+        let egress = crate::egress::Egress::start(&[], &tasks).await.unwrap();
+        let operators = [
+            ("HTTPS_PROXY", "http://user:secret@proxy.example:3128"),
+            ("no_proxy", "registry.example"),
+            ("NPM_CONFIG_HTTPS_PROXY", "http://proxy.example:3128"),
+            ("npm_config_noproxy", "registry.example"),
+            ("NPM_CONFIG_REGISTRY", "https://registry.example/"),
+        ]
+        .map(|(name, value)| (name.into(), value.into()));
+        let tools = NodeTools {
+            node: "node".into(),
+            npm: "npm".into(),
+            env: operators.to_vec(),
+            readable: Vec::new(),
+            egress: Some(egress.installer.clone()),
+        };
+        let env = network_settings(&tools);
+        let text = format!("{env:?}");
+        assert!(!text.contains("proxy.example") && !text.contains("secret"));
+        assert!(text.contains("https://registry.example/"), "{text}");
+        let url = format!("http://127.0.0.1:{}", egress.installer.port());
+        for name in ["HTTPS_PROXY", "npm_config_https_proxy", "npm_config_proxy"] {
+            let value = env.iter().find(|(known, _)| known == name);
+            assert_eq!(value.map(|(_, value)| value), Some(&OsString::from(&url)));
+        }
+        let without = NodeTools {
+            egress: None,
+            ..tools
+        };
+        assert_eq!(network_settings(&without), operators);
+    }
 
     #[test]
     fn only_the_ports_that_a_registry_may_have_are_open() {

@@ -12,7 +12,7 @@ use std::{
 };
 
 /// Rooms that everybody may use. They use each other and no other room.
-const COMMON: [&str; 5] = ["identity", "domain", "lease", "task", "text"];
+const COMMON: [&str; 6] = ["address", "identity", "domain", "lease", "task", "text"];
 
 /// Who may use whom, beside the common rooms.
 const ARROWS: &[(&str, &[&str])] = &[
@@ -26,6 +26,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "config",
             "control_plane",
             "ecs",
+            "egress",
             "figures",
             "gateway",
             "label",
@@ -112,10 +113,12 @@ const ARROWS: &[(&str, &[&str])] = &[
     (
         "agent",
         &[
+            "egress", // its way out
             "gateway", "process", "usage", // its run's budget
         ],
     ),
-    ("preview", &["process"]),
+    ("preview", &["egress", "process"]),
+    ("egress", &[]),
     (
         "gateway",
         &[
@@ -130,6 +133,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     (
         "workspace",
         &[
+            "egress",     // the installer's way out
             "process",    // the installer
             "repository", // the template's files
         ],

@@ -1,9 +1,14 @@
-//! Long runs: kills at random moments, a thousand turns, a reader that hardly reads. A few rounds
+//! Long runs: kills and signals at random moments, orphans, escapes, a thousand turns, a reader that
+//! hardly reads. A few rounds
 //! here; `scripts/campaign` makes many and shows the figures, which `docs/reliability.md` keeps.
 #![expect(
     clippy::unwrap_used,
     reason = "a test that cannot be set up has failed"
 )]
+
+mod escape;
+mod orphans;
+mod signals;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -71,11 +76,12 @@ fn files(worktree: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
 }
 
 /// Asks for a turn of a program that may be killed meanwhile: its id, if it was accepted.
-async fn try_begin(port: u16, alice: &Who) -> Option<String> {
-    let fields = json!({"instruction": "work", "async": true});
+async fn try_begin(port: u16, alice: &Who, instruction: &str) -> Option<String> {
+    let fields = json!({"instruction": instruction, "async": true});
     let sent = Sent::new("POST", "/api/execute", &alice.body(fields));
     let answer = request(port, sent).await.ok()?;
-    Some(answer.ok()["turnId"].as_str()?.to_owned())
+    // It may be stopping already.
+    Some(answer.body["turnId"].as_str()?.to_owned())
 }
 
 /// What could be seen of a turn until the program was gone.
@@ -121,7 +127,7 @@ async fn kills_lose_nothing() {
         let begin = async {
             let mut accepted = Vec::new();
             for _ in 0..2 {
-                accepted.extend(try_begin(port, &alice).await);
+                accepted.extend(try_begin(port, &alice, "work").await);
             }
             let seen = accepted.iter().map(|turn| watch(port, turn.clone()));
             let seen = futures_util::future::join_all(seen).await;

@@ -50,6 +50,7 @@ impl Bench {
             .map(|p| p.join("node"))
             .find(|p| p.is_file());
         let tools = NodeTools {
+            egress: None,
             node: node.expect("Node on PATH"),
             npm,
             env: Vec::new(),

@@ -239,7 +239,7 @@ async fn what_an_agent_does_to_git_changes_nothing_for_others() {
 
 /// What may not be reached from inside: a name, and a command of bash that says REACHED, or what
 /// it found.
-fn attempts(
+pub(crate) fn attempts(
     folders: &Folders,
     greenroom: &TestGreenroom,
     others: &[&Who],
@@ -337,7 +337,7 @@ fn attempts(
 }
 
 /// Other tenants with secrets, and the program.
-async fn town(api: &StandIn) -> (Folders, TestGreenroom, Vec<Who>) {
+pub(crate) async fn town(api: &StandIn) -> (Folders, TestGreenroom, Vec<Who>) {
     let folders = Folders::new();
     let site = folders.site("site", SITE);
     fs::create_dir(folders.join("outside")).unwrap();
@@ -358,7 +358,7 @@ async fn town(api: &StandIn) -> (Folders, TestGreenroom, Vec<Who>) {
     (folders, greenroom, others)
 }
 
-fn port_of(url: &str) -> u16 {
+pub(crate) fn port_of(url: &str) -> u16 {
     url.rsplit(':').next().unwrap().parse().unwrap()
 }
 

@@ -64,6 +64,7 @@ impl Stage {
     async fn agent(&self) -> Agent {
         let at = |name: &str| self.folder.path().join(name);
         let settings = AgentSettings {
+            egress: None,
             ceiling: Ceiling::default(),
             program: acting_claude(),
             gateway_url: self.gateway.base_url(),

@@ -78,6 +78,7 @@ impl Bench {
         std::fs::write(disk.path().join("site/package.json"), package).unwrap();
         std::fs::write(disk.path().join("site/server.cjs"), SERVER).unwrap();
         let settings = PreviewSettings {
+            egress: None,
             access: greenroom::preview::Access::open(),
             node: node(),
             private_root: disk.path().join("private"),
@@ -428,6 +429,7 @@ async fn the_least_recently_used_server_sleeps_and_wakes_when_it_is_asked() {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let proxy = listener.local_addr().unwrap().port();
     let settings = PreviewSettings {
+        egress: None,
         access: greenroom::preview::Access::open(),
         node: node(),
         private_root: bench.disk.path().join("private"),
@@ -548,6 +550,7 @@ async fn an_astro_site_is_installed_served_and_updated() {
     let home = PathBuf::from(std::env::var_os("HOME").unwrap());
     env.push(("NPM_CONFIG_USERCONFIG".into(), home.join(".npmrc").into()));
     let tools = NodeTools {
+        egress: None,
         node: node(),
         npm,
         env,
@@ -555,6 +558,7 @@ async fn an_astro_site_is_installed_served_and_updated() {
     };
     let dependencies = Dependencies::new(launcher(), tools);
     let settings = PreviewSettings {
+        egress: None,
         access: greenroom::preview::Access::open(),
         node: node(),
         private_root: disk.path().join("private"),

@@ -69,7 +69,7 @@ async fn behind_tls(upstream: &str, name: &str, authority: &Path) -> u16 {
 }
 
 /// An HTTP proxy that knows every name as this port. Tells what it was asked for.
-async fn proxy(to: u16) -> (u16, Arc<Mutex<Vec<String>>>) {
+pub(crate) async fn proxy(to: u16) -> (u16, Arc<Mutex<Vec<String>>>) {
     let asked: Arc<Mutex<Vec<String>>> = Arc::default();
     let (listener, port) = listen().await;
     let record = asked.clone();

@@ -315,19 +315,6 @@ fn addresses_inside_are_fetched_from_only_where_named() {
     let into = server.root.path().join("x");
     let error = fetch_into(&into, &Remotes::default(), &by_name).unwrap_err();
     assert_eq!(error.kind, RemoteErrorKind::Rejected, "{error}");
-    for inside in [
-        "10.1.2.3",
-        "169.254.170.2",
-        "100.64.0.1",
-        "::1",
-        "fd00::1",
-        "::ffff:10.0.0.1",
-    ] {
-        assert!(is_private(inside.parse().unwrap()), "{inside}");
-    }
-    for outside in ["140.82.121.4", "2606:50c0::1"] {
-        assert!(!is_private(outside.parse().unwrap()), "{outside}");
-    }
 }
 
 #[test]

@@ -67,6 +67,14 @@ impl Manager {
         }
     }
 
+    /// Where its lockfiles say that packages are, beside the registry that is set.
+    pub(super) fn home(self) -> Option<&'static str> {
+        match self {
+            Self::Npm { .. } | Self::Pnpm => None,
+            Self::Yarn => Some(".yarnpkg.com"),
+        }
+    }
+
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Npm { .. } => "npm",

@@ -53,6 +53,7 @@ impl Bench {
     pub(super) async fn with(shows_banner: bool) -> Self {
         let tasks = Tasks::new();
         let settings = PreviewSettings {
+            egress: None,
             access: greenroom::preview::Access::open(),
             node: "/nowhere/node".into(),
             private_root: "/nowhere".into(),
