@@ -7,7 +7,7 @@
 use std::io::Cursor;
 
 use base64::{Engine, engine::general_purpose::STANDARD};
-use greenroom::picture;
+use greenroom::{picture, rehearsal::Recorded};
 use image::{DynamicImage, ImageFormat, Rgb, RgbImage};
 use serde_json::{Value, json};
 
@@ -69,6 +69,14 @@ async fn label(greenroom: &TestGreenroom, image: &[u8], fields: Value) -> Answer
     greenroom.api("POST", "/api/label", body).await
 }
 
+/// The requests that came in whole. One that the gateway turns away breaks off before its end, and
+/// is no request to an API.
+fn asked(api: &StandIn) -> Vec<Recorded> {
+    let mut requests = api.requests();
+    requests.retain(|request| request.messages > 0);
+    requests
+}
+
 #[tokio::test]
 async fn each_image_is_one_request_and_what_is_no_answer_is_no_label() {
     let lines = "DESCRIPTION: A chessboard.\nNSFW: SUGGESTIVE\nTAGS: board, chess";
@@ -105,17 +113,20 @@ async fn each_image_is_one_request_and_what_is_no_answer_is_no_label() {
     assert!(body["usage"]["outputTokens"].as_u64().unwrap() > 0);
     assert!(body["usage"]["costUsd"].as_f64().unwrap() > 0.0, "{body}");
     assert!(body["durationMs"].as_u64().unwrap() > 0);
-    let asked = api.requests();
-    assert_eq!(asked.len(), 1, "{asked:?}");
-    assert_eq!(asked[0].images.len(), 1);
-    assert!(asked[0].tools.contains(&"StructuredOutput".to_owned()));
+    let asked_so_far = asked(&api);
+    assert_eq!(asked_so_far.len(), 1, "{asked_so_far:?}");
+    assert_eq!(asked_so_far[0].images.len(), 1);
     assert!(
-        !asked[0]
+        asked_so_far[0]
+            .tools
+            .contains(&"StructuredOutput".to_owned())
+    );
+    assert!(
+        !asked_so_far[0]
             .tools
             .iter()
             .any(|tool| { ["Read", "Bash", "Write"].contains(&tool.as_str()) })
     );
-    assert_eq!(asked[0].messages, 1);
 
     // In base64, for training; the data of another image does not come along.
     let second = picture_of(2, 60, 60);
@@ -128,9 +139,12 @@ async fn each_image_is_one_request_and_what_is_no_answer_is_no_label() {
             .unwrap()
             .contains(&name_of(&second))
     );
-    let asked = api.requests();
-    assert!(asked[1].instruction.contains("caption"), "{asked:?}");
-    assert_eq!((asked.len(), asked[1].images.len()), (2, 1));
+    let asked_so_far = asked(&api);
+    assert!(
+        asked_so_far[1].instruction.contains("caption"),
+        "{asked_so_far:?}"
+    );
+    assert_eq!((asked_so_far.len(), asked_so_far[1].images.len()), (2, 1));
 
     // A caller of old lays down the lines by itself: no tool, no second question.
     let old = "Look.\nDESCRIPTION: what it is\nNSFW: the rating\nTAGS: some";
@@ -143,8 +157,8 @@ async fn each_image_is_one_request_and_what_is_no_answer_is_no_label() {
             .unwrap()
             .starts_with("DESCRIPTION:")
     );
-    let asked = api.requests();
-    assert_eq!((asked.len(), asked[2].tools.len()), (3, 0));
+    let asked_so_far = asked(&api);
+    assert_eq!((asked_so_far.len(), asked_so_far[2].tools.len()), (3, 0));
 
     // A model that does not keep to the form is understood, and not asked again.
     let body = label(&greenroom, &second, json!({"prompt": "answer in text"}))
@@ -152,7 +166,7 @@ async fn each_image_is_one_request_and_what_is_no_answer_is_no_label() {
         .ok();
     assert_eq!(body["nsfw_rating"], "SUGGESTIVE", "{body}");
     assert_eq!(body["raw_response"], lines);
-    assert_eq!(api.requests().len(), 4);
+    assert_eq!(asked(&api).len(), 4);
 
     let refused = label(&greenroom, &second, json!({"prompt": "without a rating"})).await;
     assert_eq!(refused.body["status"], "error", "{}", refused.text);
@@ -162,7 +176,7 @@ async fn each_image_is_one_request_and_what_is_no_answer_is_no_label() {
         "DESCRIPTION: A board.\nTAGS: board"
     );
     assert!(refused.error(502, "agent_failed").contains("rating"));
-    assert_eq!(api.requests().len(), 5);
+    assert_eq!(asked(&api).len(), 5);
 
     let refused = label(&greenroom, &second, json!({"prompt": "refuse it"})).await;
     refused.error(502, "agent_failed");
@@ -170,14 +184,10 @@ async fn each_image_is_one_request_and_what_is_no_answer_is_no_label() {
         .await
         .ok();
     assert_eq!(body["nsfw_rating"], "SUGGESTIVE");
-    let before = api.requests().len();
+    let before = asked(&api).len();
     let cut = label(&greenroom, &second, json!({"prompt": "cut it"})).await;
     cut.error(502, "agent_failed");
-    assert_eq!(
-        api.requests().len(),
-        before + 1,
-        "half an answer is paid too"
-    );
+    assert_eq!(asked(&api).len(), before + 1, "half an answer is paid too");
 }
 
 #[tokio::test]

@@ -24,8 +24,8 @@ use tokio::{process::Command, time::timeout};
 use crate::{
     label::{name_of, picture_of},
     support::{
-        CANARY, Folders, Options, PATIENCE, Sent, StandIn, TestGreenroom, stream, tools, wait_for,
-        wait_for_async,
+        CANARY, Folders, Options, PATIENCE, SITE, Sent, StandIn, TestGreenroom, stream, tools,
+        wait_for, wait_for_async, who,
     },
 };
 
@@ -316,7 +316,7 @@ async fn money_and_failures_stop_what_they_have_to() {
         ),
         (&["photos", "--workers", "0"], "--workers", 2),
         (&["photos", "--model", "a b"], "--model", 2),
-        (&["photos", "--max-usd", "-1"], "--max-usd", 2),
+        (&["photos", "--max-usd", "0"], "--max-usd", 2),
         (&[], "PATH", 2),
     ] {
         let refused = ran(command(&folders, &cli, &api, args)).await;
@@ -464,4 +464,58 @@ async fn a_batch_of_the_api_goes_on_after_a_kill_and_leaves_room_for_one() {
     drop(greenroom);
     let other = TestGreenroom::start(options).await;
     other.get(&path).await.error(403, "not_this_tenant");
+}
+
+#[tokio::test]
+async fn a_batch_has_one_image_under_way_while_somebody_s_turn_runs() {
+    let lines = "DESCRIPTION: A board.\nNSFW: SAFE\nTAGS: board";
+    let api = StandIn::start(json!({"rules": [
+        {"match": "gently", "steps": [{"delay_ms": 400, "text": lines}]},
+        {"match": "think", "steps": [{"delay_ms": 6000, "text": "I have thought."}]},
+    ]}))
+    .await;
+    let folders = Folders::new();
+    let site = folders.site("site", SITE);
+    let options = Options::new(&folders).api(&api).env("CLIENT_ID", "acme");
+    let greenroom = TestGreenroom::start(options).await;
+    let alice = who("acme", "alice", "main");
+    greenroom.init(&alice, json!({"repoUrl": site})).await.ok();
+    let images: Vec<Value> = (0..60)
+        .map(|number| json!({"data": STANDARD.encode(picture_of(number, 40, 30))}))
+        .collect();
+    let body = json!({"images": images, "prompt": "gently", "workers": 3});
+    greenroom.api("POST", "/api/label/batches", body).await.ok();
+    wait_for("its first requests", || {
+        (api.requests_about("gently").len() >= 3).then_some(())
+    })
+    .await;
+    let turn = greenroom.begin(&alice, "Please think").await;
+    let has_ended = |what: &str| {
+        let requests = api.requests_about(what);
+        requests
+            .last()
+            .is_some_and(|request| request.ended.is_some())
+    };
+    wait_for("the turn's request", || {
+        (!api.requests_about("think").is_empty()).then_some(())
+    })
+    .await;
+    // What was under way when the turn began has come to its end by then.
+    tokio::time::sleep(std::time::Duration::from_secs(3)).await;
+    let begun = api.requests_about("gently").len();
+    let mut looks = 0;
+    while !has_ended("think") {
+        let under_way = api.requests_about("gently");
+        let under_way = under_way.iter().filter(|request| request.ended.is_none());
+        assert!(under_way.count() <= 1);
+        looks += 1;
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
+    assert!(looks > 10, "{looks}");
+    assert_eq!(greenroom.ended(&turn).await["status"], "completed");
+    // It goes on meanwhile, and after.
+    wait_for("more requests", || {
+        (api.requests_about("gently").len() > begun + 2).then_some(())
+    })
+    .await;
 }
