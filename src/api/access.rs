@@ -32,23 +32,29 @@ use subtle::{Choice, ConstantTimeEq};
 use tokio::sync::Semaphore;
 use tracing::Instrument;
 
-use super::{ApiError, Base, error::REQUEST_ID, rate::Peer};
+use super::{ApiError, Base, batches, error::REQUEST_ID, label, rate::Peer};
 use crate::{
     config::Secret,
     lifecycle::{Guard, HolderKind},
     text::status_class,
 };
 
-/// Largest body of an API call.
+/// Where single images are labelled.
+pub(super) const LABEL: &str = "/api/label";
+/// And many.
+pub(super) const BATCHES: &str = "/api/label/batches";
+/// Largest body of an API call that carries no image.
 const MAX_BODY: usize = 1 << 20;
-/// A body has to be here in this time.
+/// A body has to be here in this time; one with images in three times as much.
 const BODY_DEADLINE: Duration = Duration::from_secs(30);
+/// Of a body that is too large.
+const MAX_DISCARDED: usize = 128 << 20;
 /// How far a signature's clock may be from ours, in milliseconds.
 const CLOCK_SKEW_MS: i64 = 30_000;
 /// Signatures that are remembered: two thousand a second for as long as one may be good. Older ones
 /// are refused by their time. Where there are more, calls are refused rather than one forgotten.
 const MAX_SEEN: usize = 65_536;
-/// Bodies of requests that are not proven yet, at once: 64 MiB.
+/// Bodies of requests that are not proven yet, at once, in MiB.
 const MAX_UNPROVEN: usize = 64;
 const MAX_NONCE: usize = 128;
 
@@ -80,6 +86,46 @@ struct Seen {
 }
 
 type Digested = [u8; 32];
+
+/// What a body may be.
+struct Bounds {
+    bytes: usize,
+    /// For people.
+    named: &'static str,
+    /// Of those that are not proven yet.
+    mebibytes: u32,
+    deadline: Duration,
+    /// It may be a form.
+    takes_forms: bool,
+}
+
+impl Bounds {
+    fn of(path: &str) -> Self {
+        match path {
+            LABEL => Self {
+                bytes: label::MAX_BODY,
+                named: "an image of 10 MiB",
+                mebibytes: 14,
+                deadline: BODY_DEADLINE * 3,
+                takes_forms: true,
+            },
+            BATCHES => Self {
+                bytes: batches::MAX_BODY,
+                named: "64 MiB; make several batches of it",
+                mebibytes: 64,
+                deadline: BODY_DEADLINE * 10,
+                takes_forms: true,
+            },
+            _ => Self {
+                bytes: MAX_BODY,
+                named: "1 MiB",
+                mebibytes: 1,
+                deadline: BODY_DEADLINE,
+                takes_forms: false,
+            },
+        }
+    }
+}
 
 /// What a request says about who it is from, by its head alone.
 enum Claim {
@@ -323,6 +369,7 @@ pub(super) async fn check(State(state): State<Base>, request: Request, next: Nex
         let started = std::time::Instant::now();
         let response = match admit(&state, request).await {
             Ok(request) => next.run(request).await,
+            Err(error) if path == LABEL => error.of_a_label().into_response(),
             Err(error) => error.into_response(),
         };
         let elapsed_ms = started.elapsed().as_millis() as u64;
@@ -394,44 +441,70 @@ async fn admit(state: &Base, request: Request) -> Result<Request, ApiError> {
     if is_open(parts.uri.path()) {
         return Ok(Request::from_parts(parts, Body::empty()));
     }
-    if parts.uri.path() == "/execute" {
+    if matches!(parts.uri.path(), "/execute" | LABEL | BATCHES) {
         state.rate.check(parts.extensions.get::<Peer>().copied())?;
     }
     let now = || Timestamp::now().as_millisecond();
     let claim = state.access.claim(&parts.headers, now())?;
-    if body.size_hint().lower() > MAX_BODY as u64 {
-        return Err(ApiError::too_large("1 MiB"));
+    let bounds = Bounds::of(parts.uri.path());
+    if body.size_hint().lower() > bounds.bytes as u64 {
+        if bounds.takes_forms {
+            discard(body).await;
+        }
+        return Err(ApiError::too_large(bounds.named));
     }
     let body = match claim {
-        Claim::Proven => read_body(body).await?,
+        Claim::Proven => read_body(body, &bounds).await?,
         Claim::Signed(_) => {
-            let slot = state.access.unproven.acquire().await;
+            let slot = state.access.unproven.acquire_many(bounds.mebibytes).await;
             let _slot = slot.expect("the semaphore is never closed");
-            let body = read_body(body).await?;
+            let body = read_body(body, &bounds).await?;
             state.access.check(&claim, &body, now())?;
             body
         }
     };
-    let is_json = parts
+    let kind = parts
         .headers
         .get(CONTENT_TYPE)
         .and_then(|value| value.to_str().ok())
         .map(|value| value.split(';').next().unwrap_or_default().trim())
-        .is_some_and(|kind| kind.eq_ignore_ascii_case("application/json"));
+        .unwrap_or_default();
+    let is_fitting = kind.eq_ignore_ascii_case("application/json")
+        || (bounds.takes_forms && kind.eq_ignore_ascii_case("multipart/form-data"));
     let may_be_without =
         body.is_empty() && !matches!(parts.uri.path(), "/api/init" | "/api/execute" | "/execute");
-    if parts.method == Method::POST && !is_json && !may_be_without {
+    if parts.method == Method::POST && !is_fitting && !may_be_without {
+        let message = match bounds.takes_forms {
+            true => "send an image as multipart/form-data, or as application/json in base64",
+            false => "send the body as JSON, with the header Content-Type: application/json",
+        };
         return Err(ApiError::new(
             StatusCode::UNSUPPORTED_MEDIA_TYPE,
             "unsupported_media_type",
-            "send the body as JSON, with the header Content-Type: application/json",
+            message,
         ));
     }
     Ok(Request::from_parts(parts, Body::from(body)))
 }
 
-async fn read_body(body: Body) -> Result<Bytes, ApiError> {
-    let read = tokio::time::timeout(BODY_DEADLINE, Limited::new(body, MAX_BODY).collect());
+/// Takes in a body that nobody wants: a caller who is still sending it would not hear why.
+async fn discard(mut body: Body) {
+    let all = async {
+        let mut left = MAX_DISCARDED;
+        while let Some(Ok(frame)) = body.frame().await {
+            let length = frame.data_ref().map_or(0, Bytes::len);
+            let Some(rest) = left.checked_sub(length) else {
+                return;
+            };
+            left = rest;
+        }
+    };
+    tokio::time::timeout(BODY_DEADLINE, all).await.ok();
+}
+
+async fn read_body(body: Body, bounds: &Bounds) -> Result<Bytes, ApiError> {
+    let read = Limited::new(body, bounds.bytes).collect();
+    let read = tokio::time::timeout(bounds.deadline, read);
     match read.await {
         Err(_) => Err(ApiError::new(
             StatusCode::REQUEST_TIMEOUT,
@@ -440,7 +513,7 @@ async fn read_body(body: Body) -> Result<Bytes, ApiError> {
         )),
         Ok(Ok(body)) => Ok(body.to_bytes()),
         Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => {
-            Err(ApiError::too_large("1 MiB"))
+            Err(ApiError::too_large(bounds.named))
         }
         Ok(Err(_)) => Err(ApiError::invalid("the request's body broke off")),
     }

@@ -15,6 +15,8 @@ use super::publish::PublishView;
 use crate::{
     domain::{Between, Conflict, ErrorCode, TurnResult},
     identity::{InvalidId, TurnId},
+    label::{BatchesError, Failure, LabelError, Status},
+    picture::PictureError,
     repository::{RemoteError, RemoteErrorKind, RemoteUse, RepositoryError, SourceError},
     service::{Remains, ServiceError},
     supervisor::{PublishAnswer, SupervisorError},
@@ -79,6 +81,14 @@ struct Details {
     stderr: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     output: Option<String>,
+    /// Of `/api/label`: always `error`, and the sentence again, as its callers read them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    status: Option<Status>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    message: Option<String>,
+    /// What the model answered, where no label could be read out of it.
+    #[serde(rename = "raw_response", skip_serializing_if = "Option::is_none")]
+    raw_response: Option<String>,
 }
 
 /// An answer that is no success.
@@ -152,6 +162,13 @@ impl ApiError {
                 ..Details::default()
             })
         }
+    }
+
+    /// The same as callers of `/api/label` read it.
+    pub(super) fn of_a_label(mut self) -> Self {
+        self.details.status = Some(Status::Error);
+        self.details.message = Some(self.message.clone());
+        self
     }
 
     fn with(self, details: Details) -> Self {
@@ -307,6 +324,46 @@ impl From<ServiceError> for ApiError {
                 Self::new(StatusCode::GATEWAY_TIMEOUT, "turn_timeout", said).with(of_a_run(remains))
             }
             E::Folder(_) => Self::internal(&error),
+        }
+    }
+}
+
+impl From<BatchesError> for ApiError {
+    fn from(error: BatchesError) -> Self {
+        let said = error.to_string();
+        match error {
+            BatchesError::NotFound => Self::not_found(said),
+            BatchesError::Full => {
+                Self::new(StatusCode::TOO_MANY_REQUESTS, "queue_full", said).retry(60)
+            }
+            BatchesError::Draining => {
+                Self::new(StatusCode::SERVICE_UNAVAILABLE, "draining", said).retry(5)
+            }
+            BatchesError::Workspace(_) | BatchesError::Journal(_) | BatchesError::Blocking(_) => {
+                Self::internal(&error)
+            }
+        }
+    }
+}
+
+impl From<Failure> for ApiError {
+    fn from(failure: Failure) -> Self {
+        let said = failure.to_string();
+        match failure.error {
+            LabelError::Picture(PictureError::TooLarge { .. }) => {
+                Self::new(StatusCode::PAYLOAD_TOO_LARGE, "payload_too_large", said)
+            }
+            LabelError::Picture(PictureError::Blocking(error)) => Self::internal(&error),
+            LabelError::Picture(_) => {
+                Self::new(StatusCode::UNPROCESSABLE_ENTITY, "invalid_image", said)
+            }
+            LabelError::Service(error) => error.into(),
+            LabelError::Unreadable { raw, .. } => {
+                Self::new(StatusCode::BAD_GATEWAY, "agent_failed", said).with(Details {
+                    raw_response: Some(raw),
+                    ..Details::default()
+                })
+            }
         }
     }
 }

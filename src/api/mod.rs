@@ -5,10 +5,12 @@
 //! picks a status or a code is `error.rs`.
 
 mod access;
+mod batches;
 mod body;
 mod cli;
 mod error;
 mod health;
+mod label;
 mod one_shot;
 mod operations;
 mod page;
@@ -24,7 +26,7 @@ use std::{ops::Deref, sync::Arc, time::Instant};
 
 use axum::{
     Router,
-    extract::FromRef,
+    extract::{DefaultBodyLimit, FromRef},
     http::{Method, StatusCode},
     middleware,
     response::{IntoResponse, Response},
@@ -34,6 +36,7 @@ use tokio_util::sync::CancellationToken;
 use utoipa::OpenApi;
 
 pub use access::{Access, AccessSettings};
+pub use batches::is_ours;
 pub use error::ApiError;
 pub use health::{Facts, Readiness};
 pub use rate::RateLimit;
@@ -42,6 +45,7 @@ pub use serve::serve;
 use crate::{
     figures::Figures,
     identity::{ClientId, ThreadId, UserId},
+    label::{Batches, Labels},
     lifecycle::Activity,
     service::Service,
     supervisor::Supervisor,
@@ -101,6 +105,8 @@ pub struct ApiState {
     pub supervisor: Supervisor,
     pub books: Books,
     pub pins: Pins,
+    pub labels: Labels,
+    pub batches: Batches,
 }
 
 /// The state as handlers take it.
@@ -143,6 +149,12 @@ impl FromRef<Shared> for Base {
         usage::report,
         usage::live,
         one_shot::execute,
+        label::one,
+        batches::submit,
+        batches::one,
+        batches::events,
+        batches::cancel,
+        batches::resume,
         cli::open,
     ),
     components(schemas(
@@ -195,6 +207,19 @@ pub fn router(state: Shared) -> Router {
         .route("/api/usage", get(usage::report))
         .route("/api/usage/live", get(usage::live))
         .route("/execute", post(one_shot::execute))
+        // What a body may have is bounded by `access`.
+        .route(
+            access::LABEL,
+            post(label::one).layer(DefaultBodyLimit::disable()),
+        )
+        .route(
+            access::BATCHES,
+            post(batches::submit).layer(DefaultBodyLimit::disable()),
+        )
+        .route("/api/label/batches/{batch}", get(batches::one))
+        .route("/api/label/batches/{batch}/events", get(batches::events))
+        .route("/api/label/batches/{batch}/cancel", post(batches::cancel))
+        .route("/api/label/batches/{batch}/resume", post(batches::resume))
         .route("/api/cli", post(cli::open))
         .route("/api/idle", get(health::idle))
         .route("/api/idle/touch", post(health::touch))
@@ -246,6 +271,8 @@ mod tests {
             "/api/turns/{turn}/events",
             "/api/usage",
             "/execute",
+            "/api/label",
+            "/api/label/batches",
         ] {
             assert!(document["paths"][path].is_object(), "{path} is described");
         }

@@ -88,6 +88,7 @@ pub(super) async fn execute(
         args,
         timeout: Duration::from_millis(timeout),
         account: Account::of_kind(Account::SERVICE),
+        gate: None,
     };
     let place = match body.cwd.filter(|cwd| !cwd.is_empty()) {
         None => None,

@@ -1,6 +1,7 @@
 //! The composition root: makes every room, connects them, and ends them in order. It knows all of
 //! them; none knows it.
 
+mod label;
 mod outside;
 mod programs;
 mod runtime;
@@ -17,6 +18,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use tokio::net::TcpListener;
 
+pub use self::label::{AskedPrompt, LabelJob, Labelled, label};
 use self::outside::Outside;
 use self::programs::{Programs, look_at_claude, look_at_programs};
 use self::runtime::RuntimeFolder;
@@ -29,10 +31,13 @@ use crate::{
     },
     config::{self, CredentialSource, Loaded, Mode, Settings},
     control_plane::Notice,
-    domain::Signature,
+    domain::{Account, Signature},
     egress::Egress,
     figures::Figures,
     gateway::{self, Credential, Gateway, GatewayConfig, OAuthSettings, load_credentials_file},
+    label::{
+        BatchSettings, Batches, Busy, Cache, LabelSettings, Labels, MAX_ANSWER_TOKENS, Prompts,
+    },
     lifecycle::{Activity, Guard, HolderKind, Shares, Signals, StopReason, wait_for_reason},
     owner,
     preview::{self, ActivityGuard, ActivitySink, PreviewSettings, Previews, Proxy, ProxyKind},
@@ -101,6 +106,16 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         &gateway,
         &tasks,
     );
+    let labels = labels(
+        settings,
+        agent.as_deref(),
+        runtime.path(),
+        &launcher,
+        &gateway,
+        &tasks,
+    );
+    let labels = labels.await?;
+    let batches = batches(settings, &labels, &activity, &tasks);
     let supervisor = Supervisor::new(
         SupervisorSettings {
             node: readiness.node.clone(),
@@ -147,7 +162,9 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
             tenants(settings),
             budgets(settings),
         ),
-        pins,
+        pins: pins.clone(),
+        batches: batches.clone(),
+        labels: labels.clone(),
     });
     // The first line of the log says where it listens.
     announce(&loaded, mode, &listeners, is_rehearsal, &launcher);
@@ -166,6 +183,10 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         "readiness",
         look_at_programs(programs, launcher.clone(), readiness),
     );
+    tasks.spawn("batches", async move {
+        let is_ours = move |account: &Account| api::is_ours(&pins, account);
+        batches.take_up(is_ours).await;
+    });
     tasks.spawn(
         "outcomes",
         outside
@@ -176,6 +197,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         outside,
         supervisor: Some(supervisor),
         service,
+        labels: Some(labels),
         launcher,
         tasks,
         activity,
@@ -256,6 +278,7 @@ pub async fn serve_one_shots(loaded: Loaded) -> anyhow::Result<()> {
         outside,
         supervisor: None,
         service,
+        labels: None,
         launcher,
         tasks,
         activity,
@@ -269,6 +292,7 @@ struct Ending {
     outside: Outside,
     supervisor: Option<Supervisor>,
     service: Service,
+    labels: Option<Labels>,
     launcher: Launcher,
     tasks: Tasks,
     activity: Activity,
@@ -346,6 +370,7 @@ async fn stop(
     let Ending {
         supervisor,
         service,
+        labels,
         launcher,
         tasks,
         activity,
@@ -372,6 +397,14 @@ async fn stop(
             runs => note.cut(format!("{runs} one-shot runs were ended")),
         }
     };
+    let images = async {
+        let Some(labels) = labels else { return };
+        match labels.service().drain(turns_end).await {
+            0 => {}
+            runs => note.cut(format!("{runs} runs that label an image were ended")),
+        }
+    };
+    let runs = async { tokio::join!(runs, images) };
     tokio::join!(turns, tokio::time::timeout_at(saved, runs))
         .1
         .ok();
@@ -666,6 +699,61 @@ fn one_shots(
         mask: |text| telemetry::masked(text).into_owned(),
     };
     Service::new(settings, launcher.clone(), gateway.clone(), tasks.clone())
+}
+
+/// Labels have runs of their own: neither do they wait for others' one-shot runs, nor others for
+/// them.
+async fn labels(
+    settings: &Settings,
+    agent: Option<&AgentSettings>,
+    runtime: &Path,
+    launcher: &Launcher,
+    gateway: &Gateway,
+    tasks: &Tasks,
+) -> anyhow::Result<Labels> {
+    let prompts = match settings.label_prompts_file.clone() {
+        None => Prompts::default(),
+        Some(file) => {
+            let load = move || Prompts::load(&file);
+            task::blocking("reading the prompts", Duration::from_secs(20), load)
+                .await?
+                .context("LABEL_PROMPTS_FILE")?
+        }
+    };
+    let agent = agent.map(|agent| {
+        Arc::new(AgentSettings {
+            model: settings.label_model.clone().or(agent.model.clone()),
+            max_output_tokens: Some(MAX_ANSWER_TOKENS),
+            // It has no tool that could use one.
+            egress: None,
+            ..agent.clone()
+        })
+    });
+    let service = ServiceSettings {
+        agent,
+        max_concurrent: settings.label_max_concurrent,
+        scratch: runtime.join("labels"),
+        mask: |text| telemetry::masked(text).into_owned(),
+    };
+    Ok(Labels::new(LabelSettings {
+        service: Service::new(service, launcher.clone(), gateway.clone(), tasks.clone()),
+        prompts,
+        timeout: settings.label_timeout,
+    }))
+}
+
+/// Batches of images, kept on the workspace.
+fn batches(settings: &Settings, labels: &Labels, activity: &Activity, tasks: &Tasks) -> Batches {
+    let (awake, busy) = (activity.clone(), activity.clone());
+    let settings = BatchSettings {
+        folder: settings.workspace_path.join(".greenroom/labels"),
+        labels: labels.clone(),
+        cache: Cache::new(settings.cache_path.join("labels/known")),
+        busy: Busy::new(move || busy.count(HolderKind::Turn) > 0),
+        lease: settings.lease,
+        awake: Arc::new(move || Box::new(awake.hold(HolderKind::Request, "a batch of images"))),
+    };
+    Batches::new(settings, tasks)
 }
 
 fn supervisor_settings(

@@ -5,6 +5,7 @@
 //! standard error.
 
 mod health;
+mod label;
 mod monitor;
 mod show;
 mod usage;
@@ -87,6 +88,7 @@ fn run(args: Vec<OsString>) -> anyhow::Result<()> {
         "health" => health::run(&load(args, Mode::Inspect)?, args.get_flag("json")),
         "config" => show::run(&load(args, Mode::Inspect)?, args.get_flag("json")),
         "usage" => usage::run(args),
+        "label" => label::run(args),
         "claude" => terminal(args),
         "openapi" => print(&api::openapi_json()),
         other => unreachable!("clap knows no {other}"),
@@ -219,6 +221,7 @@ fn command() -> Command {
             .arg(json()),
         )
         .subcommand(usage::command())
+        .subcommand(label::command())
         .subcommand(
             Command::new("claude")
                 .about("Run the real CLI here, through the gateway: no credential needed")

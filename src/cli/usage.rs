@@ -166,7 +166,7 @@ fn as_csv(report: &Report) -> String {
 
 /// A text as a cell. What a spreadsheet would take for a formula (a model's name is whatever its
 /// request says) begins with an apostrophe.
-fn csv_text(text: &str) -> String {
+pub(super) fn csv_text(text: &str) -> String {
     let text = telemetry::printable(text);
     let is_formula = text.starts_with(['=', '+', '@']) || text.starts_with("-=");
     let text = if is_formula { format!("'{text}") } else { text };

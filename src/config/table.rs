@@ -221,6 +221,15 @@ settings! {
     SERVICE_RATE_PER_MINUTE, service_rate_per_minute: u32, Number,
         |text, _| value::count::<u32>(text, 0, 1_000_000), Is("100"),
         "One-shot calls a minute of each caller's address, loopback excepted; 0 is no limit";
+    LABEL_MODEL, label_model: Option<String>, Text, value::model, Unset,
+        "Model that labels images; else CLAUDE_MODEL";
+    LABEL_PROMPTS_FILE, label_prompts_file: Option<PathBuf>, Text, value::path, Unset,
+        "Prompts for labels besides the built-in ones, by name (YAML)";
+    LABEL_MAX_CONCURRENT, label_max_concurrent: usize, Number,
+        |text, _| value::count(text, 1, 1000), Is("4"),
+        "Images labelled at once, apart from turns and other one-shot runs";
+    CLAUDE_CLI_TIMEOUT, label_timeout: Duration, Number, value::some_seconds, Is("120"),
+        "Longest run about one image, in seconds";
     GATEWAY_PORT, gateway_port: Option<u16>, Number, value::port, Unset,
         "One more listener, with the gateway for other containers";
     GATEWAY_TOKENS_FILE, gateway_tokens_file: Option<PathBuf>, Text, value::path, Unset,

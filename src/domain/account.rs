@@ -30,6 +30,8 @@ impl Account {
     pub const SERVICE: &str = "service";
     /// The kind of a health check that asks the model.
     pub const HEALTH: &str = "health";
+    /// The kind of a run that labels an image.
+    pub const LABEL: &str = "label";
     /// The kind of the CLI on somebody's terminal.
     pub const CLI: &str = "cli";
 

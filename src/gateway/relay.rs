@@ -23,7 +23,7 @@ use super::{
     ActivityGuard, GatewayConfig, GatewayError,
     network::ClientTokens,
     run::{Admission, Exchange, Tokens, retry_after},
-    toll::{self, Stopped, Toll},
+    toll::{Stopped, Toll},
     vault::Vault,
 };
 use crate::{
@@ -176,7 +176,7 @@ impl Relay {
                 "nothing is counted before the first message",
             );
         }
-        let toll = is_model_request.then(|| Toll::new(run.meter.clone()));
+        let toll = is_model_request.then(|| Toll::new(run.meter.clone(), run.gate.clone()));
         let over = run.over.clone();
         tokio::select! {
             biased;
@@ -279,6 +279,7 @@ impl Relay {
                 match stopped.take() {
                     Some(Stopped::TooLarge) => return too_large(),
                     Some(Stopped::Denied(denied)) => return deny(&denied),
+                    Some(Stopped::TurnedAway(why)) => return turn_away(why),
                     None => {}
                 }
                 exchange.unreachable(!error.is_connect());
@@ -443,7 +444,10 @@ fn upload(
     stopping: Arc<Stopping>,
     copy: Option<Arc<Copied>>,
 ) -> impl Stream<Item = io::Result<Bytes>> + Send {
-    let scan = toll.map(|toll| (toll, toll::Request::default()));
+    let scan = toll.map(|toll| {
+        let request = toll.request();
+        (toll, request)
+    });
     let begin = (body, 0_u64, None::<Bytes>, scan);
     stream::try_unfold(begin, move |(mut body, mut sent, mut held, mut scan)| {
         let (stopping, copy) = (stopping.clone(), copy.clone());
@@ -455,7 +459,7 @@ fn upload(
                 let Some(frame) = frame.transpose().map_err(io::Error::other)? else {
                     if let Some((toll, request)) = scan.take() {
                         let paid = toll.pay(&request).await;
-                        paid.map_err(|denied| stopping.set(Stopped::Denied(denied)))?;
+                        paid.map_err(|why| stopping.set(why))?;
                     }
                     if let Some(copy) = &copy {
                         copy.end(sent);
@@ -545,6 +549,14 @@ fn too_large() -> Answer {
         StatusCode::PAYLOAD_TOO_LARGE,
         "the request is larger than 64 MiB",
     )
+}
+
+/// A request that its run's gate does not let through. The CLI gives up at once.
+fn turn_away(why: &str) -> Answer {
+    let mut answer = refuse(StatusCode::FORBIDDEN, why);
+    let headers = answer.headers_mut();
+    headers.insert("x-should-retry", HeaderValue::from_static("false"));
+    answer
 }
 
 /// A request that may not be paid for. The CLI must not try again by itself: its run is told, and

@@ -11,6 +11,7 @@ use std::{
 };
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
+use futures_util::future::BoxFuture;
 use http::{HeaderMap, StatusCode, header};
 use jiff::Timestamp;
 use sha2::{Digest, Sha256};
@@ -44,14 +45,61 @@ pub struct Hold {
     pub until: tokio::time::Instant,
 }
 
+/// What a model request is, as far as a [`Gate`] judges.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Passing {
+    /// Images in it.
+    pub images: u64,
+    /// Requests of its run that were answered before, wholly or in part.
+    pub answered: u64,
+}
+
+/// Asked about each model request of a run once it is paid for, and before its last piece goes up:
+/// an error, which the CLI is told, keeps it here and gives the money back. While it is awaited
+/// nothing has gone up that the upstream could answer.
+#[derive(Clone)]
+pub struct Gate {
+    ask: Arc<Ask>,
+    /// The most tokens that a prompt may have. By its bytes alone an image would pass for a book.
+    pub(super) most_prompt: u64,
+}
+
+type Ask = dyn Fn(Passing) -> BoxFuture<'static, Result<(), &'static str>> + Send + Sync;
+
+impl Gate {
+    /// One that asks this, of a run whose prompts have at most so many tokens.
+    pub fn new(
+        most_prompt: u64,
+        ask: impl Fn(Passing) -> BoxFuture<'static, Result<(), &'static str>> + Send + Sync + 'static,
+    ) -> Self {
+        Self {
+            ask: Arc::new(ask),
+            most_prompt,
+        }
+    }
+
+    pub(super) async fn ask(&self, passing: Passing) -> Result<(), &'static str> {
+        (self.ask)(passing).await
+    }
+}
+
+impl fmt::Debug for Gate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Gate")
+    }
+}
+
 /// One run as the gateway sees it. Shared by its [`ActiveRun`] and the requests under way.
 #[derive(Debug)]
 pub(super) struct Run {
     pub(super) meter: Meter,
     requests: AtomicU64,
+    /// Those of them that are not over.
+    under_way: AtomicU64,
     note: Mutex<Option<UpstreamNote>>,
     /// When it is over at the latest; `None`: nothing is held for it.
     deadline: Option<tokio::time::Instant>,
+    pub(super) gate: Option<Gate>,
     hold: watch::Sender<Option<Hold>>,
     /// Cancelled when the run is over: what is still under way for it is cut.
     pub(super) over: CancellationToken,
@@ -64,8 +112,10 @@ impl Run {
         Self {
             meter,
             requests: AtomicU64::new(0),
+            under_way: AtomicU64::new(0),
             note: Mutex::new(None),
             deadline,
+            gate: None,
             hold: watch::Sender::new(None),
             over: CancellationToken::new(),
         }
@@ -152,17 +202,35 @@ impl AgentToken {
     /// Opens the gateway to this token for one run, until the guard is dropped; the run's requests
     /// are charged to `account`. A run that was still active is over with that.
     pub fn begin(&self, account: Account) -> ActiveRun {
-        self.open(account, None)
+        self.open(account, None, None)
     }
 
     /// The same for a run that ends by itself at `deadline`: pauses that the upstream asks for and
     /// that are over before are waited out ([`ActiveRun::holds`]).
     pub fn begin_until(&self, account: Account, deadline: tokio::time::Instant) -> ActiveRun {
-        self.open(account, Some(deadline))
+        self.open(account, Some(deadline), None)
     }
 
-    fn open(&self, account: Account, deadline: Option<tokio::time::Instant>) -> ActiveRun {
-        let run = Arc::new(Run::new(self.ledger.meter(account), deadline));
+    /// The same for a run each request of which is asked about.
+    pub fn begin_gated(
+        &self,
+        account: Account,
+        deadline: tokio::time::Instant,
+        gate: Gate,
+    ) -> ActiveRun {
+        self.open(account, Some(deadline), Some(gate))
+    }
+
+    fn open(
+        &self,
+        account: Account,
+        deadline: Option<tokio::time::Instant>,
+        gate: Option<Gate>,
+    ) -> ActiveRun {
+        let run = Arc::new(Run {
+            gate,
+            ..Run::new(self.ledger.meter(account), deadline)
+        });
         if let Some(tokens) = self.tokens.upgrade()
             && let Some(Some(previous)) = tokens.lock().insert(self.digest, Some(run.clone()))
         {
@@ -205,6 +273,11 @@ impl ActiveRun {
     /// How many requests were admitted for this run.
     pub fn requests(&self) -> u64 {
         self.run.requests.load(Ordering::Relaxed)
+    }
+
+    /// How many of them are not over yet. What they cost is not known before.
+    pub fn under_way(&self) -> u64 {
+        self.run.under_way.load(Ordering::Acquire)
     }
 
     /// How the upstream met the last request that it answered or could not.
@@ -333,6 +406,7 @@ impl Exchange {
         guard: Option<ActivityGuard>,
     ) -> Self {
         run.requests.fetch_add(1, Ordering::Relaxed);
+        run.under_way.fetch_add(1, Ordering::AcqRel);
         Self {
             run,
             toll,
@@ -391,6 +465,7 @@ impl Drop for Exchange {
         if let Some(toll) = &self.toll {
             toll.cut();
         }
+        self.run.under_way.fetch_sub(1, Ordering::AcqRel);
         tracing::debug!(
             run = %self.run.meter.account(),
             status = self.status.map(|status| status.as_u16()),

@@ -9,7 +9,11 @@ use std::{
 use http::{HeaderMap, StatusCode, header};
 use tokio::sync::oneshot;
 
-use super::{count::Counter, json::Picker};
+use super::{
+    count::Counter,
+    json::Picker,
+    run::{Gate, Passing},
+};
 use crate::usage::{Ask, Denied, Meter, Outcome, Reservation, Verdict};
 
 /// A prompt has no more tokens than bytes by this; text has four or more, scripts like Chinese
@@ -29,6 +33,8 @@ const SETTLE_PATIENCE: Duration = Duration::from_secs(11);
 pub(super) enum Stopped {
     TooLarge,
     Denied(Denied),
+    /// By its run's gate.
+    TurnedAway(&'static str),
 }
 
 /// What a request asks for, read while it passes.
@@ -36,6 +42,35 @@ pub(super) enum Stopped {
 pub(super) struct Request {
     picker: Picker,
     bytes: u64,
+    /// `None`: nobody wants to know.
+    images: Option<Images>,
+}
+
+/// Counts the image blocks of a request. Text cannot look like one: a quote in it is escaped.
+#[derive(Debug, Default)]
+struct Images {
+    count: u64,
+    /// How much of the mark was read.
+    matched: usize,
+}
+
+impl Images {
+    /// As the CLI writes it, without spaces.
+    const MARK: &[u8] = br#""type":"image""#;
+
+    fn feed(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.matched = match *byte {
+                byte if byte == Self::MARK[self.matched] => self.matched + 1,
+                b'"' => 1,
+                _ => 0,
+            };
+            if self.matched == Self::MARK.len() {
+                self.count += 1;
+                self.matched = 0;
+            }
+        }
+    }
 }
 
 impl Default for Request {
@@ -43,6 +78,7 @@ impl Default for Request {
         Self {
             picker: Picker::new(&["model", "max_tokens"]),
             bytes: 0,
+            images: None,
         }
     }
 }
@@ -51,6 +87,9 @@ impl Request {
     pub(super) fn feed(&mut self, bytes: &[u8]) {
         self.bytes += bytes.len() as u64;
         self.picker.feed(bytes);
+        if let Some(images) = &mut self.images {
+            images.feed(bytes);
+        }
     }
 
     fn ask(&self) -> Ask {
@@ -80,6 +119,7 @@ fn short(name: &str) -> &str {
 #[derive(Debug)]
 pub(super) struct Toll {
     meter: Meter,
+    gate: Option<Gate>,
     state: Mutex<State>,
 }
 
@@ -94,9 +134,10 @@ struct State {
 }
 
 impl Toll {
-    pub(super) fn new(meter: Meter) -> Arc<Self> {
+    pub(super) fn new(meter: Meter, gate: Option<Gate>) -> Arc<Self> {
         Arc::new(Self {
             meter,
+            gate,
             state: Mutex::default(),
         })
     }
@@ -105,16 +146,38 @@ impl Toll {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reserves the most that the request may cost.
-    pub(super) async fn pay(&self, request: &Request) -> Result<(), Denied> {
-        let reservation = self.meter.reserve(request.ask()).await?;
+    /// What reads the request on its way.
+    pub(super) fn request(&self) -> Request {
+        Request {
+            images: self.gate.is_some().then(Images::default),
+            ..Request::default()
+        }
+    }
+
+    /// Reserves the most that the request may cost, and asks the run's gate.
+    pub(super) async fn pay(&self, request: &Request) -> Result<(), Stopped> {
+        let passing = Passing {
+            images: request.images.as_ref().map_or(0, |images| images.count),
+            answered: self.meter.spent().requests,
+        };
+        let mut ask = request.ask();
+        if let Some(gate) = &self.gate {
+            ask.prompt = ask.prompt.min(gate.most_prompt);
+        }
+        let reserved = self.meter.reserve(ask).await;
+        let reservation = reserved.map_err(Stopped::Denied)?;
+        if let Some(gate) = &self.gate {
+            // Where it says no, the reservation is dropped with this and given back.
+            gate.ask(passing).await.map_err(Stopped::TurnedAway)?;
+        }
         let mut state = self.lock();
         state.sent = request.bytes;
         if state.is_over {
             // The client is gone: the last piece does not go up.
             drop(state);
             drop(reservation);
-            return Err(Denied::Ledger(std::io::Error::other("the client is gone")));
+            let gone = std::io::Error::other("the client is gone");
+            return Err(Stopped::Denied(Denied::Ledger(gone)));
         }
         state.reservation = Some(reservation);
         Ok(())
@@ -237,6 +300,17 @@ fn is_coded(headers: &HeaderMap) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn images_are_counted_wherever_the_pieces_are_cut() {
+        let body = br#"{"messages":[{"content":[{"type":"image","source":{"type":"base64"}},
+            {"type":"text","text":"an \"type\":\"image\" in \"type\":"},{"type":"image"}]}]}"#;
+        for size in [1, 3, 7, body.len()] {
+            let mut images = Images::default();
+            body.chunks(size).for_each(|piece| images.feed(piece));
+            assert_eq!(images.count, 2, "pieces of {size}");
+        }
+    }
 
     #[test]
     fn a_request_asks_for_its_worst() {

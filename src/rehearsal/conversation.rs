@@ -1,6 +1,8 @@
 //! What a Messages API request tells: who asks for what, where, and what was done about it so far.
 
+use base64::{Engine, engine::general_purpose::STANDARD};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 /// A request body, read for what the rehearsal needs. Whatever is missing or odd is left out: a
 /// stand-in judges nothing.
@@ -18,6 +20,10 @@ pub(super) struct Conversation {
     pub(super) has_tools: bool,
     /// What the person said, oldest first; the last one is the instruction at hand.
     pub(super) said: Vec<String>,
+    /// The images that the person showed, oldest first: SHA-256 of each file, in hex.
+    pub(super) images: Vec<String>,
+    /// The answer may be given by the CLI's tool for answers of a known form.
+    pub(super) takes_structure: bool,
     /// System text, which is where a summary of an earlier conversation may stand.
     pub(super) system: Vec<String>,
     /// The tools that were used since the last instruction, in order.
@@ -91,6 +97,7 @@ impl Conversation {
         let tools = blocks(&body["tools"]);
         let has = |name: &str| tools.iter().any(|tool| tool["name"] == name);
         this.has_tools = !tools.is_empty();
+        this.takes_structure = has("StructuredOutput");
         this.is_plan = plan_mode || !(has("Edit") && has("Write"));
         this
     }
@@ -102,6 +109,11 @@ impl Conversation {
 
     fn read_user(&mut self, content: &Value, calls: &mut Vec<String>, plan_mode: &mut bool) {
         for block in blocks(content) {
+            if block["type"] == "image" {
+                let data = block["source"]["data"].as_str().unwrap_or_default();
+                let file = STANDARD.decode(data).unwrap_or_default();
+                self.images.push(hex::encode(Sha256::digest(file)));
+            }
             if block["type"] == "tool_result" {
                 let position = calls
                     .iter()
@@ -202,6 +214,8 @@ fn json_size(value: &Value) -> usize {
         Value::Null => 0,
         Value::String(text) => text.len(),
         Value::Array(items) => items.iter().map(json_size).sum(),
+        // By pixels, not by bytes: as much as one of the larger ones.
+        Value::Object(fields) if fields.get("type").is_some_and(|kind| kind == "image") => 6400,
         Value::Object(fields) => fields.iter().map(|(key, v)| key.len() + json_size(v)).sum(),
         Value::Bool(_) | Value::Number(_) => 4,
     }

@@ -93,6 +93,8 @@ pub struct Recorded {
     pub messages: usize,
     /// The names of the tools that were offered.
     pub tools: Vec<String>,
+    /// SHA-256 of each image in it, in hex.
+    pub images: Vec<String>,
     /// `None` while it is being answered.
     pub ended: Option<Ended>,
 }
@@ -252,6 +254,7 @@ async fn answer(State(stage): State<Arc<Stage>>, request: Request) -> Response {
             .take(MAX_INSTRUCTION)
             .collect(),
         model: parsed["model"].as_str().unwrap_or_default().to_owned(),
+        images: conversation.images.clone(),
         messages: parsed["messages"].as_array().map_or(0, Vec::len),
         tools: parsed["tools"]
             .as_array()

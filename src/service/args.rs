@@ -52,6 +52,55 @@ pub(super) enum Permissions {
     Confined,
 }
 
+/// One message in, one answer out, as lines of stream-json: no tools, no session, no part of the
+/// CLI's own prompt.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Lean {
+    pub model: Option<String>,
+    /// The whole system prompt.
+    pub system: String,
+    /// What the answer has to look like, as JSON Schema; the model may still answer in text.
+    pub schema: Option<String>,
+}
+
+impl From<Lean> for Args {
+    fn from(lean: Lean) -> Self {
+        Self {
+            lean: Some(lean),
+            ..Self::default()
+        }
+    }
+}
+
+impl Lean {
+    fn command_line(&self, model: Option<&str>) -> Vec<OsString> {
+        let mut line: Vec<String> = [
+            "-p",
+            "--input-format",
+            "stream-json",
+            "--output-format",
+            "stream-json",
+            "--verbose",
+            "--setting-sources",
+            "",
+            "--strict-mcp-config",
+            "--disable-slash-commands",
+            "--no-session-persistence",
+            "--tools=",
+        ]
+        .map(str::to_owned)
+        .to_vec();
+        line.push(format!("--system-prompt={}", self.system));
+        if let Some(schema) = &self.schema {
+            line.push(format!("--json-schema={schema}"));
+        }
+        if let Some(model) = self.model.as_deref().or(model) {
+            line.push(format!("--model={model}"));
+        }
+        line.into_iter().map(OsString::from).collect()
+    }
+}
+
 /// A command line that was understood.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Args {
@@ -62,6 +111,8 @@ pub struct Args {
     pub(super) permissions: Permissions,
     /// `None`: the service's own.
     pub(super) tools: Option<Vec<String>>,
+    /// Instead of all of the above but the model.
+    pub(super) lean: Option<Lean>,
 }
 
 impl Args {
@@ -118,6 +169,9 @@ impl Args {
         is_confined: bool,
         note: Option<&str>,
     ) -> Vec<OsString> {
+        if let Some(lean) = &self.lean {
+            return lean.command_line(self.model.as_deref());
+        }
         let tools = self.tools.as_deref().unwrap_or(tools).join(",");
         let (mode, allows_all) = match self.permissions {
             Permissions::Default => ("default", false),
@@ -177,13 +231,18 @@ fn format(value: &str) -> Result<OutputFormat, BadArgs> {
     }
 }
 
-fn model(value: &str) -> Result<String, BadArgs> {
+/// Is it a name that the CLI can be told?
+pub fn is_model_name(value: &str) -> bool {
     let is_name = |c: char| c.is_ascii_alphanumeric() || "-._:/@[]".contains(c);
     let begins = value
         .chars()
         .next()
         .is_some_and(|c| c.is_ascii_alphanumeric());
-    if begins && value.len() <= 200 && value.chars().all(is_name) {
+    begins && value.len() <= 200 && value.chars().all(is_name)
+}
+
+fn model(value: &str) -> Result<String, BadArgs> {
+    if is_model_name(value) {
         Ok(value.to_owned())
     } else {
         Err(bad("--model is no name of a model"))
@@ -302,6 +361,7 @@ mod tests {
             system_prompt: Some("--print this".into()),
             permissions: Permissions::Plan,
             tools: Some(vec!["Read".into(), "Bash".into()]),
+            lean: None,
         };
         assert_eq!(args, expected);
         assert!(line(&args, true).contains(&"--append-system-prompt=--print this".to_owned()));
@@ -319,6 +379,29 @@ mod tests {
             .permissions,
             Permissions::Confined
         );
+    }
+
+    #[test]
+    fn a_lean_run_has_no_tools_and_leaves_nothing() {
+        let lean = Lean {
+            model: None,
+            system: "--look at it".into(),
+            schema: Some("{}".into()),
+        };
+        let mut args = Args::from(lean);
+        args.model = Some("claude-haiku-5-5".into());
+        let line = line(&args, true);
+        for part in [
+            "--tools=",
+            "--strict-mcp-config",
+            "--no-session-persistence",
+            "--system-prompt=--look at it",
+            "--json-schema={}",
+            "--model=claude-haiku-5-5",
+        ] {
+            assert!(line.iter().any(|arg| arg == part), "{part}: {line:?}");
+        }
+        assert!(!line.iter().any(|arg| arg.contains("allowedTools")));
     }
 
     #[test]

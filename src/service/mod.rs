@@ -26,7 +26,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use utoipa::ToSchema;
 
-pub use args::{Args, BadArgs};
+pub use args::{Args, BadArgs, Lean, is_model_name};
 pub use run::RunSite;
 
 use run::{End, MAX_OUTPUT};
@@ -35,16 +35,18 @@ use scratch::Scratch;
 use crate::{
     agent::AgentSettings,
     domain::{Account, Breaker, BreakerState, Pass, Usage, Verdict},
-    gateway::Gateway,
+    gateway::{ActiveRun, Gate, Gateway},
     process::{Exit, Launcher, ProcessError},
     task::Tasks,
-    usage::{Breach, Denied, Spent},
+    usage::{Breach, Denied, Ledger, Spent},
 };
 
 /// Runs that may wait for a slot, by the contract.
 const MAX_WAITING: usize = 100;
 /// A failed run's output is told from its end.
 const OUTPUT_TAIL: usize = 8 << 10;
+/// For a connection's end to be noticed.
+const LAST_COUNT: Duration = Duration::from_secs(2);
 /// The answer of [`Service::probe`] is good for so long: anybody may ask for it.
 const PROBE_LASTS: Duration = Duration::from_secs(60);
 const FAILED_PROBE_LASTS: Duration = Duration::from_secs(10);
@@ -73,6 +75,9 @@ pub struct Shot {
     pub timeout: Duration,
     /// Who pays.
     pub account: Account,
+    /// Asked about each of its requests. A run that has one is over with its first answer: it
+    /// succeeded then, however the CLI ends.
+    pub gate: Option<Gate>,
 }
 
 /// What the CLI answered.
@@ -90,6 +95,8 @@ pub struct Ran {
     pub answer: Result<Answer, ServiceError>,
     /// What it spent, also where there is no answer.
     pub usage: Usage,
+    /// Requests that were answered, wholly or in part: those that cost something.
+    pub answered: u64,
 }
 
 impl From<ServiceError> for Ran {
@@ -98,6 +105,7 @@ impl From<ServiceError> for Ran {
         Self {
             answer: Err(error),
             usage: Usage::default(),
+            answered: 0,
         }
     }
 }
@@ -341,6 +349,21 @@ impl Service {
         }))
     }
 
+    /// Where its runs are counted.
+    pub fn ledger(&self) -> &Ledger {
+        self.0.gateway.ledger()
+    }
+
+    /// Runs at once.
+    pub fn max_concurrent(&self) -> usize {
+        self.0.settings.max_concurrent
+    }
+
+    /// The model of a run that names none; `None`: the CLI's own choice.
+    pub fn model(&self) -> Option<&str> {
+        self.0.settings.agent.as_ref()?.model.as_deref()
+    }
+
     /// The tools that a caller may ask for.
     pub fn tools(&self) -> &[String] {
         self.0
@@ -452,16 +475,24 @@ impl Service {
     /// # Errors
     /// [`ServiceError`].
     pub async fn execute(&self, shot: Shot, site: RunSite) -> Result<Answer, ServiceError> {
-        let ticket = self.admit().await?;
-        let (reply, answer) = oneshot::channel();
+        self.run_alone(shot, site).await.answer
+    }
+
+    /// The same, for whoever wants to know what it cost.
+    pub async fn run_alone(&self, shot: Shot, site: RunSite) -> Ran {
+        let ticket = match self.admit().await {
+            Ok(ticket) => ticket,
+            Err(error) => return error.into(),
+        };
+        let (reply, ran) = oneshot::channel();
         let gone = CancellationToken::new();
         let guard = gone.clone().drop_guard();
         self.0.tasks.spawn("one-shot run", async move {
-            reply.send(ticket.run(shot, site, &gone).await.answer).ok();
+            reply.send(ticket.run(shot, site, &gone).await).ok();
         });
-        let answer = answer.await.unwrap_or(Err(ServiceError::Cancelled));
+        let ran = ran.await.unwrap_or_else(|_| ServiceError::Cancelled.into());
         drop(guard.disarm());
-        answer
+        ran
     }
 
     /// Does the CLI answer? Asks it, at most once a minute; beside the line, so that a busy service
@@ -485,6 +516,7 @@ impl Service {
             args: Args::default(),
             timeout: PROBE_LIMIT,
             account: Account::of_kind(Account::HEALTH),
+            gate: None,
         };
         let ran = self.run(&shot, &RunSite::default(), &self.0.stop).await;
         let answer = match ran.answer {
@@ -523,9 +555,13 @@ impl Service {
     }
 
     async fn run(&self, shot: &Shot, site: &RunSite, cancel: &CancellationToken) -> Ran {
-        let mut usage = Usage::default();
-        let answer = self.attempt(shot, site, cancel, &mut usage).await;
-        Ran { answer, usage }
+        let mut spent = Spent::default();
+        let answer = self.attempt(shot, site, cancel, &mut spent).await;
+        Ran {
+            answer,
+            usage: usage_of(&spent),
+            answered: spent.requests,
+        }
     }
 
     async fn attempt(
@@ -533,7 +569,7 @@ impl Service {
         shot: &Shot,
         site: &RunSite,
         cancel: &CancellationToken,
-        usage: &mut Usage,
+        spent: &mut Spent,
     ) -> Result<Answer, ServiceError> {
         let inner = &*self.0;
         let agent = inner.settings.agent.as_ref();
@@ -549,7 +585,10 @@ impl Service {
         let scratch = scratch.map_err(ServiceError::Folder)?;
         let token = inner.gateway.issue();
         let deadline = tokio::time::Instant::now() + shot.timeout;
-        let active = token.begin_until(shot.account.clone(), deadline);
+        let active = match shot.gate.clone() {
+            None => token.begin_until(shot.account.clone(), deadline),
+            Some(gate) => token.begin_gated(shot.account.clone(), deadline, gate),
+        };
         let spec = run::spec(agent, site, &scratch, &shot.args, token.as_str());
         let began = Instant::now();
         let child = match inner.launcher.spawn(spec).await {
@@ -561,8 +600,12 @@ impl Service {
         };
         let raw = run::follow(child, &shot.prompt, &active, deadline, cancel).await;
         let duration = began.elapsed();
-        *usage = usage_of(&active.spent());
+        if shot.gate.is_some() {
+            settled(&active).await;
+        }
+        *spent = active.spent();
         drop(active);
+        let is_answered = shot.gate.is_some() && spent.requests > 0;
         // It may have printed its environment: the token is worthless by now, and a token.
         let masked = |text: &str| (inner.settings.mask)(&text.replace(token.as_str(), "***"));
         let clean = |text: &str| masked(&text.replace(&*scratch.root().to_string_lossy(), ""));
@@ -571,11 +614,14 @@ impl Service {
             stderr: clean(&raw.stderr),
             output: clean(tail(&String::from_utf8_lossy(&raw.stdout), OUTPUT_TAIL)),
         };
+        let answered = || Answer {
+            output: masked(&String::from_utf8_lossy(&raw.stdout)),
+            duration,
+        };
         let answer = match raw.end {
-            End::Exited(exit) if exit.is_success() => Ok(Answer {
-                output: masked(&String::from_utf8_lossy(&raw.stdout)),
-                duration,
-            }),
+            End::Exited(exit) if exit.is_success() || is_answered => Ok(answered()),
+            // Its one answer used the budget up.
+            End::OverBudget(_) if is_answered => Ok(answered()),
             End::Exited(exit) => Err(ServiceError::Failed {
                 exit,
                 remains: remains(exit),
@@ -636,6 +682,16 @@ impl Ticket {
         }
         ran
     }
+}
+
+/// Waits until what a run sent is counted: its CLI is gone, and its connections with it.
+async fn settled(active: &ActiveRun) {
+    let counted = async {
+        while active.under_way() > 0 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(LAST_COUNT, counted).await.ok();
 }
 
 fn usage_of(spent: &Spent) -> Usage {

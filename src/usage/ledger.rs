@@ -113,6 +113,12 @@ impl Ledger {
         Meter::new(self.clone(), account)
     }
 
+    /// The most that a request may cost, in US dollars; of a model that the price list does not
+    /// know, the most of any.
+    pub fn worst(&self, model: &str, prompt_tokens: u64, answer_tokens: u64) -> f64 {
+        self.0.prices.worst(model, prompt_tokens, answer_tokens)
+    }
+
     /// What this process did so far.
     pub fn tally(&self) -> Tally {
         *lock(&self.0.tally)

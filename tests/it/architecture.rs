@@ -31,6 +31,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "egress",
             "figures",
             "gateway",
+            "label",
             "lifecycle",
             "preview",
             "process",
@@ -50,6 +51,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "api",
             "app",
             "config",
+            "label",
             "process", // hides its own environment, first of all
             "telemetry",
             "usage",
@@ -61,7 +63,9 @@ const ARROWS: &[(&str, &[&str])] = &[
             "config", // `Secret`
             "ecs",    // `/health` names the task
             "figures",
+            "label",
             "lifecycle",  // requests hold the container awake
+            "picture",    // its errors become codes
             "process",    // `/ready` shows the confinement
             "rehearsal",  // `/health` names the examples
             "repository", // its errors become codes
@@ -92,6 +96,16 @@ const ARROWS: &[(&str, &[&str])] = &[
             "gateway", "process", "usage", // its run's budget
         ],
     ),
+    (
+        "label",
+        &[
+            "gateway", // what goes up for an image
+            "picture",
+            "service",   // its runs
+            "workspace", // small files
+        ],
+    ),
+    ("picture", &[]),
     (
         "turn",
         &[
@@ -147,7 +161,9 @@ const CRATES: &[(&str, &[&str])] = &[
     ("axum", &["api", "gateway", "rehearsal"]),
     ("clap", &["cli"]),
     ("git2", &["repository"]),
+    ("glob", &["cli"]),
     ("governor", &["api"]),
+    ("image", &["picture"]),
     ("landlock", &["process"]),
     ("metrics_exporter_prometheus", &["figures"]),
     ("notify", &["preview"]),

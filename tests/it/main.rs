@@ -21,6 +21,8 @@ mod history;
 mod hostile;
 mod hostile_repository;
 mod init;
+mod label;
+mod label_batch;
 mod lifecycle;
 mod limits;
 mod one_shot;

@@ -34,6 +34,9 @@ pub const EXAMPLES: &[&str] = &[
 
 /// The next answer in a conversation.
 pub(super) fn decide(conversation: &Conversation) -> Reply {
+    if let Some(image) = conversation.images.last() {
+        return label(image, conversation.takes_structure);
+    }
     let instruction = Instruction::parse(conversation.instruction());
     if let Instruction::ThinkSlowly { time } = instruction {
         return think(time);
@@ -64,6 +67,27 @@ fn tell(story: &mut Story<'_>, instruction: Instruction, of: &Conversation) -> T
         Instruction::Help => Ok(help()),
         Instruction::ThinkSlowly { .. } | Instruction::Unknown => Ok(unknown()),
     }
+}
+
+/// What is said of an image: nobody looks at it, so it follows from the file alone.
+fn label(image: &str, takes_structure: bool) -> Reply {
+    const RATINGS: [&str; 4] = ["SAFE", "SUGGESTIVE", "ADULT", "EXPLICIT"];
+    let name = image.get(..12).unwrap_or_default();
+    let rating = RATINGS[usize::from(image.bytes().next().unwrap_or_default()) % 4];
+    let description = format!("An image that nobody looked at, since this is a rehearsal: {name}.");
+    if takes_structure {
+        let input = json!({
+            "description": description, "nsfw_rating": rating, "tags": ["rehearsal", name],
+        });
+        let name = "StructuredOutput".to_owned();
+        return Reply {
+            calls: vec![Tool { name, input }],
+            ..Reply::default()
+        };
+    }
+    Reply::text(format!(
+        "DESCRIPTION: {description}\nNSFW: {rating}\nTAGS: rehearsal, {name}"
+    ))
 }
 
 fn help() -> String {

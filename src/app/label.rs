@@ -1,0 +1,210 @@
+//! `greenroom label`: images of this machine, labelled without a supervisor: a launcher, a gateway
+//! and runs of its own, for as long as it takes.
+
+use std::{path::PathBuf, time::Duration};
+
+use anyhow::{Context as _, bail};
+use sha2::{Digest, Sha256};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    agent_settings, labels, ledger_settings, programs::Programs, runtime_folder, start_gateway,
+};
+use crate::{
+    config::{CredentialSource, Loaded, Settings},
+    domain::Account,
+    label::{Busy, Cache, Entry, Image, Labels, Plan, Progress, Prompt, Question, Summary},
+    lease::Fence,
+    lifecycle::Signals,
+    process::{self, ConfinementMode, Launcher},
+    service::Service,
+    task::Tasks,
+    usage::{Ledger, LedgerSettings},
+};
+
+/// What ending children and tasks may take.
+const LAST_STEPS: Duration = Duration::from_secs(3);
+
+/// What is asked.
+#[derive(Debug, Clone)]
+pub enum AskedPrompt {
+    /// Of the built-in ones, or of `file`.
+    Named {
+        name: String,
+        file: Option<PathBuf>,
+    },
+    Own(String),
+}
+
+/// What is to be labelled, and how.
+#[derive(Debug, Clone)]
+pub struct LabelJob {
+    pub images: Vec<Image>,
+    pub prompt: AskedPrompt,
+    pub model: Option<String>,
+    /// Images under way at once.
+    pub workers: usize,
+    pub uses_cache: bool,
+    /// Also about what failed and was paid.
+    pub asks_again: bool,
+    pub most_usd: Option<f64>,
+    /// What makes the batch this one, as long as its journal has no place of its own.
+    pub named_by: String,
+    pub journal: Option<PathBuf>,
+    /// Say what it would cost, and do nothing.
+    pub is_dry: bool,
+}
+
+/// What came of it.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Labelled {
+    Done(Summary),
+    /// Nothing was done; one image may cost so much.
+    Dry {
+        worst_usd: f64,
+        is_priced: bool,
+    },
+}
+
+/// Labels images. `tell` hears of each outcome, and stops it by answering false.
+///
+/// # Errors
+/// What keeps it from working, as one line that says what to do.
+pub async fn label(
+    loaded: Loaded,
+    job: LabelJob,
+    tell: impl FnMut(&Entry, &Progress) -> bool,
+) -> anyhow::Result<Labelled> {
+    process::harden_self().context("failed to protect the process")?;
+    let mut settings = loaded.settings.clone();
+    // All of them are this batch's.
+    settings.label_max_concurrent = job.workers.max(1);
+    if let AskedPrompt::Named {
+        file: Some(file), ..
+    } = &job.prompt
+    {
+        settings.label_prompts_file = Some(file.clone());
+    }
+    let programs = Programs::find(&loaded);
+    if programs.claude.is_none() && !job.is_dry {
+        bail!(
+            "the Claude Code CLI is missing: npm install -g @anthropic-ai/claude-code, or set \
+             CLAUDE_BIN to its program"
+        );
+    }
+    let tasks = Tasks::new();
+    let runtime = runtime_folder(&loaded)?;
+    runtime.sweep_others(&tasks);
+    // Counted where there is a workspace to count in.
+    let workspace = Some(settings.workspace_path.clone()).filter(|folder| folder.is_dir());
+    let store = workspace.as_ref().map(|folder| folder.join(".greenroom"));
+    let ledger = Ledger::new(
+        LedgerSettings {
+            workspace: workspace.clone(),
+            ..ledger_settings(&settings).await?
+        },
+        &tasks,
+    );
+    let credential = match job.is_dry {
+        // Nobody is asked.
+        true => CredentialSource::Rehearsal,
+        false => loaded.credential()?,
+    };
+    if credential == CredentialSource::Rehearsal && !job.is_dry {
+        tracing::warn!("rehearsal: no model is behind this, a script answers");
+    }
+    let gateway = start_gateway(&settings, credential, ledger, store.clone(), &tasks).await?;
+    let launcher = Launcher::start(settings.lease / 2, ConfinementMode::Auto)
+        .context("failed to start the launcher")?;
+    let agent = agent_settings(&settings, &programs, &launcher, &gateway, None);
+    let labels = labels(
+        &settings,
+        agent.as_deref(),
+        runtime.path(),
+        &launcher,
+        &gateway,
+        &tasks,
+    );
+    let labels = labels.await?;
+    let ran = run(&settings, &labels, job, store, &tasks, tell).await;
+    launcher.stop(LAST_STEPS).await;
+    tasks.stop(LAST_STEPS).await;
+    ran
+}
+
+async fn run(
+    settings: &Settings,
+    labels: &Labels,
+    job: LabelJob,
+    store: Option<PathBuf>,
+    tasks: &Tasks,
+    tell: impl FnMut(&Entry, &Progress) -> bool,
+) -> anyhow::Result<Labelled> {
+    let prompt = match &job.prompt {
+        AskedPrompt::Own(text) => Prompt::own(text)?,
+        AskedPrompt::Named { name, .. } => labels.prompts().named(name)?,
+    };
+    let question = Question {
+        prompt,
+        model: job.model,
+        account: Account {
+            client: settings.client_id.clone(),
+            user: settings.user_id.clone(),
+            ..Account::of_kind(Account::LABEL)
+        },
+        timeout: None,
+    };
+    if job.is_dry {
+        let model = question.model.as_deref().or(labels.service().model());
+        return Ok(Labelled::Dry {
+            worst_usd: labels.worst(&question),
+            is_priced: model.is_some(),
+        });
+    }
+    let id = id_of(&job.named_by, &question);
+    let local = settings.cache_path.join("labels");
+    let journal = job.journal.unwrap_or_else(|| {
+        // On the workspace it outlives this container.
+        let folder = store.map_or_else(|| local.join("batches"), |store| store.join("labels"));
+        folder.join(format!("{id}.jsonl"))
+    });
+    let plan = Plan {
+        id,
+        images: job.images,
+        question,
+        workers: job.workers,
+        cache: job.uses_cache.then(|| Cache::new(local.join("known"))),
+        asks_again: job.asks_again,
+        most_usd: job.most_usd,
+        busy: Busy::default(),
+    };
+    let stop = CancellationToken::new();
+    let signals = Signals::listen().context("failed to listen for signals")?;
+    let signals = obey(signals, stop.clone(), labels.service().clone());
+    let ending = tasks.token().clone();
+    tasks.spawn("signals", async move {
+        ending.run_until_cancelled(signals).await;
+    });
+    let summary = labels
+        .run_batch(&plan, journal, Fence::open(), &stop, tell)
+        .await?;
+    Ok(Labelled::Done(summary))
+}
+
+/// The first signal lets what is under way end, the second one ends it.
+async fn obey(mut signals: Signals, stop: CancellationToken, runs: Service) {
+    signals.next().await;
+    stop.cancel();
+    signals.next().await;
+    runs.drain(tokio::time::Instant::now()).await;
+}
+
+/// The same command is the same batch.
+fn id_of(named_by: &str, question: &Question) -> String {
+    let mut hash = Sha256::new();
+    hash.update(format!(
+        "{named_by:?} {:?} {:?}",
+        question.prompt, question.model
+    ));
+    hex::encode(hash.finalize())[..24].to_owned()
+}

@@ -1,0 +1,918 @@
+//! Many images, a few at a time, each labelled once whatever happens on the way.
+//!
+//! ```text
+//! file ─► digest ─► known? (journal, twin, cache) ─► picture ─► turn? budget? ─► sent ─► label ─► journal
+//! ```
+//!
+//! Its journal is the truth ([`super::journal`]): a batch that was killed is begun again over the
+//! same one. An image whose request was under way when it was killed may have been paid, and its
+//! answer is lost: it is a failure (`interrupted`), and asked about again only by
+//! [`Plan::asks_again`]. So is whatever was paid and not understood. What cost nothing is tried
+//! again by itself.
+//!
+//! It takes slots of [`Labels`] like anybody else and leaves one for others; while somebody's turn
+//! runs it has one image at a time under way. A limit of money, or a CLI that is not there, stops
+//! it; so does its stop token. Then what is under way ends in peace, and the rest waits for the
+//! next time.
+
+use std::{
+    collections::HashMap,
+    fmt,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use futures_util::{StreamExt, future::BoxFuture, stream};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use tokio::time::sleep;
+use tokio_util::sync::CancellationToken;
+use utoipa::ToSchema;
+
+use super::{
+    Failure, Label, LabelError, Labels, Question, Status,
+    cache::Cache,
+    journal::{Done, Event, Journal, JournalError, Known, Past, sum},
+};
+use crate::{
+    domain::Usage,
+    picture::{self, PictureError},
+    service::{Remains, ServiceError},
+    task,
+    workspace::{WorkspaceError, read_bounded, write_atomic},
+};
+
+/// Images of one batch.
+pub const MAX_IMAGES: usize = 100_000;
+/// How often an image is tried, as long as that costs nothing.
+const TRIES: u32 = 4;
+/// Before the second try; four times as long before each further one.
+const PAUSE: Duration = Duration::from_secs(2);
+const MAX_PAUSE: Duration = Duration::from_secs(120);
+/// How often it is looked whether it may go on.
+const LOOK: Duration = Duration::from_millis(100);
+const DISK_DEADLINE: Duration = Duration::from_secs(60);
+
+/// Does somebody wait for an answer who comes first?
+#[derive(Clone)]
+pub struct Busy(Arc<dyn Fn() -> bool + Send + Sync>);
+
+impl Busy {
+    /// As this says.
+    pub fn new(is_busy: impl Fn() -> bool + Send + Sync + 'static) -> Self {
+        Self(Arc::new(is_busy))
+    }
+}
+
+impl Default for Busy {
+    /// Nobody ever does.
+    fn default() -> Self {
+        Self::new(|| false)
+    }
+}
+
+impl fmt::Debug for Busy {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Busy")
+    }
+}
+
+/// One image of a batch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Image {
+    /// What it is called in answers and in the journal; no two are called alike.
+    pub name: String,
+    pub path: PathBuf,
+    /// Where its caption is written, as trainers of image models read it.
+    pub caption: Option<PathBuf>,
+}
+
+/// What is to be done.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    pub id: String,
+    pub images: Vec<Image>,
+    pub question: Question,
+    /// Images under way at once, at most.
+    pub workers: usize,
+    /// `None`: the same bytes are asked about as often as they come.
+    pub cache: Option<Cache>,
+    /// Also about what failed and was paid.
+    pub asks_again: bool,
+    /// Most that it may spend, in US dollars, on all its starts together.
+    pub most_usd: Option<f64>,
+    pub busy: Busy,
+}
+
+/// An image's name and outcome.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Entry {
+    pub image: String,
+    #[serde(flatten)]
+    pub outcome: Outcome,
+}
+
+/// What came of an image.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(untagged)]
+pub enum Outcome {
+    Labelled {
+        #[serde(flatten)]
+        label: Box<Label>,
+        /// The label of the same bytes, from before: nothing was asked.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        cached: bool,
+    },
+    Failed(Failed),
+}
+
+/// An image without a label.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+pub struct Failed {
+    /// Always `error`.
+    pub status: Status,
+    pub code: Code,
+    pub message: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub raw_response: Option<String>,
+    /// Asking again costs, or may cost, again.
+    pub paid: bool,
+    pub usage: Usage,
+}
+
+/// Why, for programs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Code {
+    InvalidImage,
+    /// The file could not be read.
+    NotFound,
+    AgentFailed,
+    TurnTimeout,
+    /// It was asked about when the batch was killed.
+    Interrupted,
+    /// Something else is in the way that is not the image's.
+    Internal,
+    /// Of a newer version.
+    #[serde(other)]
+    Unknown,
+}
+
+impl Code {
+    /// As in answers.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::InvalidImage => "invalid_image",
+            Self::NotFound => "not_found",
+            Self::AgentFailed => "agent_failed",
+            Self::TurnTimeout => "turn_timeout",
+            Self::Interrupted => "interrupted",
+            Self::Internal => "internal",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+/// How far a batch is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Progress {
+    pub total: usize,
+    /// Of them with an outcome.
+    pub done: usize,
+    pub success: usize,
+    pub failed: usize,
+    /// Of the successful ones: labelled without a request.
+    pub cached: usize,
+    /// US dollars, on all its starts together.
+    pub cost_usd: f64,
+    pub elapsed_ms: u64,
+    /// Images a minute, of this start.
+    pub per_minute: f64,
+    /// At that rate.
+    pub remaining_ms: Option<u64>,
+}
+
+/// What came of a batch.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub struct Summary {
+    pub batch_id: String,
+    pub total: usize,
+    pub success: usize,
+    pub failed: usize,
+    /// Of the successful ones: labelled without a request.
+    pub cached: usize,
+    /// Of the failed ones: asked about when the batch was killed.
+    pub interrupted: usize,
+    /// Without an outcome: it stopped before.
+    pub left: usize,
+    pub usage: Usage,
+    pub duration_ms: u64,
+    /// Why it stopped before its end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+impl Summary {
+    /// Has every image an outcome?
+    pub fn is_complete(&self) -> bool {
+        self.left == 0
+    }
+}
+
+/// A batch that could not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum BatchError {
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+}
+
+/// What is known of a file's bytes in this batch. Who holds the lock asks about them.
+type Twin = Arc<tokio::sync::Mutex<Option<Outcome>>>;
+
+struct Run<'a> {
+    labels: &'a Labels,
+    plan: &'a Plan,
+    journal: &'a Arc<Journal>,
+    past: HashMap<String, Known>,
+    model: String,
+    twins: Mutex<HashMap<String, Twin>>,
+    /// Images about which somebody is asked now.
+    under_way: AtomicUsize,
+    tally: Mutex<Tally>,
+    stop: CancellationToken,
+    begun: Instant,
+}
+
+#[derive(Debug, Default)]
+struct Tally {
+    success: usize,
+    failed: usize,
+    cached: usize,
+    interrupted: usize,
+    /// Labelled by this start, and not known before.
+    labelled: usize,
+    usage: Usage,
+    reason: Option<String>,
+}
+
+/// Why an image has no outcome yet.
+enum Pause {
+    /// The whole batch stops.
+    Stop(String),
+    Journal(JournalError),
+}
+
+impl From<JournalError> for Pause {
+    fn from(error: JournalError) -> Self {
+        Self::Journal(error)
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Runs a batch to its end, or until `stop`; `tell` hears of each outcome, also of those that are
+/// known from before, and stops it by answering false.
+///
+/// # Errors
+/// If its journal cannot be written: then nothing more is asked.
+pub(super) async fn run(
+    labels: &Labels,
+    plan: &Plan,
+    journal: Arc<Journal>,
+    past: Past,
+    stop: &CancellationToken,
+    mut tell: impl FnMut(&Entry, &Progress) -> bool,
+) -> Result<Summary, BatchError> {
+    let model = plan.question.model.as_deref().or(labels.service().model());
+    let run = Run {
+        labels,
+        plan,
+        journal: &journal,
+        model: model.unwrap_or_default().to_owned(),
+        twins: Mutex::new(twins_of(&past, plan.asks_again)),
+        past: past.images,
+        under_way: AtomicUsize::new(0),
+        tally: Mutex::new(Tally {
+            usage: past.usage,
+            ..Tally::default()
+        }),
+        stop: stop.child_token(),
+        begun: Instant::now(),
+    };
+    let done = plan
+        .images
+        .iter()
+        .filter(|image| matches!(run.past.get(&image.name), Some(Known::Done { .. })));
+    let started = Event::Started {
+        batch_id: plan.id.clone(),
+        total: plan.images.len(),
+        done: done.count(),
+    };
+    journal.append(started).await?;
+    let ended = {
+        let run = &run;
+        let mut outcomes = stream::iter(0..plan.images.len())
+            .map(move |at| run.one(&run.plan.images[at]))
+            .buffer_unordered(plan.workers.max(1));
+        let mut ended = Ok(());
+        while let Some(outcome) = outcomes.next().await {
+            match outcome {
+                Ok((entry, progress)) => {
+                    if !tell(&entry, &progress) {
+                        run.stop.cancel();
+                    }
+                }
+                Err(Pause::Stop(reason)) => {
+                    lock(&run.tally).reason.get_or_insert(reason);
+                    run.stop.cancel();
+                }
+                Err(Pause::Journal(error)) => {
+                    run.stop.cancel();
+                    ended = Err(error);
+                }
+            }
+        }
+        ended
+    };
+    ended?;
+    let summary = run.summary();
+    journal
+        .append(match summary.is_complete() {
+            true => Event::Completed(summary.clone()),
+            false => Event::Stopped(summary.clone()),
+        })
+        .await?;
+    Ok(summary)
+}
+
+/// What is known already by a file's bytes: labels, and what may have been paid.
+fn twins_of(past: &Past, asks_again: bool) -> HashMap<String, Twin> {
+    let mut known: HashMap<&str, Outcome> = HashMap::new();
+    for image in past.images.values() {
+        let (digest, outcome) = match image {
+            Known::Sent { digest } => (digest, Outcome::Failed(interrupted())),
+            Known::Done {
+                digest: Some(digest),
+                entry,
+            } => (digest, entry.outcome.clone()),
+            Known::Done { digest: None, .. } => continue,
+        };
+        let is_label = matches!(outcome, Outcome::Labelled { .. });
+        let is_paid = matches!(&outcome, Outcome::Failed(failed) if failed.paid);
+        if is_label {
+            known.insert(digest, outcome);
+        } else if is_paid && !asks_again {
+            known.entry(digest).or_insert(outcome);
+        }
+    }
+    let twins = known.into_iter().map(|(digest, outcome)| {
+        let twin = Arc::new(tokio::sync::Mutex::new(Some(outcome)));
+        (digest.to_owned(), twin)
+    });
+    twins.collect()
+}
+
+impl Run<'_> {
+    /// The outcome of one image.
+    async fn one(&self, image: &Image) -> Result<(Entry, Progress), Pause> {
+        if self.stop.is_cancelled() {
+            return Err(Pause::Stop(STOPPED.to_owned()));
+        }
+        let path = image.path.clone();
+        let limit = picture::MAX_BYTES as u64;
+        let read = task::blocking("reading an image", DISK_DEADLINE, move || {
+            read_bounded(&path, limit)
+        });
+        let bytes = match read.await {
+            Ok(Ok(Some(bytes))) => bytes,
+            Ok(Ok(None)) => {
+                // Removed since, because nobody needs it any more.
+                if let Some(Known::Done { entry, .. }) = self.past.get(&image.name) {
+                    let progress = self.count(&entry.outcome, false);
+                    return Ok((entry.clone(), progress));
+                }
+                let failed = not_read("there is no such file");
+                return self.fail(image, None, failed).await;
+            }
+            Ok(Err(WorkspaceError::TooLarge { .. })) => {
+                let failed = failed_of(
+                    &PictureError::TooLarge {
+                        bytes: picture::MAX_BYTES + 1,
+                    }
+                    .into(),
+                );
+                return self.fail(image, None, failed).await;
+            }
+            Ok(Err(error)) => {
+                let cause = std::error::Error::source(&error).map(ToString::to_string);
+                let said = cause.unwrap_or_else(|| error.to_string());
+                return self.fail(image, None, not_read(&said)).await;
+            }
+            Err(error) => return self.fail(image, None, not_read(&error.to_string())).await,
+        };
+        let digest = hex::encode(Sha256::digest(&bytes));
+        if let Some(known) = self.known(image, &digest) {
+            return self.keep(image, &digest, known).await;
+        }
+        let Some(cache) = &self.plan.cache else {
+            let outcome = self.ask(image, &digest, bytes.into()).await?;
+            return self.end(image, &digest, outcome).await;
+        };
+        // Twins wait for the first of them.
+        let twin = lock(&self.twins).entry(digest.clone()).or_default().clone();
+        let mut twin = twin.lock().await;
+        let outcome = match &*twin {
+            Some(known) => free(known.clone()),
+            None => match cache.get(&digest, &self.plan.question, &self.model).await {
+                Some(label) => Outcome::Labelled {
+                    label: Box::new(label),
+                    cached: true,
+                },
+                None => {
+                    let outcome = self.ask(image, &digest, bytes.into()).await?;
+                    if let Outcome::Labelled { label, .. } = &outcome {
+                        cache
+                            .put(&digest, &self.plan.question, &self.model, label)
+                            .await;
+                    }
+                    outcome
+                }
+            },
+        };
+        let is_settled = match &outcome {
+            Outcome::Labelled { .. } => true,
+            // Of its bytes, or paid: its twins fare alike.
+            Outcome::Failed(failed) => failed.paid || failed.code == Code::InvalidImage,
+        };
+        if is_settled {
+            *twin = Some(outcome.clone());
+        }
+        drop(twin);
+        self.end(image, &digest, outcome).await
+    }
+
+    /// What the journal has of an image, if that still holds.
+    fn known(&self, image: &Image, digest: &str) -> Option<Outcome> {
+        match self.past.get(&image.name)? {
+            Known::Done {
+                digest: Some(then),
+                entry,
+            } if then == digest => match &entry.outcome {
+                labelled @ Outcome::Labelled { .. } => Some(labelled.clone()),
+                Outcome::Failed(failed) => {
+                    (failed.paid && !self.plan.asks_again).then(|| entry.outcome.clone())
+                }
+            },
+            Known::Sent { digest: then } if then == digest && !self.plan.asks_again => {
+                Some(Outcome::Failed(interrupted()))
+            }
+            // Another file by now, or never asked.
+            Known::Done { .. } | Known::Sent { .. } => None,
+        }
+    }
+
+    /// Takes over what is known from before.
+    async fn keep(
+        &self,
+        image: &Image,
+        digest: &str,
+        outcome: Outcome,
+    ) -> Result<(Entry, Progress), Pause> {
+        if matches!(self.past.get(&image.name), Some(Known::Sent { .. })) {
+            return self.end(image, digest, outcome).await;
+        }
+        self.caption(image, &outcome).await;
+        let entry = Entry {
+            image: image.name.clone(),
+            outcome,
+        };
+        let progress = self.count(&entry.outcome, false);
+        Ok((entry, progress))
+    }
+
+    async fn fail(
+        &self,
+        image: &Image,
+        digest: Option<&str>,
+        failed: Failed,
+    ) -> Result<(Entry, Progress), Pause> {
+        self.write(image, digest, Outcome::Failed(failed)).await
+    }
+
+    async fn end(
+        &self,
+        image: &Image,
+        digest: &str,
+        outcome: Outcome,
+    ) -> Result<(Entry, Progress), Pause> {
+        self.caption(image, &outcome).await;
+        self.write(image, Some(digest), outcome).await
+    }
+
+    /// Writes an outcome down.
+    async fn write(
+        &self,
+        image: &Image,
+        digest: Option<&str>,
+        outcome: Outcome,
+    ) -> Result<(Entry, Progress), Pause> {
+        let progress = self.count(&outcome, true);
+        let is_labelled = matches!(outcome, Outcome::Labelled { .. });
+        let entry = Entry {
+            image: image.name.clone(),
+            outcome,
+        };
+        let done = Box::new(Done {
+            digest: digest.map(str::to_owned),
+            result: entry.clone(),
+            progress,
+        });
+        let event = match is_labelled {
+            true => Event::Labelled(done),
+            false => Event::Failed(done),
+        };
+        self.journal.append(event).await?;
+        Ok((entry, progress))
+    }
+
+    /// Writes a caption beside its image, if that is wanted.
+    async fn caption(&self, image: &Image, outcome: &Outcome) {
+        let (Some(path), Outcome::Labelled { label, .. }) = (image.caption.clone(), outcome) else {
+            return;
+        };
+        let text = format!("{}\n", label.description);
+        let write = move || match std::fs::read(&path) {
+            Ok(there) if there == text.as_bytes() => Ok(()),
+            _ => write_atomic(&path, text.as_bytes()),
+        };
+        let written = task::blocking("writing a caption", DISK_DEADLINE, write).await;
+        if !matches!(written, Ok(Ok(()))) {
+            tracing::warn!(
+                image = image.name,
+                ?written,
+                "a caption could not be written"
+            );
+        }
+    }
+
+    /// Has it labelled.
+    async fn ask(&self, image: &Image, digest: &str, bytes: Bytes) -> Result<Outcome, Pause> {
+        let picture = match picture::develop(bytes).await {
+            Ok(picture) => picture,
+            Err(error) => return Ok(Outcome::Failed(failed_of(&error.into()))),
+        };
+        let mut pause = PAUSE;
+        for attempt in 1.. {
+            let turn = self.wait_for_a_turn().await?;
+            let before = {
+                let (journal, name, digest) =
+                    (self.journal.clone(), image.name.clone(), digest.to_owned());
+                move || -> BoxFuture<'static, Result<(), &'static str>> {
+                    let journal = journal.clone();
+                    let event = Event::Sent {
+                        image: name.clone(),
+                        digest: digest.clone(),
+                    };
+                    Box::pin(async move {
+                        let written = journal.append(event).await;
+                        written.map_err(|_| "the batch's journal cannot be written")
+                    })
+                }
+            };
+            let asked = self
+                .labels
+                .ask(&picture, &self.plan.question, Arc::new(before))
+                .await;
+            drop(turn);
+            let failure = match asked {
+                Ok(label) => {
+                    return Ok(Outcome::Labelled {
+                        label: Box::new(label),
+                        cached: false,
+                    });
+                }
+                Err(failure) => failure,
+            };
+            if failure.is_paid {
+                return Ok(Outcome::Failed(failed_of(&failure)));
+            }
+            let wait = match next(&failure.error) {
+                Next::GiveUp => return Ok(Outcome::Failed(failed_of(&failure))),
+                Next::Stop => return Err(Pause::Stop(failure.to_string())),
+                Next::Again(_) if attempt >= TRIES => {
+                    return Ok(Outcome::Failed(failed_of(&failure)));
+                }
+                Next::Again(wait) => wait.unwrap_or(pause),
+            };
+            tracing::info!(
+                image = image.name,
+                attempt,
+                pause_ms = wait.as_millis() as u64,
+                error = %failure,
+                "an image is tried again; it has cost nothing"
+            );
+            tokio::select! {
+                () = self.stop.cancelled() => return Err(Pause::Stop(STOPPED.to_owned())),
+                () = sleep(wait) => {}
+            }
+            pause = (pause * 4).min(MAX_PAUSE);
+        }
+        unreachable!("it ends after so many tries")
+    }
+
+    /// Waits until one more image may be under way.
+    async fn wait_for_a_turn(&self) -> Result<UnderWay<'_>, Pause> {
+        let worst = self.labels.worst(&self.plan.question);
+        loop {
+            if self.stop.is_cancelled() {
+                return Err(Pause::Stop(STOPPED.to_owned()));
+            }
+            let others = self.under_way.load(Ordering::Acquire);
+            let spent = lock(&self.tally).usage.cost_usd;
+            let is_over = |under_way: usize| {
+                let held = worst * under_way as f64;
+                self.plan.most_usd.is_some_and(|most| spent + held > most)
+            };
+            if is_over(1) {
+                let most = self.plan.most_usd.unwrap_or_default();
+                return Err(Pause::Stop(format!(
+                    "one more image might cost ${worst:.4}, and of the batch's own limit of \
+                     ${most:.2} ${spent:.4} is spent; raise it, or leave it out"
+                )));
+            }
+            let must_wait = others > 0 && ((self.plan.busy.0)() || is_over(others + 1));
+            let taken = !must_wait
+                && self
+                    .under_way
+                    .compare_exchange(others, others + 1, Ordering::AcqRel, Ordering::Acquire)
+                    .is_ok();
+            if taken {
+                return Ok(UnderWay(&self.under_way));
+            }
+            if must_wait {
+                tokio::select! {
+                    () = self.stop.cancelled() => {}
+                    () = sleep(LOOK) => {}
+                }
+            }
+        }
+    }
+
+    fn count(&self, outcome: &Outcome, is_new: bool) -> Progress {
+        let mut tally = lock(&self.tally);
+        match outcome {
+            Outcome::Labelled { cached, .. } => {
+                tally.success += 1;
+                tally.cached += usize::from(*cached);
+                tally.labelled += usize::from(is_new && !cached);
+            }
+            Outcome::Failed(failed) => {
+                tally.failed += 1;
+                tally.interrupted += usize::from(failed.code == Code::Interrupted);
+            }
+        }
+        if is_new {
+            tally.usage = sum(tally.usage, outcome.usage());
+        }
+        let total = self.plan.images.len();
+        let done = tally.success + tally.failed;
+        let elapsed = self.begun.elapsed();
+        let per_minute = match elapsed.as_secs_f64() {
+            seconds if seconds > 0.0 => tally.labelled as f64 * 60.0 / seconds,
+            _ => 0.0,
+        };
+        let left = (total - done.min(total)) as f64;
+        Progress {
+            total,
+            done,
+            success: tally.success,
+            failed: tally.failed,
+            cached: tally.cached,
+            cost_usd: tally.usage.cost_usd,
+            elapsed_ms: elapsed.as_millis() as u64,
+            per_minute: (per_minute * 100.0).round() / 100.0,
+            remaining_ms: (per_minute > 0.0).then(|| (left / per_minute * 60e3) as u64),
+        }
+    }
+
+    fn summary(&self) -> Summary {
+        let tally = lock(&self.tally);
+        let total = self.plan.images.len();
+        let left = total - (tally.success + tally.failed).min(total);
+        Summary {
+            batch_id: self.plan.id.clone(),
+            total,
+            success: tally.success,
+            failed: tally.failed,
+            cached: tally.cached,
+            interrupted: tally.interrupted,
+            left,
+            usage: tally.usage,
+            duration_ms: self.begun.elapsed().as_millis() as u64,
+            reason: tally.reason.clone().filter(|_| left > 0),
+        }
+    }
+}
+
+/// An image is under way.
+struct UnderWay<'a>(&'a AtomicUsize);
+
+impl Drop for UnderWay<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+const STOPPED: &str = "it was stopped before its end, and goes on when it is started again";
+
+/// The same for a twin: it costs nothing.
+fn free(outcome: Outcome) -> Outcome {
+    match outcome {
+        Outcome::Labelled { mut label, .. } => {
+            label.usage = Usage::default();
+            Outcome::Labelled {
+                label,
+                cached: true,
+            }
+        }
+        Outcome::Failed(failed) => Outcome::Failed(Failed {
+            usage: Usage::default(),
+            ..failed
+        }),
+    }
+}
+
+/// What to do about a failure that cost nothing.
+enum Next {
+    GiveUp,
+    /// It would be the same with every other image.
+    Stop,
+    /// After this pause, if it says one.
+    Again(Option<Duration>),
+}
+
+fn next(error: &LabelError) -> Next {
+    let LabelError::Service(error) = error else {
+        return Next::GiveUp;
+    };
+    match error {
+        ServiceError::Draining
+        | ServiceError::Cancelled
+        | ServiceError::NotInstalled
+        | ServiceError::OverBudget { .. }
+        | ServiceError::CredentialRefused(_) => Next::Stop,
+        ServiceError::CircuitOpen { retry_after } => Next::Again(Some(*retry_after)),
+        ServiceError::QueueFull
+        | ServiceError::Start(_)
+        | ServiceError::Folder(_)
+        | ServiceError::TimedOut { .. } => Next::Again(None),
+        ServiceError::Failed { remains, .. } => match refused_with(remains) {
+            // The request itself is wrong: the image, mostly.
+            Some(status) if (400..500).contains(&status) && status != 429 && status != 408 => {
+                Next::GiveUp
+            }
+            _ => Next::Again(None),
+        },
+        ServiceError::TooMuchOutput => Next::GiveUp,
+    }
+}
+
+/// The API's status, as the CLI tells it at its end.
+fn refused_with(remains: &Remains) -> Option<u64> {
+    let last = remains.output.trim().lines().next_back()?;
+    let result: serde_json::Value = serde_json::from_str(last).ok()?;
+    result["api_error_status"].as_u64()
+}
+
+fn failed_of(failure: &Failure) -> Failed {
+    let (code, raw_response) = match &failure.error {
+        LabelError::Picture(PictureError::Blocking(_)) => (Code::Internal, None),
+        LabelError::Picture(_) => (Code::InvalidImage, None),
+        LabelError::Unreadable { raw, .. } => (Code::AgentFailed, Some(raw.clone())),
+        LabelError::Service(ServiceError::TimedOut { .. }) => (Code::TurnTimeout, None),
+        LabelError::Service(ServiceError::Folder(_)) => (Code::Internal, None),
+        LabelError::Service(_) => (Code::AgentFailed, None),
+    };
+    Failed {
+        status: Status::Error,
+        code,
+        message: failure.to_string(),
+        raw_response,
+        paid: failure.is_paid,
+        usage: failure.usage,
+    }
+}
+
+/// Of an image whose request was under way when the batch was killed.
+fn interrupted() -> Failed {
+    Failed {
+        status: Status::Error,
+        code: Code::Interrupted,
+        message:
+            "it was asked about when the batch was killed, and may have been paid; it is asked \
+                  about again on request alone (--retry-failed, retryFailed)"
+                .to_owned(),
+        raw_response: None,
+        paid: true,
+        usage: Usage::default(),
+    }
+}
+
+fn not_read(why: &str) -> Failed {
+    Failed {
+        status: Status::Error,
+        code: Code::NotFound,
+        message: format!("the file cannot be read: {why}"),
+        raw_response: None,
+        paid: false,
+        usage: Usage::default(),
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use crate::{label::Rating, process::Exit};
+
+    pub(in crate::label) fn labelled(image: &str) -> Entry {
+        let label = Label {
+            status: Status::Success,
+            description: "A shoe.".into(),
+            nsfw_rating: Rating::Safe,
+            tags: vec!["shoe".into()],
+            raw_response: "…".into(),
+            model: "m".into(),
+            usage: Usage {
+                cost_usd: 0.25,
+                ..Usage::default()
+            },
+            duration_ms: 7,
+        };
+        Entry {
+            image: image.into(),
+            outcome: Outcome::Labelled {
+                label: Box::new(label),
+                cached: false,
+            },
+        }
+    }
+
+    #[test]
+    fn an_entry_is_read_as_it_is_written() {
+        let failed = Entry {
+            image: "b".into(),
+            outcome: Outcome::Failed(not_read("gone")),
+        };
+        for entry in [labelled("a"), failed] {
+            let text = serde_json::to_string(&entry).unwrap();
+            assert_eq!(
+                serde_json::from_str::<Entry>(&text).unwrap(),
+                entry,
+                "{text}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_costs_nothing_is_tried_again_where_that_helps() {
+        let failed = |status: u64| {
+            let result = serde_json::json!({"type": "result", "api_error_status": status});
+            LabelError::Service(ServiceError::Failed {
+                exit: Exit {
+                    code: Some(1),
+                    signal: None,
+                },
+                remains: Remains {
+                    output: format!("{{}}\n{result}\n"),
+                    ..Remains::default()
+                },
+            })
+        };
+        for (status, again) in [
+            (400, false),
+            (403, false),
+            (413, false),
+            (429, true),
+            (500, true),
+            (529, true),
+        ] {
+            let goes_on = matches!(next(&failed(status)), Next::Again(_));
+            assert_eq!(goes_on, again, "{status}");
+        }
+        let full = LabelError::Service(ServiceError::QueueFull);
+        assert!(matches!(next(&full), Next::Again(None)));
+        let draining = LabelError::Service(ServiceError::Draining);
+        assert!(matches!(next(&draining), Next::Stop));
+        let picture = LabelError::Picture(PictureError::Empty);
+        assert!(matches!(next(&picture), Next::GiveUp));
+    }
+}

@@ -1,0 +1,299 @@
+//! Pictures that come from outside: what a file really is, and what of it goes to a model.
+//!
+//! ```text
+//! bytes ─► what format? ─► does it move? ─► how large, by its head? ─► decode ─► scale ─► upright ─► encode
+//! ```
+//!
+//! Whatever cannot be shown to a model as it is meant is refused here, before anything is paid: no
+//! bytes, another format, damage, an animation (of which one frame would be judged for all), more
+//! pixels than memory is for. The rest is made small and upright and written anew, so that nothing
+//! of the file but its pixels goes out: no place where it was taken, no camera, no second picture.
+//!
+//! A decoder is never believed to hold its limits by itself: the size in the head is checked before
+//! any pixel is decoded. Decoding runs on a few threads of its own; whoever comes then waits.
+
+mod animation;
+
+use std::{
+    io::Cursor,
+    sync::{Arc, LazyLock},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use image::{
+    DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits, Rgb, RgbImage,
+    RgbaImage,
+    codecs::{jpeg::JpegEncoder, png::PngEncoder},
+    metadata::Orientation,
+};
+use tokio::sync::Semaphore;
+
+use crate::task::{self, BlockingError};
+
+/// Largest file.
+pub const MAX_BYTES: usize = 10 << 20;
+/// Longest side that goes to a model, in pixels: the model's own limit, beyond which the provider
+/// scales down itself and the wire is all that is paid for.
+pub const MAX_SIDE: u32 = 1568;
+/// Most pixels that are decoded: what today's phones make, 8160 by 6120.
+const MAX_PIXELS: u64 = 50_000_000;
+/// Longest side that is decoded.
+const MAX_DECODED_SIDE: u32 = 20_000;
+/// Most memory for the pixels of one file. 50 million of 4 bytes have room, of 16 bits a channel
+/// there may be fewer.
+const MAX_MEMORY: u64 = 256 << 20;
+/// Most bytes that go to a model. The provider takes 5 MB of base64.
+const MAX_SENT: usize = 3_500_000;
+/// Files decoded at once.
+const AT_ONCE: usize = 2;
+/// 50 million pixels take 2 s on a slow core.
+const DEADLINE: Duration = Duration::from_secs(60);
+/// What is seen through a picture that cannot be sent with its transparency: both black and white
+/// drawings stay visible on it.
+const BEHIND: u8 = 160;
+
+/// A picture as a model gets it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Picture {
+    pub media_type: &'static str,
+    pub data: Vec<u8>,
+    /// Of what is sent, upright.
+    pub width: u32,
+    pub height: u32,
+    pub original: Original,
+}
+
+/// What the file was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Original {
+    /// `PNG`, `JPEG`, …
+    pub format: &'static str,
+    /// Upright.
+    pub width: u32,
+    pub height: u32,
+}
+
+/// Why a file is not shown to a model. Each sentence says what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum PictureError {
+    #[error("the image is empty: the file has no bytes")]
+    Empty,
+    #[error(
+        "the image has {:.1} MB, more than the 10 MB that are taken; scale it down",
+        *bytes as f64 / f64::from(1 << 20)
+    )]
+    TooLarge { bytes: usize },
+    #[error("the file is {what}; send PNG, JPEG, WebP, GIF or BMP")]
+    Unknown { what: &'static str },
+    #[error("the {format} image cannot be decoded: it is damaged or cut off")]
+    Damaged {
+        format: &'static str,
+        #[source]
+        source: Option<ImageError>,
+    },
+    #[error(
+        "the image has {width} by {height} pixels, more than are decoded ({} million, and \
+         {MAX_DECODED_SIDE} a side); scale it down",
+        MAX_PIXELS / 1_000_000
+    )]
+    TooManyPixels { width: u32, height: u32 },
+    #[error("the {format} image is animated; send the one frame of it that is meant")]
+    Animated { format: &'static str },
+    #[error(transparent)]
+    Blocking(#[from] BlockingError),
+}
+
+/// Makes a picture of a file. Waits while others are decoded.
+///
+/// # Errors
+/// [`PictureError`].
+pub async fn develop(bytes: Bytes) -> Result<Picture, PictureError> {
+    static DARKROOM: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Arc::new(Semaphore::new(AT_ONCE)));
+    // What needs no decoder needs no waiting either.
+    check_size(&bytes)?;
+    let slot = DARKROOM.clone().acquire_owned().await;
+    let slot = slot.expect("the semaphore is never closed");
+    task::blocking_apart("decoding an image", DEADLINE, move || {
+        // Held also by one that nobody waits for any more: it has its memory still.
+        let _slot = slot;
+        develop_now(&bytes)
+    })
+    .await?
+}
+
+/// The same, now and here. Blocking.
+///
+/// # Errors
+/// [`PictureError`].
+pub fn develop_now(bytes: &[u8]) -> Result<Picture, PictureError> {
+    check_size(bytes)?;
+    let (format, name) = format_of(bytes)?;
+    let damaged = |source: ImageError| match source {
+        // Of a head that asks for more than is there to be had.
+        ImageError::Limits(_) => PictureError::Damaged {
+            format: name,
+            source: None,
+        },
+        source => PictureError::Damaged {
+            format: name,
+            source: Some(source),
+        },
+    };
+    if animation::is_animated(bytes, format).map_err(damaged)? {
+        return Err(PictureError::Animated { format: name });
+    }
+    if format == ImageFormat::Jpeg && !ends_as_jpeg(bytes) {
+        return Err(PictureError::Damaged {
+            format: name,
+            source: None,
+        });
+    }
+    let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
+    reader.limits(limits());
+    let mut decoder = reader.into_decoder().map_err(damaged)?;
+    let (width, height) = decoder.dimensions();
+    let is_too_large = u64::from(width) * u64::from(height) > MAX_PIXELS
+        || width.max(height) > MAX_DECODED_SIDE
+        || decoder.total_bytes() > MAX_MEMORY;
+    if is_too_large {
+        return Err(PictureError::TooManyPixels { width, height });
+    }
+    // A picture whose note on it cannot be read is as upright as it lies.
+    let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
+    let image = DynamicImage::from_decoder(decoder).map_err(damaged)?;
+    // First small, then the rest, which takes memory again.
+    let mut image = match width.max(height) > MAX_SIDE {
+        true => image.thumbnail(MAX_SIDE, MAX_SIDE),
+        false => image,
+    };
+    image.apply_orientation(orientation);
+    let turned = |(width, height): (u32, u32)| match orientation {
+        Orientation::Rotate90
+        | Orientation::Rotate270
+        | Orientation::Rotate90FlipH
+        | Orientation::Rotate270FlipH => (height, width),
+        _ => (width, height),
+    };
+    let original = turned((width, height));
+    let (width, height) = (image.width(), image.height());
+    let (data, media_type) = encode(image).map_err(damaged)?;
+    Ok(Picture {
+        media_type,
+        data,
+        width,
+        height,
+        original: Original {
+            format: name,
+            width: original.0,
+            height: original.1,
+        },
+    })
+}
+
+fn check_size(bytes: &[u8]) -> Result<(), PictureError> {
+    match bytes.len() {
+        0 => Err(PictureError::Empty),
+        bytes if bytes > MAX_BYTES => Err(PictureError::TooLarge { bytes }),
+        _ => Ok(()),
+    }
+}
+
+fn limits() -> Limits {
+    let mut limits = Limits::default();
+    limits.max_alloc = Some(MAX_MEMORY * 2);
+    limits
+}
+
+/// By its first bytes: names and declared types of files are whatever somebody wrote.
+fn format_of(bytes: &[u8]) -> Result<(ImageFormat, &'static str), PictureError> {
+    let named = match image::guess_format(bytes) {
+        Ok(format @ ImageFormat::Png) => (format, "PNG"),
+        Ok(format @ ImageFormat::Jpeg) => (format, "JPEG"),
+        Ok(format @ ImageFormat::WebP) => (format, "WebP"),
+        Ok(format @ ImageFormat::Gif) => (format, "GIF"),
+        Ok(format @ ImageFormat::Bmp) => (format, "BMP"),
+        _ => {
+            return Err(PictureError::Unknown {
+                what: what_else(bytes),
+            });
+        }
+    };
+    Ok(named)
+}
+
+/// What people send instead, so that they hear its name.
+fn what_else(bytes: &[u8]) -> &'static str {
+    let start = &bytes[..bytes.len().min(1024)];
+    let brand = bytes.get(4..12).unwrap_or_default();
+    let text = start.trim_ascii_start();
+    if let Some(brand) = brand.strip_prefix(b"ftyp") {
+        return match brand {
+            b"avif" | b"avis" => "an AVIF image",
+            b"heic" | b"heix" | b"hevc" | b"mif1" | b"msf1" => "a HEIC image",
+            _ => "a video",
+        };
+    }
+    if start.starts_with(b"II*\0") || start.starts_with(b"MM\0*") {
+        "a TIFF image"
+    } else if start.starts_with(b"%PDF-") {
+        "a PDF document"
+    } else if text.starts_with(b"<svg") || text.starts_with(b"<?xml") {
+        "an SVG drawing"
+    } else if text.starts_with(b"<") {
+        "a web page"
+    } else {
+        "no image that is known here"
+    }
+}
+
+/// Does the file hold the end of its picture? The decoder takes half a one for whole, and what
+/// lacks would be judged as if it were grey. The marks cannot stand in the coded pixels.
+fn ends_as_jpeg(bytes: &[u8]) -> bool {
+    let last = |mark: [u8; 2]| bytes.windows(2).rposition(|pair| pair == mark);
+    match (last([0xff, 0xda]), last([0xff, 0xd9])) {
+        (Some(scan), Some(end)) => end > scan,
+        _ => false,
+    }
+}
+
+/// JPEG; PNG for what can be seen through.
+fn encode(image: DynamicImage) -> Result<(Vec<u8>, &'static str), ImageError> {
+    let mut opaque = None;
+    if image.color().has_alpha() {
+        let image = image.to_rgba8();
+        if image.pixels().any(|pixel| pixel.0[3] < u8::MAX) {
+            let mut png = Vec::new();
+            image.write_with_encoder(PngEncoder::new(&mut png))?;
+            if png.len() <= MAX_SENT {
+                return Ok((png, "image/png"));
+            }
+            opaque = Some(flattened(&image));
+        }
+    }
+    let image = opaque.unwrap_or_else(|| image.into_rgb8());
+    let mut jpeg = Vec::new();
+    for quality in [88, 70, 40] {
+        jpeg.clear();
+        image.write_with_encoder(JpegEncoder::new_with_quality(&mut jpeg, quality))?;
+        if jpeg.len() <= MAX_SENT {
+            break;
+        }
+    }
+    Ok((jpeg, "image/jpeg"))
+}
+
+fn flattened(image: &RgbaImage) -> RgbImage {
+    RgbImage::from_fn(image.width(), image.height(), |x, y| {
+        let [r, g, b, a] = image.get_pixel(x, y).0;
+        let over = |channel: u8| {
+            let (front, back) = (u16::from(a), u16::from(u8::MAX - a));
+            let mixed = (u16::from(channel) * front + u16::from(BEHIND) * back) / 255;
+            u8::try_from(mixed).unwrap_or(u8::MAX)
+        };
+        Rgb([over(r), over(g), over(b)])
+    })
+}
+
+#[cfg(test)]
+mod tests;
