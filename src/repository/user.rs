@@ -168,13 +168,17 @@ impl UserRepository {
 
     /// Keeps the files of the user's branch ready for the next thread: with them [`ensure_thread`]
     /// renames a folder instead of writing each file. They take as much disk as one more thread.
-    /// Nothing happens where they are there already. Needs no lease.
+    /// Nothing happens where they are there already, nor where threads have owners: the files would
+    /// be ours. Needs no lease.
     ///
     /// # Errors
     /// The disk's; nothing is left behind then.
     ///
     /// [`ensure_thread`]: Self::ensure_thread
     pub fn keep_spare(&self, key: &UserKey) -> Result<()> {
+        if self.project.parent().and_then(Owner::of_user).is_some() {
+            return Ok(());
+        }
         let repo = self.git.open(&self.project)?;
         let branch = key.user_branch();
         let tip = branch_tip(&repo, &branch)?;
