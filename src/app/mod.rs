@@ -52,6 +52,8 @@ use crate::{
     workspace::{Dependencies, make_private_dir},
 };
 
+/// For what fell to PID 1 to end once it was told to.
+const ORPHANS_END: Duration = Duration::from_secs(2);
 /// What the control plane may take to hear of the end.
 const LAST_NEWS: Duration = Duration::from_secs(2);
 
@@ -419,6 +421,16 @@ async fn stop(
     if !matches!(tokio::time::timeout(children, ended).await, Ok(true)) {
         tracing::error!("children were left that did not end");
         note.cut("children were left that did not end");
+    }
+    if std::process::id() == 1 {
+        // With us the kernel ends whatever is left.
+        let ended = async {
+            while launcher.has_orphans() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        let end = (begin + shares.children).min(tokio::time::Instant::now() + ORPHANS_END);
+        tokio::time::timeout_at(end, ended).await.ok();
     }
     note.reached(Step::Answers);
     // Answers that are on their way get out.

@@ -424,7 +424,10 @@ impl PreviewHandle {
             .filter(|_| status.state == PreviewState::Error && status.told_at == status.updates);
         let has_news = self.0.notes.has_news_since_the_last_document();
         match error {
-            Some(newest) => Some(hmr::replay(newest)),
+            Some(newest) => {
+                self.0.notes.note_replay();
+                Some(hmr::replay(newest))
+            }
             None => has_news.then(|| hmr::RELOAD.to_owned()),
         }
     }

@@ -22,6 +22,10 @@ pub(crate) const PERSON_STAYS: Duration = Duration::from_secs(45);
 /// client tries again each second.
 const SOCKET_ABSENCE: u64 = 10_000;
 
+/// Milliseconds in which an update is heard of even on a busy machine, though a browser that heard of
+/// it too is back already.
+const HEARD_WITHIN: u64 = 2_000;
+
 /// Shared by all of them. Cheap to clone.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Notes(Arc<Inner>);
@@ -39,6 +43,8 @@ struct Inner {
     last_document: AtomicU64,
     /// When the dev server last told of something new, as `last_used`; 0 if it never did.
     last_update: AtomicU64,
+    /// When a browser was last told of an error that it had missed, as `last_used`; 0 if none was.
+    last_replay: AtomicU64,
     /// Grows when browsers are to load their page again.
     reloads: watch::Sender<u64>,
     /// Has somebody a page that hears of no changes?
@@ -60,6 +66,7 @@ impl Default for Inner {
             last_good: LastGood::default(),
             last_document: AtomicU64::new(0),
             last_update: AtomicU64::new(0),
+            last_replay: AtomicU64::new(0),
             reloads: watch::channel(0).0,
             deaf: watch::channel(false).0,
             sockets: AtomicUsize::new(0),
@@ -163,6 +170,20 @@ impl Notes {
         self.0
             .last_update
             .store(self.0.now().max(1), Ordering::Relaxed);
+    }
+
+    /// A browser that came is told of an error that it had missed.
+    pub(crate) fn note_replay(&self) {
+        self.0
+            .last_replay
+            .store(self.0.now().max(1), Ordering::Relaxed);
+    }
+
+    /// Was one told when the error was over for the dev server and not yet for us? Then its page shows
+    /// the error, and nothing takes it away. Answers once.
+    pub(crate) fn has_replayed_too_late(&self) -> bool {
+        let replayed = self.0.last_replay.swap(0, Ordering::Relaxed);
+        replayed > 0 && replayed + HEARD_WITHIN > self.0.last_update.load(Ordering::Relaxed)
     }
 
     /// Has that happened since a page was asked for last? Then who comes for news now has missed it:

@@ -363,20 +363,27 @@ impl Launcher {
 
     /// SIGTERM to what fell to this process as PID 1: nobody else will tell it. Reads `/proc`.
     pub fn terminate_orphans(&self) {
-        let us = std::process::id().cast_signed();
-        let live = self.wardens.live();
-        let orphans = procfs::processes()
-            .into_iter()
-            .filter(|process| !process.is_zombie && process.parent == us)
-            .filter(|process| !live.contains(&process.pid));
-        for orphan in orphans {
-            for pid in [orphan.pid]
-                .into_iter()
-                .chain(procfs::descendants(orphan.pid))
-            {
+        for orphan in self.orphans() {
+            for pid in [orphan].into_iter().chain(procfs::descendants(orphan)) {
                 signal::kill(Pid::from_raw(pid), Signal::SIGTERM).ok();
             }
         }
+    }
+
+    /// Is any of them still running? Reads `/proc`.
+    pub fn has_orphans(&self) -> bool {
+        !self.orphans().is_empty()
+    }
+
+    fn orphans(&self) -> Vec<i32> {
+        let us = std::process::id().cast_signed();
+        let live = self.wardens.live();
+        procfs::processes()
+            .into_iter()
+            .filter(|process| !process.is_zombie && process.parent == us)
+            .map(|process| process.pid)
+            .filter(|pid| !live.contains(pid))
+            .collect()
     }
 
     /// Starts nothing more, terminates all that runs, and waits for the end of it.

@@ -526,7 +526,9 @@ impl Crew<'_> {
         if is_same_kind && self.index.vouches(slot, &Stat::of(&stat)) {
             return Ok(());
         }
+        // No commit has a larger file, and an index keeps only the lower half of its size.
         let may_be_same = is_same_kind
+            && stat.st_size <= vet::MAX_FILE_BYTES as i64
             && (entry.stat == Stat::NONE || entry.stat.size() == Stat::of(&stat).size());
         let now = match self.now.get() {
             Some(now) => *now,

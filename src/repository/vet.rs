@@ -17,7 +17,7 @@ use git2::{ObjectType, Oid, Repository, Tree};
 use super::{RemoteError, RemoteErrorKind, RemoteUse, message::one_line};
 
 /// Largest file, in bytes. A checkout and a diff hold it in memory; GitHub takes no larger one.
-const MAX_FILE_BYTES: usize = 100 << 20;
+pub(super) const MAX_FILE_BYTES: usize = 100 << 20;
 /// Most bytes of all files: every thread has a copy.
 const MAX_SITE_BYTES: u64 = 4 << 30;
 /// Most files, as many as a scan of a worktree takes up.

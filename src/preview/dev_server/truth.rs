@@ -212,6 +212,9 @@ impl DevServer {
                         .retain(|error| broken.iter().any(|name| is_broken(error, name)));
                     if status.errors.is_empty() {
                         status.state = PreviewState::Live;
+                        if self.notes.has_replayed_too_late() {
+                            self.notes.reload();
+                        }
                         // What fails now and then is not asked about all the time.
                         truth.checks = truth.checks.min(MOST_CHECKS / 2);
                     }
