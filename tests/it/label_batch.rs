@@ -105,6 +105,10 @@ fn told(output: &Output) -> Value {
 fn asked(api: &StandIn) -> BTreeMap<String, usize> {
     let mut asked = BTreeMap::new();
     for request in api.requests() {
+        if request.messages == 0 {
+            // It broke off before its last piece, when its process was killed: it asked nothing.
+            continue;
+        }
         assert_eq!(request.images.len(), 1, "{request:?}");
         *asked.entry(request.images[0][..12].to_owned()).or_default() += 1;
     }
