@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     agent_settings, labels, ledger_settings, programs::Programs, runtime_folder, start_gateway,
+    start_launcher, tell_closed,
 };
 use crate::{
     config::{CredentialSource, Loaded, Settings},
@@ -16,7 +17,7 @@ use crate::{
     label::{Busy, Cache, Entry, Image, Labels, Plan, Progress, Prompt, Question, Summary},
     lease::Fence,
     lifecycle::Signals,
-    process::{self, ConfinementMode, Launcher},
+    process,
     service::Service,
     task::Tasks,
     usage::{Ledger, LedgerSettings},
@@ -114,8 +115,8 @@ pub async fn label(
         tracing::warn!("rehearsal: no model is behind this, a script answers");
     }
     let gateway = start_gateway(&settings, credential, ledger, store.clone(), &tasks).await?;
-    let launcher = Launcher::start(settings.lease / 2, ConfinementMode::Auto)
-        .context("failed to start the launcher")?;
+    let (launcher, closed) = start_launcher(&settings, &programs, &runtime)?;
+    tell_closed(closed.as_deref());
     let agent = agent_settings(&settings, &programs, &launcher, &gateway, None);
     let labels = labels(
         &settings,
