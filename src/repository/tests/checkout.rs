@@ -215,10 +215,13 @@ fn a_new_thread_takes_what_was_kept_ready() {
 #[test]
 fn what_is_of_no_use_is_not_taken() {
     let mut kept = Kept::new();
-    let ino = |kept: &Kept| {
-        fs::metadata(kept.spare().join("files/many/149.md"))
-            .unwrap()
-            .ino()
+    // Held open: else the number would be free again, and the new file might get it.
+    let mut held = Vec::new();
+    let mut ino = |kept: &Kept| {
+        let file = fs::File::open(kept.spare().join("files/many/149.md")).unwrap();
+        let ino = file.metadata().unwrap().ino();
+        held.push(file);
+        ino
     };
     kept.keep();
     let before = ino(&kept);
