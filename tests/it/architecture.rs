@@ -36,6 +36,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "preview",
             "process",
             "rehearsal",
+            "replicate",
             "repository",
             "service",
             "supervisor",
@@ -53,6 +54,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "config",
             "label",
             "process", // hides its own environment, first of all
+            "replicate",
             "telemetry",
             "usage",
         ],
@@ -106,6 +108,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         ],
     ),
     ("picture", &[]),
+    ("replicate", &["config"]), // `Secret`
     (
         "turn",
         &[
@@ -186,6 +189,7 @@ const CRATES: &[(&str, &[&str])] = &[
             "control_plane",
             "ecs",
             "gateway",
+            "replicate",
             "repository", // git's transport over HTTPS
         ],
     ),

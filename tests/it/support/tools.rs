@@ -112,6 +112,16 @@ pub(crate) fn mfusepy() -> Option<PathBuf> {
     found.find(|folder| folder.join("mfusepy.py").is_file())
 }
 
+/// A folder with PyPI's `replicate`, Replicate's official client (`REPLICATE_CLIENT`, else where
+/// scripts/test puts it). Fails in one line where there is none.
+pub(crate) fn replicate_client() -> PathBuf {
+    let named = env::var_os("REPLICATE_CLIENT").map(PathBuf::from);
+    let mut found = named.into_iter().chain(brought_tools());
+    found
+        .find(|folder| folder.join("replicate/__init__.py").is_file())
+        .expect("no Python client of Replicate: scripts/test installs it, or set REPLICATE_CLIENT")
+}
+
 /// A folder with pnpm and yarn in `node_modules` (`PACKAGE_MANAGERS`, else where scripts/test puts
 /// it). Fails in one line where there is none.
 pub(crate) fn package_managers() -> PathBuf {
