@@ -333,9 +333,9 @@ fn told(made: &Made, base: &str) -> Value {
     let is_over = !["starting", "processing"].contains(&made.status);
     let logs = match made.status {
         "starting" => "",
-        "processing" => "Using seed: 7\n 50%|█████     | 2/4 [00:01<00:01]\r",
+        "processing" => "Using seed: 7\n 50%|█████     | 2/4 [00:01<00:01]\n",
         _ => {
-            "Using seed: 7\n 50%|█████     | 2/4 [00:01<00:01]\r100%|██████████| 4/4\ndone\u{1b}]0;owned\u{7}"
+            "Using seed: 7\n 50%|█████     | 2/4 [00:01<00:01]\n100%|██████████| 4/4\ndone\u{1b}]0;owned\u{7}"
         }
     };
     let count = made.input["num_outputs"].as_u64().unwrap_or(1);
