@@ -189,6 +189,7 @@ const CRATES: &[(&str, &[&str])] = &[
             "control_plane",
             "ecs",
             "gateway",
+            "outbound",
             "replicate",
             "repository", // git's transport over HTTPS
         ],
