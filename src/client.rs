@@ -27,9 +27,12 @@ use hmac::{Hmac, Mac};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use sha2::Sha256;
-use url::{Host, Url};
+use url::Url;
 
-use crate::domain::{Breaker, BreakerState, Verdict};
+use crate::{
+    domain::{Breaker, BreakerState, Verdict},
+    outbound,
+};
 
 /// Where the service is by default.
 const DEFAULT_URL: &str = "http://localhost:3001";
@@ -248,21 +251,7 @@ impl HttpExecutor {
         if let Ok(mut path) = endpoint.path_segments_mut() {
             path.pop_if_empty().push("execute");
         }
-        // An error means that it is installed already.
-        rustls::crypto::ring::default_provider()
-            .install_default()
-            .ok();
-        let mut builder = reqwest::Client::builder()
-            .connect_timeout(CONNECT_TIMEOUT)
-            .redirect(reqwest::redirect::Policy::none())
-            .referer(false);
-        if is_loopback(&endpoint) {
-            builder = builder.no_proxy();
-        }
-        if endpoint.scheme() == "http" {
-            // Reading the platform's certificates is slow.
-            builder = builder.tls_certs_only([]);
-        }
+        let builder = outbound::client_builder(&endpoint).connect_timeout(CONNECT_TIMEOUT);
         let http = builder.build().map_err(|error| {
             ClientError::Settings(format!(
                 "HTTPS could not be set up: {}",
@@ -351,15 +340,6 @@ pub fn signed_headers(secret: &str, body: &[u8]) -> [(&'static str, String); 3] 
         ("x-claude-nonce", nonce),
         ("x-claude-signature", signature),
     ]
-}
-
-fn is_loopback(url: &Url) -> bool {
-    match url.host() {
-        Some(Host::Ipv4(address)) => address.is_loopback(),
-        Some(Host::Ipv6(address)) => address.is_loopback(),
-        Some(Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
-        None => false,
-    }
 }
 
 impl Executor for HttpExecutor {

@@ -6,7 +6,7 @@
 use std::{fmt, sync::Arc, time::Duration};
 
 use jiff::Timestamp;
-use reqwest::{StatusCode, Url};
+use reqwest::Url;
 use serde::Serialize;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -15,6 +15,7 @@ use crate::{
     client::signed_headers,
     domain::{ErrorCode, TurnKind, TurnResult, TurnStatus},
     identity::ThreadKey,
+    outbound::{self, Twice},
     task::Tasks,
 };
 
@@ -158,18 +159,7 @@ impl ControlPlane {
     /// # Errors
     /// If HTTPS cannot be set up.
     pub fn start(settings: ControlPlaneSettings) -> Result<Self, reqwest::Error> {
-        // An error means that it is installed already.
-        rustls::crypto::ring::default_provider()
-            .install_default()
-            .ok();
-        let mut builder = reqwest::Client::builder()
-            .timeout(ANSWER)
-            .redirect(reqwest::redirect::Policy::none())
-            .referer(false);
-        if settings.url.scheme() == "http" {
-            // Reading the platform's certificates is slow.
-            builder = builder.tls_certs_only([]);
-        }
+        let builder = outbound::client_builder(&settings.url).timeout(ANSWER);
         let http = builder.build().map_err(reqwest::Error::without_url)?;
         let (queue, news) = mpsc::channel(QUEUE);
         // Of its own: it tells of the end of all others.
@@ -238,45 +228,24 @@ async fn tell(
     settings: &ControlPlaneSettings,
     body: &[u8],
 ) -> Result<(), String> {
-    let mut pauses = PAUSES.into_iter();
-    loop {
-        let failure = match post(http, settings, body).await {
-            Ok(status) if status.is_success() => return Ok(()),
-            Ok(status) => {
-                let failure = format!("it answered {status}");
-                let is_passing = matches!(
-                    status,
-                    StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS
-                );
-                if !is_passing && !status.is_server_error() {
-                    return Err(failure);
-                }
-                failure
+    let post = || {
+        let mut post = http
+            .post(settings.url.clone())
+            .header("content-type", "application/json");
+        if let Some(secret) = &settings.secret {
+            // Anew for each try: a signature is good once, and for half a minute.
+            for (name, value) in signed_headers(secret, body) {
+                post = post.header(name, value);
             }
-            Err(error) => error.without_url().to_string(),
-        };
-        let Some(pause) = pauses.next() else {
-            return Err(failure);
-        };
-        tokio::time::sleep(pause).await;
-    }
-}
-
-async fn post(
-    http: &reqwest::Client,
-    settings: &ControlPlaneSettings,
-    body: &[u8],
-) -> Result<StatusCode, reqwest::Error> {
-    let mut post = http
-        .post(settings.url.clone())
-        .header("content-type", "application/json");
-    if let Some(secret) = &settings.secret {
-        // Anew for each try: a signature is good once, and for half a minute.
-        for (name, value) in signed_headers(secret, body) {
-            post = post.header(name, value);
+        } else if let Some(token) = &settings.token {
+            post = post.bearer_auth(token);
         }
-    } else if let Some(token) = &settings.token {
-        post = post.bearer_auth(token);
+        post.body(body.to_vec())
+    };
+    // One that comes twice is known by its id.
+    match outbound::send(&PAUSES, Twice::Same, post).await {
+        Ok(answer) if answer.status().is_success() => Ok(()),
+        Ok(answer) => Err(format!("it answered {}", answer.status())),
+        Err(error) => Err(error.to_string()),
     }
-    Ok(post.body(body.to_vec()).send().await?.status())
 }

@@ -10,6 +10,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
+use crate::outbound;
+
 /// The endpoints are on the machine; one that is slower is not there.
 const ANSWER: Duration = Duration::from_secs(2);
 /// How long a protection lasts if we are killed, and when it is renewed.
@@ -59,19 +61,11 @@ impl Ecs {
                 _ => {}
             }
         }
-        if metadata.is_none() && agent.is_none() {
-            return None;
-        }
-        // An error means that it is installed already.
-        rustls::crypto::ring::default_provider()
-            .install_default()
-            .ok();
-        let http = Client::builder()
-            .timeout(ANSWER)
-            .redirect(reqwest::redirect::Policy::none())
-            // Both are on this machine, by HTTP.
+        // Both are on this machine.
+        let somewhere = metadata.as_ref().or(agent.as_ref())?;
+        let http = outbound::client_builder(somewhere)
             .no_proxy()
-            .tls_certs_only([])
+            .timeout(ANSWER)
             .build()
             .ok()?;
         Some(Self {

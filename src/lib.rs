@@ -21,6 +21,7 @@ pub mod identity;
 pub mod label;
 pub mod lease;
 pub mod lifecycle;
+pub mod outbound;
 pub mod owner;
 pub mod picture;
 pub mod preview;

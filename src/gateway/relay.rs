@@ -4,7 +4,6 @@ use std::{
     convert::Infallible,
     error::Error,
     fmt, io,
-    net::IpAddr,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
@@ -17,16 +16,17 @@ use hyper::body::{Body, Frame, Incoming};
 use jiff::Timestamp;
 use serde_json::json;
 use tokio::sync::OnceCell;
-use url::{Host, Url};
+use url::Url;
 
 use super::{
     ActivityGuard, GatewayConfig, GatewayError,
     network::ClientTokens,
-    run::{Admission, Exchange, Tokens, retry_after},
+    run::{Admission, Exchange, Tokens},
     toll::{Stopped, Toll},
     vault::Vault,
 };
 use crate::{
+    outbound::{self, retry_after},
     task::{self, Tasks},
     usage::Denied,
 };
@@ -354,40 +354,20 @@ fn passing(headers: &HeaderMap, kept: &[&str]) -> HeaderMap {
 }
 
 pub(super) async fn build_client(upstream: &Url) -> Result<reqwest::Client, String> {
-    let is_local = is_loopback(upstream);
-    let is_plain = upstream.scheme() == "http";
-    let build = move || {
-        // An error means that it is installed already.
-        rustls::crypto::ring::default_provider()
-            .install_default()
-            .ok();
-        let mut builder = reqwest::Client::builder()
-            .redirect(reqwest::redirect::Policy::none())
-            .connect_timeout(CONNECT_TIMEOUT)
-            .tcp_nodelay(true)
-            .tcp_keepalive(KEEP_ALIVE)
-            .http2_keep_alive_interval(KEEP_ALIVE);
-        if is_local {
-            builder = builder.no_proxy();
-            if is_plain {
-                builder = builder.tls_certs_only([]);
-            }
+    let builder = {
+        let upstream = upstream.clone();
+        move || {
+            outbound::client_builder(&upstream)
+                .connect_timeout(CONNECT_TIMEOUT)
+                .tcp_keepalive(KEEP_ALIVE)
+                .http2_keep_alive_interval(KEEP_ALIVE)
+                .build()
         }
-        builder.build()
     };
-    match task::blocking("loading the certificates", CLIENT_DEADLINE, build).await {
+    match task::blocking("loading the certificates", CLIENT_DEADLINE, builder).await {
         Ok(Ok(client)) => Ok(client),
         Ok(Err(error)) => Err(format!("failed to set up HTTPS: {}", error.without_url())),
         Err(error) => Err(error.to_string()),
-    }
-}
-
-fn is_loopback(url: &Url) -> bool {
-    match url.host() {
-        Some(Host::Ipv4(address)) => IpAddr::from(address).is_loopback(),
-        Some(Host::Ipv6(address)) => IpAddr::from(address).is_loopback(),
-        Some(Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
-        None => false,
     }
 }
 
@@ -691,19 +671,6 @@ mod tests {
                 &Uri::from_static("/v1/messages?beta=true"),
             );
             assert_eq!(url.as_str(), expected);
-        }
-    }
-
-    #[test]
-    fn loopback_is_told_from_elsewhere() {
-        for (url, local) in [
-            ("http://127.0.0.1:1", true),
-            ("http://[::1]:1", true),
-            ("http://localhost:1", true),
-            ("http://localhost.example.com", false),
-            ("http://10.0.0.1", false),
-        ] {
-            assert_eq!(is_loopback(&url.parse().unwrap()), local, "{url}");
         }
     }
 }

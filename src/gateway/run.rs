@@ -12,8 +12,7 @@ use std::{
 
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD};
 use futures_util::future::BoxFuture;
-use http::{HeaderMap, StatusCode, header};
-use jiff::Timestamp;
+use http::{HeaderMap, StatusCode};
 use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -21,6 +20,7 @@ use tokio_util::sync::CancellationToken;
 use super::{ActivityGuard, toll::Toll};
 use crate::{
     domain::Account,
+    outbound::retry_after,
     usage::{Ledger, Meter, News, Spent},
 };
 
@@ -364,16 +364,6 @@ fn is_worth_waiting(status: StatusCode, pause: Duration) -> bool {
         && pause < Duration::from_secs(9 * 60 + 30)
 }
 
-/// The pause that an answer asks for: seconds, or a date.
-pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    let value = headers.get(header::RETRY_AFTER)?.to_str().ok()?.trim();
-    if let Ok(seconds) = value.parse() {
-        return Some(Duration::from_secs(seconds));
-    }
-    let at = jiff::fmt::rfc2822::parse(value).ok()?.timestamp();
-    Duration::try_from(at - Timestamp::now()).ok()
-}
-
 /// One request on its way through: the single place that sees its start, the head and every chunk
 /// of the answer, and how it ended.
 ///
@@ -483,18 +473,7 @@ mod tests {
     use crate::{task::Tasks, usage::LedgerSettings};
 
     #[test]
-    fn a_pause_is_read_and_weighed() {
-        let pause = |value: &str| {
-            let mut headers = HeaderMap::new();
-            headers.insert(header::RETRY_AFTER, value.parse().unwrap());
-            retry_after(&headers)
-        };
-        assert_eq!(pause("90"), Some(Duration::from_secs(90)));
-        assert_eq!(pause("soon"), None);
-        assert_eq!(pause("Sun, 06 Nov 1994 08:49:37 GMT"), None, "in the past");
-        let ahead = pause("Fri, 31 Dec 2100 23:59:59 GMT").unwrap();
-        assert!(ahead > Duration::from_secs(86_400));
-
+    fn a_pause_is_weighed() {
         let worth = |status, seconds| {
             let status = StatusCode::from_u16(status).unwrap();
             is_worth_waiting(status, Duration::from_secs(seconds))

@@ -12,8 +12,8 @@ use std::{
 };
 
 /// Rooms that everybody may use. They use each other and no other room.
-const COMMON: [&str; 7] = [
-    "address", "identity", "domain", "lease", "owner", "task", "text",
+const COMMON: [&str; 8] = [
+    "address", "identity", "domain", "lease", "outbound", "owner", "task", "text",
 ];
 
 /// Who may use whom, beside the common rooms.
