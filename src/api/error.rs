@@ -266,6 +266,7 @@ impl From<SupervisorError> for ApiError {
                 })
             }
             E::Refused(why) => Self::invalid(why),
+            E::EditRefused(why) => Self::invalid(why),
             E::NoPullRequests(why) => Self::invalid(why.to_string()),
             E::PullRequest {
                 error: ref failed,
@@ -414,7 +415,7 @@ impl ApiError {
         }
         match error {
             E::Remote(error) if error.during != RemoteUse::Clone => Self::remote(error),
-            E::NoOrigin | E::Unfinished => Self::invalid(error.to_string()),
+            E::NoOrigin | E::Unfinished | E::Unfit { .. } => Self::invalid(error.to_string()),
             E::Remote(_)
             | E::Local { .. }
             | E::Empty

@@ -164,6 +164,7 @@ impl FromRef<Shared> for Base {
         crate::supervisor::TurnSummary,
         crate::supervisor::PreviewView,
         operations::DryRunView,
+        operations::Unchanged,
         publish::PublishView,
         publish::SyncView,
     ))

@@ -13,7 +13,7 @@ use super::{
     turns::turn_id,
 };
 use crate::{
-    domain::{Author, Effect, FileChange, TurnKind, TurnResult, TurnStatus},
+    domain::{Author, CommitSummary, Effect, FileChange, TurnKind, TurnResult, TurnStatus},
     identity::TurnId,
     supervisor::{DryRun, Operation, OperationAnswer, OperationRequest},
 };
@@ -68,6 +68,10 @@ pub(super) struct DryRunView {
     diff: String,
     /// The diff was cut.
     truncated: bool,
+    /// What would be done and what would be left, of an edit that greenroom itself makes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    report: Option<serde_json::Value>,
 }
 
 impl From<DryRun> for DryRunView {
@@ -80,8 +84,24 @@ impl From<DryRun> for DryRunView {
             files: run.files,
             diff: run.diff.text,
             truncated: run.diff.truncated,
+            report: run.report,
         }
     }
+}
+
+/// There was nothing to change: the `result` where no turn was made.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Unchanged {
+    /// Always null.
+    #[schema(value_type = Option<String>)]
+    turn_id: Option<TurnId>,
+    /// Always null.
+    commit: Option<CommitSummary>,
+    /// What a person is told.
+    text: String,
+    #[schema(value_type = Option<Object>)]
+    report: Option<serde_json::Value>,
 }
 
 /// Takes one turn's changes back, by a new commit: those of `turnId`, else of the newest turn that
@@ -221,6 +241,12 @@ pub(super) async fn operate(
             Ok(success(SyncView::new(merged, turn)))
         }
         OperationAnswer::DryRun(run) => Ok(success(DryRunView::from(*run))),
+        OperationAnswer::Unchanged(text, report) => Ok(success(Unchanged {
+            turn_id: None,
+            commit: None,
+            text,
+            report,
+        })),
         OperationAnswer::Published(answer) => Ok(success(PublishView::from(*answer))),
         OperationAnswer::Seen(_) => unreachable!("the supervisor answers with its turn"),
     }

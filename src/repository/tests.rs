@@ -1053,3 +1053,4 @@ mod publishing;
 /// What a scan has to find.
 mod scanning;
 mod watching;
+mod written;
