@@ -18,6 +18,7 @@ pub mod egress;
 pub mod figures;
 pub mod gateway;
 pub mod identity;
+pub mod images;
 pub mod label;
 pub mod lease;
 pub mod lifecycle;

@@ -15,8 +15,10 @@ use super::publish::PublishView;
 use crate::{
     domain::{Between, Conflict, ErrorCode, TurnResult},
     identity::{InvalidId, TurnId},
+    images::ImageError,
     label::{BatchesError, Failure, LabelError, Status},
     picture::PictureError,
+    replicate::ReplicateError,
     repository::{RemoteError, RemoteErrorKind, RemoteUse, RepositoryError, SourceError},
     service::{Remains, ServiceError},
     supervisor::{PublishAnswer, SupervisorError},
@@ -365,6 +367,54 @@ impl From<Failure> for ApiError {
                     ..Details::default()
                 })
             }
+        }
+    }
+}
+
+impl From<ImageError> for ApiError {
+    fn from(error: ImageError) -> Self {
+        use ReplicateError as R;
+        let said = error.to_string();
+        let failed = |status| Self::new(status, "image_failed", said.clone());
+        let off = || {
+            Self::new(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "images_unavailable",
+                said.clone(),
+            )
+        };
+        match error {
+            ImageError::Off => off(),
+            ImageError::NoModel | ImageError::NoLora { .. } | ImageError::Folder => {
+                Self::invalid(said)
+            }
+            ImageError::NoImage | ImageError::Picture(_) => failed(StatusCode::BAD_GATEWAY),
+            ImageError::Supervisor(error) => error.into(),
+            ImageError::Note(_) => Self::internal(&error),
+            ImageError::Replicate(error) => match error {
+                R::BadName { .. } | R::Input(_) | R::NotFound { .. } | R::Refused { .. } => {
+                    Self::invalid(said)
+                }
+                R::NoToken
+                | R::Unauthenticated
+                | R::Unpaid { .. }
+                | R::Unreachable { .. }
+                | R::Faulty { .. }
+                | R::Https { .. } => {
+                    tracing::warn!(error = said, "images cannot be made");
+                    off()
+                }
+                R::Throttled { .. } => off().retry(30),
+                R::TimedOut { .. } => failed(StatusCode::GATEWAY_TIMEOUT),
+                // The operator's files: their places are no business of a caller.
+                R::Configs { .. } | R::File { .. } | R::BadFile { .. } => Self::internal(&error),
+                R::Unclear
+                | R::Answer { .. }
+                | R::Failed { .. }
+                | R::Cancelled { .. }
+                | R::NotCancelled { .. }
+                | R::Download { .. } => failed(StatusCode::BAD_GATEWAY),
+            },
         }
     }
 }

@@ -10,6 +10,7 @@ mod body;
 mod cli;
 mod error;
 mod health;
+mod images;
 mod label;
 mod one_shot;
 mod operations;
@@ -45,6 +46,7 @@ pub use serve::serve;
 use crate::{
     figures::Figures,
     identity::{ClientId, ThreadId, UserId},
+    images::Images,
     label::{Batches, Labels},
     lifecycle::Activity,
     service::Service,
@@ -107,6 +109,7 @@ pub struct ApiState {
     pub pins: Pins,
     pub labels: Labels,
     pub batches: Batches,
+    pub images: Images,
 }
 
 /// The state as handlers take it.
@@ -155,6 +158,7 @@ impl FromRef<Shared> for Base {
         batches::events,
         batches::cancel,
         batches::resume,
+        images::make,
         cli::open,
     ),
     components(schemas(
@@ -202,6 +206,7 @@ pub fn router(state: Shared) -> Router {
         .route(&format!("{thread}/restore"), post(operations::restore))
         .route(&format!("{thread}/publish"), post(publish::publish))
         .route(&format!("{thread}/sync"), post(publish::sync))
+        .route(&format!("{thread}/images"), post(images::make))
         .route("/api/turns/{turn}", get(turns::one))
         .route("/api/turns/{turn}/events", get(turns::events))
         .route("/api/turns/{turn}/cancel", post(turns::cancel))
@@ -274,6 +279,7 @@ mod tests {
             "/execute",
             "/api/label",
             "/api/label/batches",
+            "/api/clients/{client}/users/{user}/threads/{thread}/images",
         ] {
             assert!(document["paths"][path].is_object(), "{path} is described");
         }

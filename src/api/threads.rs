@@ -198,6 +198,8 @@ impl ExecuteBody {
             author: self.author.map(check_author).transpose()?,
             idempotency_key: None,
             request_id: request_id(),
+            brings: Vec::new(),
+            report: None,
         })
     }
 }

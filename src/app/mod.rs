@@ -37,6 +37,7 @@ use crate::{
     egress::Egress,
     figures::Figures,
     gateway::{self, Credential, Gateway, GatewayConfig, OAuthSettings, load_credentials_file},
+    images::{ImageSettings, Images},
     label::{
         BatchSettings, Batches, Busy, Cache, LabelSettings, Labels, MAX_ANSWER_TOKENS, Prompts,
     },
@@ -169,6 +170,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         pins: pins.clone(),
         batches: batches.clone(),
         labels: labels.clone(),
+        images: images(&loaded, &supervisor, &labels, &tasks)?,
     });
     // The first line of the log says where it listens.
     announce(&loaded, mode, &listeners, is_rehearsal, &launcher);
@@ -754,6 +756,31 @@ async fn labels(
         prompts,
         timeout: settings.label_timeout,
     }))
+}
+
+/// Images for sites: on Replicate, whose token nobody else gets.
+fn images(
+    loaded: &Loaded,
+    supervisor: &Supervisor,
+    labels: &Labels,
+    tasks: &Tasks,
+) -> anyhow::Result<Images> {
+    let settings = &loaded.settings;
+    let settings = ImageSettings {
+        base_url: settings.replicate_base_url.clone(),
+        token: settings.replicate_api_token.clone(),
+        configs: replicate::model_configs(loaded, None)?,
+        model: settings.image_model.clone(),
+        lora: settings.image_lora.clone(),
+        timeout: settings.turn_timeout,
+        store: settings.workspace_path.join(".greenroom/images"),
+    };
+    Ok(Images::new(
+        settings,
+        supervisor.clone(),
+        labels.clone(),
+        tasks.clone(),
+    ))
 }
 
 /// Batches of images, kept on the workspace.

@@ -247,14 +247,18 @@ fn filled(
 }
 
 fn model_settings(loaded: &Loaded, job: &ModelJob) -> anyhow::Result<ModelSettings> {
-    let named = job.configs.clone();
+    Ok(model_configs(loaded, job.configs.clone())?.of(&job.model)?)
+}
+
+/// What the operator says of models: in the file that is named, or set, or where it usually is.
+pub(super) fn model_configs(
+    loaded: &Loaded,
+    named: Option<PathBuf>,
+) -> Result<ModelConfigs, ReplicateError> {
     let file = named.or_else(|| loaded.settings.model_configs_file.clone());
     let usual = loaded.surroundings.cwd.join("config/model_configs.yaml");
     let file = file.or_else(|| usual.is_file().then_some(usual));
-    Ok(match file {
-        Some(file) => ModelConfigs::read(&file)?.of(&job.model)?,
-        None => ModelSettings::default(),
-    })
+    file.map_or_else(|| Ok(ModelConfigs::default()), |file| ModelConfigs::read(&file))
 }
 
 /// A folder that takes no files is found out before anything is paid.

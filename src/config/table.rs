@@ -179,6 +179,10 @@ settings! {
         "Replicate's API";
     MODEL_CONFIGS_FILE, model_configs_file: Option<PathBuf>, Text, value::path, Unset,
         "Parameters, prices and times of Replicate's models (YAML); else config/model_configs.yaml";
+    IMAGE_MODEL, image_model: Option<String>, Text, value::model, Unset,
+        "Replicate's model that makes images for sites: OWNER/MODEL, or OWNER/MODEL:VERSION";
+    IMAGE_LORA, image_lora: Option<String>, Text, value::model, Unset,
+        "The brand's LoRA for it, as the model takes it; by client: clients in MODEL_CONFIGS_FILE";
     HF_TOKEN, hf_token: Option<Secret>, Secret, value::token, Unset,
         "Token of Hugging Face, for models";
     HF_ENDPOINT, hf_endpoint: String, Text, value::base_url, Is("https://huggingface.co"),

@@ -24,7 +24,11 @@ use bytes::Bytes;
 use image::{
     DynamicImage, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits, Rgb, RgbImage,
     RgbaImage,
-    codecs::{jpeg::JpegEncoder, png::PngEncoder},
+    codecs::{
+        jpeg::JpegEncoder,
+        png::{CompressionType, FilterType as PngFilter, PngEncoder},
+    },
+    imageops::FilterType,
     metadata::Orientation,
 };
 use tokio::sync::Semaphore;
@@ -36,6 +40,10 @@ pub const MAX_BYTES: usize = 10 << 20;
 /// Longest side that goes to a model, in pixels: the model's own limit, beyond which the provider
 /// scales down itself and the wire is all that is paid for.
 pub const MAX_SIDE: u32 = 1568;
+/// Largest file that a site's picture is made of.
+const MAX_SITE_BYTES: usize = 32 << 20;
+/// Longest side of a site's picture, in pixels: a large screen's width.
+const MAX_SITE_SIDE: u32 = 2560;
 /// Most pixels that are decoded: what today's phones make, 8160 by 6120.
 const MAX_PIXELS: u64 = 50_000_000;
 /// Longest side that is decoded.
@@ -53,12 +61,36 @@ const DEADLINE: Duration = Duration::from_secs(60);
 /// drawings stay visible on it.
 const BEHIND: u8 = 160;
 
-/// A picture as a model gets it.
+/// What a picture is developed for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Use {
+    Model,
+    /// To be shown to people.
+    Site,
+}
+
+impl Use {
+    fn max_bytes(self) -> usize {
+        match self {
+            Self::Model => MAX_BYTES,
+            Self::Site => MAX_SITE_BYTES,
+        }
+    }
+
+    fn max_side(self) -> u32 {
+        match self {
+            Self::Model => MAX_SIDE,
+            Self::Site => MAX_SITE_SIDE,
+        }
+    }
+}
+
+/// A picture as a model or a site gets it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Picture {
     pub media_type: &'static str,
     pub data: Vec<u8>,
-    /// Of what is sent, upright.
+    /// Of the data, upright.
     pub width: u32,
     pub height: u32,
     pub original: Original,
@@ -80,10 +112,10 @@ pub enum PictureError {
     #[error("the image is empty: the file has no bytes")]
     Empty,
     #[error(
-        "the image has {:.1} MB, more than the 10 MB that are taken; scale it down",
-        *bytes as f64 / f64::from(1 << 20)
+        "the image has {:.1} MB, more than the {} MB that are taken; scale it down",
+        *bytes as f64 / f64::from(1 << 20), most >> 20
     )]
-    TooLarge { bytes: usize },
+    TooLarge { bytes: usize, most: usize },
     #[error("the file is {what}; send PNG, JPEG, WebP, GIF or BMP")]
     Unknown { what: &'static str },
     #[error("the {format} image cannot be decoded: it is damaged or cut off")]
@@ -104,30 +136,47 @@ pub enum PictureError {
     Blocking(#[from] BlockingError),
 }
 
-/// Makes a picture of a file. Waits while others are decoded.
+/// Makes a picture of a file, for a model. Waits while others are decoded.
 ///
 /// # Errors
 /// [`PictureError`].
 pub async fn develop(bytes: Bytes) -> Result<Picture, PictureError> {
+    develop_as(bytes, Use::Model).await
+}
+
+/// Makes a picture of a file, to be shown on a site: no larger than a screen, and none of the file but
+/// its pixels. Takes 32 MB, since models make PNGs.
+///
+/// # Errors
+/// [`PictureError`].
+pub async fn for_site(bytes: Bytes) -> Result<Picture, PictureError> {
+    develop_as(bytes, Use::Site).await
+}
+
+async fn develop_as(bytes: Bytes, to: Use) -> Result<Picture, PictureError> {
     static DARKROOM: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Arc::new(Semaphore::new(AT_ONCE)));
     // What needs no decoder needs no waiting either.
-    check_size(&bytes)?;
+    check_size(&bytes, to)?;
     let slot = DARKROOM.clone().acquire_owned().await;
     let slot = slot.expect("the semaphore is never closed");
     task::blocking_apart("decoding an image", DEADLINE, move || {
         // Held also by one that nobody waits for any more: it has its memory still.
         let _slot = slot;
-        develop_now(&bytes)
+        develop_now_as(&bytes, to)
     })
     .await?
 }
 
-/// The same, now and here. Blocking.
+/// As [`develop`], now and here. Blocking.
 ///
 /// # Errors
 /// [`PictureError`].
 pub fn develop_now(bytes: &[u8]) -> Result<Picture, PictureError> {
-    check_size(bytes)?;
+    develop_now_as(bytes, Use::Model)
+}
+
+fn develop_now_as(bytes: &[u8], to: Use) -> Result<Picture, PictureError> {
+    check_size(bytes, to)?;
     let (format, name) = format_of(bytes)?;
     let damaged = |source: ImageError| match source {
         // Of a head that asks for more than is there to be had.
@@ -163,9 +212,11 @@ pub fn develop_now(bytes: &[u8]) -> Result<Picture, PictureError> {
     let orientation = decoder.orientation().unwrap_or(Orientation::NoTransforms);
     let image = DynamicImage::from_decoder(decoder).map_err(damaged)?;
     // First small, then the rest, which takes memory again.
-    let mut image = match width.max(height) > MAX_SIDE {
-        true => image.thumbnail(MAX_SIDE, MAX_SIDE),
-        false => image,
+    let side = to.max_side();
+    let mut image = match (width.max(height) > side, to) {
+        (true, Use::Model) => image.thumbnail(side, side),
+        (true, Use::Site) => image.resize(side, side, FilterType::CatmullRom),
+        (false, _) => image,
     };
     image.apply_orientation(orientation);
     let turned = |(width, height): (u32, u32)| match orientation {
@@ -177,7 +228,14 @@ pub fn develop_now(bytes: &[u8]) -> Result<Picture, PictureError> {
     };
     let original = turned((width, height));
     let (width, height) = (image.width(), image.height());
-    let (data, media_type) = encode(image).map_err(damaged)?;
+    let (data, media_type) = match to {
+        Use::Model => encode(image).map_err(damaged)?,
+        // Made small already, by an encoder that is better than ours.
+        Use::Site if format == ImageFormat::WebP && is_bare_webp(bytes) && side_fits(original, side) => {
+            (bytes.to_vec(), "image/webp")
+        }
+        Use::Site => encode_for_site(image).map_err(damaged)?,
+    };
     Ok(Picture {
         media_type,
         data,
@@ -191,12 +249,28 @@ pub fn develop_now(bytes: &[u8]) -> Result<Picture, PictureError> {
     })
 }
 
-fn check_size(bytes: &[u8]) -> Result<(), PictureError> {
+fn check_size(bytes: &[u8], to: Use) -> Result<(), PictureError> {
+    let most = to.max_bytes();
     match bytes.len() {
         0 => Err(PictureError::Empty),
-        bytes if bytes > MAX_BYTES => Err(PictureError::TooLarge { bytes }),
+        bytes if bytes > most => Err(PictureError::TooLarge { bytes, most }),
         _ => Ok(()),
     }
+}
+
+fn side_fits((width, height): (u32, u32), side: u32) -> bool {
+    width.max(height) <= side
+}
+
+/// A WebP file of nothing but one coded picture: no notes, no profile, nothing behind it.
+fn is_bare_webp(bytes: &[u8]) -> bool {
+    let word = |at: usize| {
+        let word = bytes.get(at..at + 4)?;
+        Some(u32::from_le_bytes(word.try_into().ok()?) as usize)
+    };
+    let is_picture = matches!(bytes.get(12..16), Some(b"VP8 " | b"VP8L"));
+    let size = word(16).map(|size| size + size % 2 + 20);
+    is_picture && size == Some(bytes.len()) && word(4) == Some(bytes.len() - 8)
 }
 
 fn limits() -> Limits {
@@ -281,6 +355,23 @@ fn encode(image: DynamicImage) -> Result<(Vec<u8>, &'static str), ImageError> {
         }
     }
     Ok((jpeg, "image/jpeg"))
+}
+
+/// JPEG as people see no difference in; PNG for what can be seen through.
+fn encode_for_site(image: DynamicImage) -> Result<(Vec<u8>, &'static str), ImageError> {
+    const QUALITY: u8 = 82;
+    let mut data = Vec::new();
+    if image.color().has_alpha() {
+        let image = image.to_rgba8();
+        if image.pixels().any(|pixel| pixel.0[3] < u8::MAX) {
+            let best = PngEncoder::new_with_quality(&mut data, CompressionType::Best, PngFilter::Adaptive);
+            image.write_with_encoder(best)?;
+            return Ok((data, "image/png"));
+        }
+    }
+    let encoder = JpegEncoder::new_with_quality(&mut data, QUALITY);
+    image.into_rgb8().write_with_encoder(encoder)?;
+    Ok((data, "image/jpeg"))
 }
 
 fn flattened(image: &RgbaImage) -> RgbImage {

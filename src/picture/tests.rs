@@ -264,3 +264,27 @@ async fn many_at_once_wait_for_each_other() {
         .unwrap();
     assert!(all.into_iter().all(|picture| picture.unwrap().width == 300));
 }
+
+#[tokio::test]
+async fn for_a_site_it_is_large_and_bare() {
+    let site = |bytes: Vec<u8>| async { for_site(bytes.into()).await.unwrap() };
+    let picture = site(written(halves(3000, 1500), ImageFormat::Png)).await;
+    assert_eq!((picture.width, picture.height), (MAX_SITE_SIDE, 1280));
+    assert_eq!(picture.media_type, "image/jpeg");
+    assert_eq!(read(&picture).dimensions(), (MAX_SITE_SIDE, 1280));
+    let picture = site(lying(6)).await;
+    assert_eq!((picture.width, picture.height), (40, 80));
+    assert!(!picture.data.windows(4).any(|word| word == b"Exif"));
+    let hole = RgbaImage::from_pixel(30, 30, Rgba([9, 9, 9, 100]));
+    let picture = site(written(hole, ImageFormat::Png)).await;
+    assert_eq!(picture.media_type, "image/png");
+    // A bare WebP stays as it is; one that says more does not.
+    let bare = written(halves(64, 64), ImageFormat::WebP);
+    let picture = site(bare.clone()).await;
+    assert_eq!((picture.media_type, &picture.data), ("image/webp", &bare));
+    let more = [&bare[12..], &riff(b"XMP ", b"who made it")].concat();
+    let more = riff(b"RIFF", &[b"WEBP", &more[..]].concat());
+    let picture = site(more).await;
+    assert_eq!(picture.media_type, "image/jpeg");
+    assert!(for_site(b"no image".to_vec().into()).await.is_err());
+}

@@ -33,7 +33,7 @@ pub use output::Made;
 pub use price::{Measured, Price};
 pub use save::{Saved, SavedAll};
 pub use schema::{Problems, Schema};
-pub use settings::{ModelConfigs, ModelSettings};
+pub use settings::{Brand, ModelConfigs, ModelSettings};
 
 /// Why a model was not run, or gave nothing. Each sentence says what to do.
 #[derive(Debug, thiserror::Error)]

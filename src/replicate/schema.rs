@@ -334,7 +334,7 @@ fn wrong(kind: &Kind, value: &Value) -> Option<String> {
         Kind::File => match value.as_str() {
             Some(url) if is_file_url(url) => None,
             _ => Some(format!(
-                "{} is not a file; name one of this machine with --input-file, or give an https:// URL",
+                "{} is not a file; give an https:// URL, or name one of this machine with --input-file",
                 brief(value)
             )),
         },
@@ -525,7 +525,7 @@ mod tests {
             "width: 4096 is out of range; allowed: 64 or more and 2048 or less",
             "guidance: 10 is out of range; allowed: 0 or more and less than 10",
             "aspect_ratio: \"5:5\" is not among 1:1, 16:9",
-            "image: \"/etc/passwd\" is not a file; name one of this machine with --input-file",
+            "image: \"/etc/passwd\" is not a file; give an https:// URL, or name one of this machine with --input-file",
             "weights: \"much\" is not a number",
             "seed_with_default: \"seven\" is not a whole number",
             "disable_safety_checker: \"maybe\" is neither true nor false",

@@ -9,6 +9,7 @@ use std::{
 use serde_json::{Map, Value};
 
 use super::{ModelName, Price, ReplicateError, name::is_version};
+use crate::identity::ClientId;
 
 /// Largest file; nobody writes one by hand.
 const MAX_FILE: u64 = 1 << 20;
@@ -20,6 +21,19 @@ const MAX_SECONDS: u64 = 24 * 3600;
 pub struct ModelConfigs {
     file: PathBuf,
     models: Map<String, Value>,
+    clients: Map<String, Value>,
+}
+
+/// What images of one client are made with.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Brand {
+    pub model: Option<String>,
+    /// The LoRA of its own, as its model takes it.
+    pub lora: Option<String>,
+    /// The word that calls it, put before prompts that lack it.
+    pub trigger: Option<String>,
+    /// Parameters that win over the model's settings.
+    pub params: Map<String, Value>,
 }
 
 /// Settings of one.
@@ -63,18 +77,35 @@ impl ModelConfigs {
             let line = place.map_or_else(String::new, |at| format!(" (line {})", at.line()));
             wrong(format!("it is no YAML{line}"))
         })?;
-        let models = match value {
+        let mut map = match value {
             Value::Null => Map::new(),
-            Value::Object(mut map) => match map.remove("models") {
-                Some(Value::Object(models)) => models,
-                None => map,
-                Some(_) => return Err(wrong("models: it has to be a map".to_owned())),
-            },
+            Value::Object(map) => map,
             _ => return Err(wrong("it is no map of models".to_owned())),
         };
+        let mut part = |name: &str| match map.remove(name) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::Object(part)) => Ok(Some(part)),
+            Some(_) => Err(wrong(format!("{name}: it has to be a map"))),
+        };
+        let (models, clients) = (part("models")?, part("clients")?);
         Ok(Self {
             file: file.to_owned(),
-            models,
+            models: models.unwrap_or(map),
+            clients: clients.unwrap_or_default(),
+        })
+    }
+
+    /// What it says of a client; nothing where it does not name it.
+    ///
+    /// # Errors
+    /// If that cannot be meant.
+    pub fn brand(&self, client: &ClientId) -> Result<Brand, ReplicateError> {
+        let Some(value) = self.clients.get(client.as_str()) else {
+            return Ok(Brand::default());
+        };
+        parse_brand(value).map_err(|why| ReplicateError::Configs {
+            file: self.file.clone(),
+            why: format!("{client}: {why}"),
         })
     }
 
@@ -98,6 +129,33 @@ impl ModelConfigs {
             why: format!("{name}: {why}"),
         })
     }
+}
+
+fn parse_brand(value: &Value) -> Result<Brand, String> {
+    let map = value.as_object();
+    let map = map.ok_or_else(|| "it has to be a map".to_owned())?;
+    let mut brand = Brand::default();
+    for (key, value) in map {
+        let text = || match value.as_str() {
+            Some(text) if !text.trim().is_empty() => Ok(Some(text.trim().to_owned())),
+            _ => Err(format!("{key}: it has to be a text")),
+        };
+        match key.as_str() {
+            "model" => brand.model = text()?,
+            "lora" => brand.lora = text()?,
+            "trigger" => brand.trigger = text()?,
+            "params" => match value {
+                Value::Object(params) => brand.params = params.clone(),
+                _ => return Err("params: it has to be a map of parameters".to_owned()),
+            },
+            other => {
+                return Err(format!(
+                    "{other} means nothing; there are model, lora, trigger, params"
+                ));
+            }
+        }
+    }
+    Ok(brand)
 }
 
 fn parse(value: &Value) -> Result<ModelSettings, String> {
@@ -205,6 +263,21 @@ mod tests {
         assert_eq!(configs.of(&pinned).unwrap(), settings);
         let other = configs.of(&"acme/boots".parse().unwrap()).unwrap();
         assert_eq!(other, ModelSettings::default());
+    }
+
+    #[test]
+    fn a_client_has_a_lora_of_its_own() {
+        let text = "clients:\n  acme:\n    model: acme/painter\n    lora: acme/shoes\n    trigger: SHOE\n    \
+                    params: {lora_scale: 0.9}\nacme/painter: {timeout: 9}\n";
+        let configs = configs(text).unwrap();
+        let brand = configs.brand(&"acme".parse().unwrap()).unwrap();
+        assert_eq!(brand.lora.as_deref(), Some("acme/shoes"));
+        assert_eq!(brand.trigger.as_deref(), Some("SHOE"));
+        assert_eq!(Value::Object(brand.params), json!({"lora_scale": 0.9}));
+        let other = configs.brand(&"Acme".parse().unwrap()).unwrap();
+        assert_eq!(other, Brand::default());
+        let settings = configs.of(&"acme/painter".parse().unwrap()).unwrap();
+        assert_eq!(settings.timeout, Some(Duration::from_secs(9)));
     }
 
     #[test]

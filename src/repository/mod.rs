@@ -15,6 +15,7 @@
 //! differ between a branch's commit and the next one (`landing`), which never overwrites what is
 //! in neither.
 
+mod bring;
 mod checkout;
 mod diff;
 mod draft;
@@ -51,6 +52,7 @@ use crate::{
     lease::LeaseLost,
 };
 
+pub use bring::BroughtFile;
 pub use diff::{DiffText, SiteDiff};
 pub use draft::{Draft, Snapshot};
 pub use github::{GitHub, GitHubRepository, NoPullRequests, PullRequest, PullRequestText};

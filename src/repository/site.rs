@@ -117,9 +117,7 @@ impl Worktree {
                 path: path.clone(),
                 reason,
             };
-            if !is_path(path) {
-                return Err(unfit("git does not allow a file of this name".into()));
-            }
+            check_path(path)?;
             let present = in_tree(&before, Path::new(path))?;
             let edit = match content {
                 None => None,
@@ -135,6 +133,17 @@ impl Worktree {
         }
         let after = tree::edit(&repo, Some(&before), &edits).during("write the tree")?;
         self.draft(&repo, base, after, Vec::new())
+    }
+}
+
+/// Refuses a path that is none of a file in a site.
+pub(super) fn check_path(path: &str) -> Result<()> {
+    match is_path(path) {
+        true => Ok(()),
+        false => Err(RepositoryError::Unfit {
+            path: path.to_owned(),
+            reason: "git does not allow a file of this name".into(),
+        }),
     }
 }
 

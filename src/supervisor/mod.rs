@@ -58,7 +58,7 @@ pub use operation::{DryRun, Operation, OperationAnswer, OperationRequest};
 pub use publish::{PublishAnswer, PublishWish, PullRequestWish};
 pub use removal::Removal;
 pub use view::{
-    ExecuteRequest, History, HistoryPage, InitAnswer, InitRequest, OutsideEdit, PreviewView,
+    Brought, ExecuteRequest, History, HistoryPage, InitAnswer, InitRequest, OutsideEdit, PreviewView,
     ThreadView, TurnSummary,
 };
 

@@ -194,6 +194,7 @@ async fn run_into(
         applies: None,
         usage: None,
         report: None,
+        brings: Vec::new(),
         mode: TurnMode::Execute,
         instruction: shot.prompt[..instruction].to_owned(),
         model: None,

@@ -233,6 +233,7 @@ async fn run_into(
         applies: None,
         usage: plan.usage,
         report: plan.report,
+        brings: Vec::new(),
         mode: TurnMode::Execute,
         instruction: plan.title,
         model: None,

@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::Instrument;
 
 use super::{
-    ExecuteRequest, InitAnswer, InitRequest, Inner, LiveTurn, SupervisorError, lock,
+    Brought, ExecuteRequest, InitAnswer, InitRequest, Inner, LiveTurn, SupervisorError, lock,
     one_shot::{self, OneShot, OneShotAnswer, OneShotEnd},
     operation::{self, OperationAnswer, OperationEnd, OperationRequest},
     prepare::{self, Preparation, Prepared},
@@ -26,6 +26,7 @@ use crate::{
     identity::{ThreadKey, TurnId},
     lease::Lease,
     lifecycle::{Guard, HolderKind},
+    repository::Worktree,
     turn::{
         Accepted, Folder, Journal, RunEnd, StoredContext, TurnFile, TurnRecord, blank_result,
         run_turn, tell_outcome,
@@ -488,6 +489,11 @@ impl Driver {
             return Ok(TurnRecord::at_rest(TurnFile::new(&paths, id)));
         }
         self.check_line()?;
+        let mut brings = Vec::new();
+        for Brought { path, content } in request.brings {
+            let keep = move |tree: &Worktree| tree.keep_for(&path, &content);
+            brings.push(prepared.site.on_disk("keeping a file", keep).await?);
+        }
         let timeout = request.timeout.unwrap_or(self.inner.settings.turn_timeout);
         let accepted = Accepted {
             turn_id: TurnId::new(&self.key),
@@ -495,7 +501,8 @@ impl Driver {
             effect: Effect::default(),
             applies: None,
             usage: None,
-            report: None,
+            report: request.report,
+            brings,
             mode: request.mode,
             instruction: request.instruction,
             model: request.model,

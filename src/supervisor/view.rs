@@ -63,6 +63,18 @@ pub struct ExecuteRequest {
     pub idempotency_key: Option<String>,
     /// For the log.
     pub request_id: Option<String>,
+    /// Files that are in the worktree when the agent begins, of the turn like what it writes.
+    pub brings: Vec<Brought>,
+    /// For the turn's result: what greenroom did before.
+    pub report: Option<serde_json::Value>,
+}
+
+/// A file that a turn brings into the site.
+#[derive(Debug, Clone)]
+pub struct Brought {
+    /// Relative to the site's root, with `/`.
+    pub path: String,
+    pub content: bytes::Bytes,
 }
 
 /// One thread in a list.

@@ -22,6 +22,7 @@ use crate::{
     domain::{Author, Effect, TurnEvent, TurnKind, TurnMode, TurnResult, Usage},
     identity::TurnId,
     lease::{Fence, LeaseLost},
+    repository::BroughtFile,
     task::{self, BlockingError, Tasks},
     workspace::{ThreadPaths, WorkspaceError, make_private_dir},
 };
@@ -72,6 +73,9 @@ pub struct Accepted {
     /// Of the same: see [`TurnResult`](crate::domain::TurnResult).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub report: Option<serde_json::Value>,
+    /// Of an agent's turn: files that are in the worktree when it begins.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub brings: Vec<BroughtFile>,
     pub mode: TurnMode,
     pub instruction: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -788,6 +792,7 @@ mod tests {
             applies: None,
             usage: None,
             report: None,
+            brings: Vec::new(),
             mode: TurnMode::Execute,
             instruction: "make it blue".into(),
             model: None,

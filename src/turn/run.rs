@@ -494,7 +494,7 @@ pub async fn run_turn(
     let mut result = blank_result(accepted, &context);
     let mut slot = agent;
     let mut folder = Folder::Same;
-    let outcome = match begin(site, journal, &mut slot, &mut result).await {
+    let outcome = match begin(site, accepted, journal, &mut slot, &mut result).await {
         Ok(found) => {
             folder = found;
             drive(
@@ -615,9 +615,10 @@ pub enum Folder {
     New,
 }
 
-/// Puts the worktree right and commits what others edited there.
+/// Puts the worktree right, commits what others edited there, and brings what the turn begins with.
 async fn begin(
     site: &TurnSite,
+    accepted: &Accepted,
     journal: &Journal,
     slot: &mut Option<(Agent, Continuity)>,
     result: &mut TurnResult,
@@ -625,6 +626,12 @@ async fn begin(
     journal.append(TurnEvent::Started {}).await?;
     let repairs = site.commit_what_is_there(true).await?.repairs;
     result.repairs = sentences(&repairs);
+    if !accepted.brings.is_empty() {
+        // Watched by now, so that the turn's own commit has them.
+        let brings = accepted.brings.clone();
+        let bring = move |tree: &Worktree| tree.bring(&brings);
+        site.on_disk("bringing files along", bring).await?;
+    }
     if !repairs.contains(&Repair::Folder) {
         return Ok(Folder::Same);
     }
@@ -905,6 +912,7 @@ pub(super) mod tests {
             applies: None,
             usage: None,
             report: None,
+            brings: Vec::new(),
             mode: TurnMode::Execute,
             instruction: String::new(),
             model: None,

@@ -31,6 +31,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "egress",
             "figures",
             "gateway",
+            "images",
             "label",
             "lifecycle",
             "preview",
@@ -65,11 +66,13 @@ const ARROWS: &[(&str, &[&str])] = &[
             "config", // `Secret`
             "ecs",    // `/health` names the task
             "figures",
+            "images",
             "label",
             "lifecycle",  // requests hold the container awake
             "picture",    // its errors become codes
             "process",    // `/ready` shows the confinement
             "rehearsal",  // `/health` names the examples
+            "replicate",  // its errors become codes
             "repository", // its errors become codes
             "service",
             "supervisor",
@@ -109,6 +112,18 @@ const ARROWS: &[(&str, &[&str])] = &[
     ),
     ("picture", &[]),
     ("replicate", &["config"]), // `Secret`
+    (
+        "images",
+        &[
+            "config", // `Secret`
+            "label",  // their alt texts
+            "picture",
+            "replicate",
+            "repository", // where a site keeps its images
+            "supervisor", // their turns
+            "turn",
+        ],
+    ),
     (
         "turn",
         &[

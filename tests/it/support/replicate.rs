@@ -48,6 +48,8 @@ struct Inside {
     lost: usize,
     /// So many creations meet a fault, and are not made.
     broken: usize,
+    /// No prediction goes on.
+    is_held: bool,
     /// So many looks at predictions meet a fault.
     faults: usize,
 }
@@ -151,6 +153,11 @@ impl StandInReplicate {
 
     pub(crate) fn break_creations(&self, count: usize) {
         self.state.lock().unwrap().broken = count;
+    }
+
+    /// Lets no prediction go on, or all again.
+    pub(crate) fn hold(&self, is_held: bool) {
+        self.state.lock().unwrap().is_held = is_held;
     }
 
     pub(crate) fn fail_looks(&self, count: usize) {
@@ -386,11 +393,13 @@ async fn prediction(State(state): Shared, Path(id): Path<String>) -> Response {
         state.faults -= 1;
         return refuse(503, "Down for a moment");
     }
-    let base = state.base.clone();
+    let (base, is_held) = (state.base.clone(), state.is_held);
     match state.predictions.get_mut(&id) {
         None => refuse(404, "The requested resource could not be found."),
         Some(made) => {
-            advance(made);
+            if !is_held {
+                advance(made);
+            }
             Json(told(made, &base)).into_response()
         }
     }
