@@ -53,7 +53,9 @@ pub(super) struct ImagesBody {
 impl ImagesBody {
     fn into_wish(self, state: &Shared, path: &ThreadPath) -> Result<ImageWish, ApiError> {
         let text = |field: &str, value: Option<String>| match value {
-            Some(text) if text.trim().is_empty() || text.len() > MAX_TEXT || text.contains('\0') => {
+            Some(text)
+                if text.trim().is_empty() || text.len() > MAX_TEXT || text.contains('\0') =>
+            {
                 let why = format!("{field} has to be 1 to {MAX_TEXT} bytes of text");
                 Err(ApiError::invalid(why))
             }

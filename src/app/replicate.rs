@@ -258,7 +258,10 @@ pub(super) fn model_configs(
     let file = named.or_else(|| loaded.settings.model_configs_file.clone());
     let usual = loaded.surroundings.cwd.join("config/model_configs.yaml");
     let file = file.or_else(|| usual.is_file().then_some(usual));
-    file.map_or_else(|| Ok(ModelConfigs::default()), |file| ModelConfigs::read(&file))
+    file.map_or_else(
+        || Ok(ModelConfigs::default()),
+        |file| ModelConfigs::read(&file),
+    )
 }
 
 /// A folder that takes no files is found out before anything is paid.

@@ -39,7 +39,11 @@ pub(super) struct Known {
 
 impl Note {
     /// The note of a call, as far as there is one. Others that are old go.
-    pub(super) async fn open(folder: &Path, key: &ThreadKey, call: Option<&str>) -> io::Result<Self> {
+    pub(super) async fn open(
+        folder: &Path,
+        key: &ThreadKey,
+        call: Option<&str>,
+    ) -> io::Result<Self> {
         let Some(call) = call else {
             return Ok(Self {
                 path: None,
@@ -128,12 +132,22 @@ mod tests {
             user: "alice".parse().unwrap(),
             thread: name.parse().unwrap(),
         };
-        let open = async |name: &str, call| Note::open(folder.path(), &thread(name), call).await.unwrap();
+        let open = async |name: &str, call| {
+            Note::open(folder.path(), &thread(name), call)
+                .await
+                .unwrap()
+        };
         let mut note = open("main", Some("k")).await;
         note.known.predictions.push("p1".to_owned());
         note.write().await.unwrap();
         assert_eq!(open("main", Some("k")).await.known.predictions, ["p1"]);
-        assert!(open("main", Some("other")).await.known.predictions.is_empty());
+        assert!(
+            open("main", Some("other"))
+                .await
+                .known
+                .predictions
+                .is_empty()
+        );
         assert!(open("other", Some("k")).await.known.predictions.is_empty());
         let mut none = open("main", None).await;
         none.known.predictions.push("p2".to_owned());

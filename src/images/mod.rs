@@ -27,10 +27,13 @@ use crate::{
     identity::{ThreadKey, TurnId},
     label::{DEFAULT, Labels, Question},
     picture::{self, Picture, PictureError},
-    replicate::{Brand, Model, ModelConfigs, ModelName, ModelSettings, Prediction, Replicate, ReplicateError, Status},
+    replicate::{
+        Brand, Model, ModelConfigs, ModelName, ModelSettings, Prediction, Replicate,
+        ReplicateError, Status,
+    },
     supervisor::{
-        Brought, ExecuteRequest, Operation, OperationAnswer, OperationRequest, SiteChange, SiteEdit,
-        Supervisor, SupervisorError,
+        Brought, ExecuteRequest, Operation, OperationAnswer, OperationRequest, SiteChange,
+        SiteEdit, Supervisor, SupervisorError,
     },
     task::Tasks,
     text,
@@ -266,15 +269,29 @@ impl Images {
     async fn plan(&self, wish: &ImageWish, brand: &Brand) -> Result<Plan, ImageError> {
         let inner = &self.0.settings;
         let replicate = self.replicate().await?;
-        let named = wish.model.as_ref().or(brand.model.as_ref()).or(inner.model.as_ref());
+        let named = wish
+            .model
+            .as_ref()
+            .or(brand.model.as_ref())
+            .or(inner.model.as_ref());
         let mut name: ModelName = named.ok_or(ImageError::NoModel)?.parse()?;
         let settings = inner.configs.of(&name)?;
         if let (Some(version), None) = (&settings.version, name.version()) {
             name = name.at(version)?;
         }
         let model = replicate.model(name).await?;
-        let takes = |param: &str| model.schema.as_ref().is_none_or(|schema| schema.takes(param));
-        let knows = |param: &str| model.schema.as_ref().is_some_and(|schema| schema.takes(param));
+        let takes = |param: &str| {
+            model
+                .schema
+                .as_ref()
+                .is_none_or(|schema| schema.takes(param))
+        };
+        let knows = |param: &str| {
+            model
+                .schema
+                .as_ref()
+                .is_some_and(|schema| schema.takes(param))
+        };
         let mut input = settings.params.clone();
         input.extend(brand.params.clone());
         let prompt = match &brand.trigger {
@@ -429,7 +446,10 @@ impl Images {
         made.files.extend(replicate.fetch(&output, MAX_MADE).await?);
         made.predictions.push(prediction.id.clone());
         made.predict_seconds += prediction.measured.predict_seconds.unwrap_or_default();
-        let cost = plan.settings.price.and_then(|price| price.cost(&prediction.measured));
+        let cost = plan
+            .settings
+            .price
+            .and_then(|price| price.cost(&prediction.measured));
         made.cost_usd = made.cost_usd.zip(cost).map(|(sum, cost)| sum + cost);
         Ok(())
     }
@@ -487,10 +507,17 @@ impl Images {
         match labelled {
             Ok(label) => {
                 add(usage, &label.usage);
-                ready(&label.description, "label", Some(label.nsfw_rating.as_str()))
+                ready(
+                    &label.description,
+                    "label",
+                    Some(label.nsfw_rating.as_str()),
+                )
             }
             Err(error) => {
-                tracing::warn!(error, "an image was made and not described; its prompt stands for it");
+                tracing::warn!(
+                    error,
+                    "an image was made and not described; its prompt stands for it"
+                );
                 ready(&wish.prompt, "prompt", None)
             }
         }
@@ -587,7 +614,9 @@ impl Drop for Unfollowed {
 
 /// A model's words as an attribute's value: one line, not too long.
 fn plain_alt(text: &str) -> String {
-    let line: Vec<&str> = text.split(|c: char| c.is_whitespace() || c.is_control()).collect();
+    let line: Vec<&str> = text
+        .split(|c: char| c.is_whitespace() || c.is_control())
+        .collect();
     let line: Vec<&str> = line.into_iter().filter(|word| !word.is_empty()).collect();
     let line = line.join(" ");
     if line.chars().count() <= MAX_ALT {
@@ -595,7 +624,10 @@ fn plain_alt(text: &str) -> String {
     }
     let start: String = line.chars().take(MAX_ALT).collect();
     // At the end of a sentence, else of a word.
-    let end = start.rfind(". ").map(|at| at + 1).or_else(|| start.rfind(' '));
+    let end = start
+        .rfind(". ")
+        .map(|at| at + 1)
+        .or_else(|| start.rfind(' '));
     start[..end.unwrap_or(start.len())].to_owned()
 }
 

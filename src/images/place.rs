@@ -87,10 +87,18 @@ mod tests {
     fn images_go_where_images_are() {
         for (paths, goes) in [
             (
-                &["src/pages/a.astro", "src/assets/a.png", "src/assets/b.jpg", "public/img/x.png"][..],
+                &[
+                    "src/pages/a.astro",
+                    "src/assets/a.png",
+                    "src/assets/b.jpg",
+                    "public/img/x.png",
+                ][..],
                 "src/assets",
             ),
-            (&["public/favicon.svg", "public/img/x.png", "src/a.js"], "public/img"),
+            (
+                &["public/favicon.svg", "public/img/x.png", "src/a.js"],
+                "public/img",
+            ),
             (&["public/favicon.svg", "src/pages/a.astro"], "src/assets"),
             (&["public/favicon.svg", "index.html"], "public/images"),
             (&["index.html"], "images"),
@@ -107,8 +115,18 @@ mod tests {
             assert!(is_folder(good), "{good}");
         }
         for bad in [
-            "", "/src", "src/", "../src", "src/../x", "src/.git", ".github", "node_modules/x",
-            "src//a", "src/a b", "package", "src/node_modules",
+            "",
+            "/src",
+            "src/",
+            "../src",
+            "src/../x",
+            "src/.git",
+            ".github",
+            "node_modules/x",
+            "src//a",
+            "src/a b",
+            "package",
+            "src/node_modules",
         ] {
             assert!(!is_folder(bad), "{bad}");
         }
@@ -117,7 +135,10 @@ mod tests {
     #[test]
     fn a_name_says_what_it_shows() {
         for (prompt, said) in [
-            ("A red shoe, on a white table at noon!", "a-red-shoe-on-a-white-7f"),
+            (
+                "A red shoe, on a white table at noon!",
+                "a-red-shoe-on-a-white-7f",
+            ),
             ("../../etc/passwd", "etc-passwd-7f"),
             ("日本", "image-7f"),
         ] {

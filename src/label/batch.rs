@@ -407,6 +407,7 @@ impl Run<'_> {
                 let failed = failed_of(
                     &PictureError::TooLarge {
                         bytes: picture::MAX_BYTES + 1,
+                        most: picture::MAX_BYTES,
                     }
                     .into(),
                 );

@@ -231,7 +231,9 @@ fn develop_now_as(bytes: &[u8], to: Use) -> Result<Picture, PictureError> {
     let (data, media_type) = match to {
         Use::Model => encode(image).map_err(damaged)?,
         // Made small already, by an encoder that is better than ours.
-        Use::Site if format == ImageFormat::WebP && is_bare_webp(bytes) && side_fits(original, side) => {
+        Use::Site
+            if format == ImageFormat::WebP && is_bare_webp(bytes) && side_fits(original, side) =>
+        {
             (bytes.to_vec(), "image/webp")
         }
         Use::Site => encode_for_site(image).map_err(damaged)?,
@@ -364,7 +366,8 @@ fn encode_for_site(image: DynamicImage) -> Result<(Vec<u8>, &'static str), Image
     if image.color().has_alpha() {
         let image = image.to_rgba8();
         if image.pixels().any(|pixel| pixel.0[3] < u8::MAX) {
-            let best = PngEncoder::new_with_quality(&mut data, CompressionType::Best, PngFilter::Adaptive);
+            let best =
+                PngEncoder::new_with_quality(&mut data, CompressionType::Best, PngFilter::Adaptive);
             image.write_with_encoder(best)?;
             return Ok((data, "image/png"));
         }

@@ -10,7 +10,7 @@ use nix::{
 };
 use serde::{Deserialize, Serialize};
 
-use super::{Operation as _, RepositoryError, Result, files::Root, site, worktree::Worktree};
+use super::{Operation as _, Result, files::Root, site, worktree::Worktree};
 
 /// A file that a turn brings along. What is in it is kept by the repository, so that a turn which waits
 /// has it after a restart too.

@@ -58,8 +58,8 @@ pub use operation::{DryRun, Operation, OperationAnswer, OperationRequest};
 pub use publish::{PublishAnswer, PublishWish, PullRequestWish};
 pub use removal::Removal;
 pub use view::{
-    Brought, ExecuteRequest, History, HistoryPage, InitAnswer, InitRequest, OutsideEdit, PreviewView,
-    ThreadView, TurnSummary,
+    Brought, ExecuteRequest, History, HistoryPage, InitAnswer, InitRequest, OutsideEdit,
+    PreviewView, ThreadView, TurnSummary,
 };
 
 use thread::{Request, ThreadHandle};

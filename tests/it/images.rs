@@ -77,19 +77,31 @@ impl Stage {
 async fn an_image_is_a_turn_that_can_be_undone() {
     let stage = Stage::new(&[]).await;
     let before = stage.git(&["rev-parse", "HEAD"]);
-    let body = stage.make(json!({"prompt": "A red shoe", "count": 2})).await.ok();
+    let body = stage
+        .make(json!({"prompt": "A red shoe", "count": 2}))
+        .await
+        .ok();
     let result = &body["result"];
     assert_eq!(result["kind"], "images", "{body}");
     assert_eq!(result["status"], "completed");
     let report = &result["report"];
     assert_eq!(report["model"], "acme/painter");
-    assert!((report["costUsd"].as_f64().unwrap() - 0.0025).abs() < 1e-9, "{report}");
+    assert!(
+        (report["costUsd"].as_f64().unwrap() - 0.0025).abs() < 1e-9,
+        "{report}"
+    );
     let images = report["images"].as_array().unwrap();
     assert_eq!(images.len(), 2);
     for image in images {
         let path = image["path"].as_str().unwrap();
-        assert!(path.starts_with("src/images/a-red-shoe-"), "where the logo is: {path}");
-        assert_eq!((image["width"].as_u64(), image["height"].as_u64()), (Some(2560), Some(1280)));
+        assert!(
+            path.starts_with("src/images/a-red-shoe-"),
+            "where the logo is: {path}"
+        );
+        assert_eq!(
+            (image["width"].as_u64(), image["height"].as_u64()),
+            (Some(2560), Some(1280))
+        );
         assert_eq!(image["altBy"], "label", "{image}");
         assert!(!image["alt"].as_str().unwrap().is_empty());
         let bytes = fs::read(stage.folders.worktree(&stage.alice).join(path)).unwrap();
@@ -104,7 +116,12 @@ async fn an_image_is_a_turn_that_can_be_undone() {
     assert_eq!(input["extra_lora"], "huggingface.co/acme/shoes");
     assert_eq!(input["num_outputs"], 2);
     // One commit, clean, and one undo.
-    assert_eq!(stage.git(&["rev-list", "--count", &format!("{}..HEAD", before.trim())]).trim(), "1");
+    assert_eq!(
+        stage
+            .git(&["rev-list", "--count", &format!("{}..HEAD", before.trim())])
+            .trim(),
+        "1"
+    );
     assert_eq!(stage.git(&["status", "--porcelain"]), "");
     let path = format!("{}/undo", stage.alice.path());
     stage.greenroom.api("POST", &path, json!({})).await.ok();
@@ -129,19 +146,32 @@ async fn with_an_instruction_image_and_reference_are_one_turn() {
     });
     let body = stage.make(wish).await.ok();
     let result = &body["result"];
-    assert_eq!((&result["kind"], &result["status"]), (&json!("turn"), &json!("completed")));
+    assert_eq!(
+        (&result["kind"], &result["status"]),
+        (&json!("turn"), &json!("completed"))
+    );
     let files = result["commit"]["files"].as_array().unwrap();
     assert_eq!(files.len(), 2, "image and page: {files:?}");
     let image = result["report"]["images"][0]["path"].as_str().unwrap();
     assert!(files.iter().any(|file| file["path"] == image), "{files:?}");
     let page = stage.git(&["show", "HEAD:src/pages/index.astro"]);
     assert!(page.contains(image), "{page}");
-    assert_eq!(stage.git(&["rev-list", "--count", &format!("{}..HEAD", before.trim())]).trim(), "1");
+    assert_eq!(
+        stage
+            .git(&["rev-list", "--count", &format!("{}..HEAD", before.trim())])
+            .trim(),
+        "1"
+    );
     // The agent was told which file and which words.
     let told = stage.api.requests();
-    let told = told.iter().find(|asked| asked.instruction.contains("below the heading"));
+    let told = told
+        .iter()
+        .find(|asked| asked.instruction.contains("below the heading"));
     let told = &told.unwrap().instruction;
-    assert!(told.contains(image) && told.contains("\"A shoe\""), "{told}");
+    assert!(
+        told.contains(image) && told.contains("\"A shoe\""),
+        "{told}"
+    );
     let path = format!("{}/undo", stage.alice.path());
     stage.greenroom.api("POST", &path, json!({})).await.ok();
     assert_eq!(stage.git(&["diff", "--stat", before.trim(), "HEAD"]), "");
@@ -156,9 +186,18 @@ async fn what_goes_wrong_changes_nothing_and_is_told() {
         (json!({"prompt": "x", "count": 9}), "count"),
         (json!({"prompt": "x", "folder": "../out"}), "folder"),
         (json!({"prompt": "x", "model": "shoes"}), "OWNER/MODEL"),
-        (json!({"prompt": "x", "params": {"width": 9000}}), "out of range"),
-        (json!({"prompt": "x", "params": {"wdth": 900}}), "did you mean width?"),
-        (json!({"prompt": "x", "model": "acme/nothing"}), "acme/nothing"),
+        (
+            json!({"prompt": "x", "params": {"width": 9000}}),
+            "out of range",
+        ),
+        (
+            json!({"prompt": "x", "params": {"wdth": 900}}),
+            "did you mean width?",
+        ),
+        (
+            json!({"prompt": "x", "model": "acme/nothing"}),
+            "acme/nothing",
+        ),
     ] {
         let answer = stage.make(body.clone()).await;
         let error = answer.error(400, "invalid_request");
@@ -167,13 +206,20 @@ async fn what_goes_wrong_changes_nothing_and_is_told() {
     assert_eq!(stage.replicate.predictions().len(), 0);
     let nobody = who("acme", "alice", "never");
     let path = format!("{}/images", nobody.path());
-    let answer = stage.greenroom.api("POST", &path, json!({"prompt": "x"})).await;
+    let answer = stage
+        .greenroom
+        .api("POST", &path, json!({"prompt": "x"}))
+        .await;
     answer.error(404, "not_found");
     assert_eq!(stage.replicate.predictions().len(), 0);
 
     let failing = json!({"prompt": "model: failing", "model": "acme/failing"});
     let error = stage.make(failing).await;
-    assert!(error.error(502, "image_failed").contains("CUDA out of memory"));
+    assert!(
+        error
+            .error(502, "image_failed")
+            .contains("CUDA out of memory")
+    );
     // No image, though the model says so.
     let text = json!({"prompt": "model: inline", "model": "acme/inline"});
     stage.make(text).await.error(502, "image_failed");
@@ -188,7 +234,9 @@ async fn a_caller_who_goes_away_cancels_and_a_key_pays_once() {
     let going = stage.make(slow);
     let went = wait_for("the prediction runs", || {
         let all = stage.replicate.predictions();
-        all.first().is_some_and(|(_, status)| *status == "processing").then_some(())
+        all.first()
+            .is_some_and(|(_, status)| *status == "processing")
+            .then_some(())
     });
     tokio::select! {
         _ = going => panic!("it never ends"),
@@ -211,18 +259,23 @@ async fn a_caller_who_goes_away_cancels_and_a_key_pays_once() {
         let begun = wait_for("it is noted", || {
             let store = stage.folders.workspace().join(".greenroom/images");
             let mut notes = fs::read_dir(store).ok()?;
-            notes.any(|note| {
-                let text = fs::read_to_string(note.unwrap().path()).unwrap_or_default();
-                text.contains("\"p")
-            })
-            .then_some(())
+            notes
+                .any(|note| {
+                    let text = fs::read_to_string(note.unwrap().path()).unwrap_or_default();
+                    text.contains("\"p")
+                })
+                .then_some(())
         });
         tokio::pin!(going);
         tokio::select! {
             _ = &mut going => panic!("it is held"),
             () = begun => {}
         }
-        kill(Pid::from_raw(stage.greenroom.pid().cast_signed()), Signal::SIGKILL).unwrap();
+        kill(
+            Pid::from_raw(stage.greenroom.pid().cast_signed()),
+            Signal::SIGKILL,
+        )
+        .unwrap();
         // The connection breaks with it.
         going.await.ok();
     }
@@ -230,7 +283,11 @@ async fn a_caller_who_goes_away_cancels_and_a_key_pays_once() {
     stage.greenroom = stage.greenroom.restart().await;
     let first = stage.greenroom.send(call("a shoe")).await.ok();
     assert_eq!(first["result"]["status"], "completed", "{first}");
-    assert_eq!(stage.replicate.predictions().len(), 2, "nothing was paid twice");
+    assert_eq!(
+        stage.replicate.predictions().len(),
+        2,
+        "nothing was paid twice"
+    );
     let again = stage.greenroom.send(call("a shoe")).await.ok();
     assert_eq!(again["result"]["turnId"], first["result"]["turnId"]);
     assert_eq!(stage.replicate.predictions().len(), 2);
