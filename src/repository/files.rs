@@ -5,7 +5,7 @@
 use std::{
     ffi::OsStr,
     fs::{self, File},
-    io::{self, Write as _},
+    io::{self, Read as _, Write as _},
     os::{
         fd::{AsFd, OwnedFd},
         unix::ffi::OsStringExt,
@@ -275,6 +275,20 @@ pub(super) fn kind_of(path: &Path) -> io::Result<Option<fs::FileType>> {
         }
         Err(error) => Err(error),
     }
+}
+
+/// The content of a regular file of at most 64 KiB; `None` for whatever else is there. Nothing is waited
+/// for, should it be a pipe.
+pub(super) fn read_small(path: &Path) -> Option<Vec<u8>> {
+    const LIMIT: u64 = 64 << 10;
+    let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    let file = File::from(nix::fcntl::open(path, flags, Mode::empty()).ok()?);
+    if !file.metadata().ok()?.is_file() {
+        return None;
+    }
+    let mut content = Vec::new();
+    file.take(LIMIT + 1).read_to_end(&mut content).ok()?;
+    (content.len() as u64 <= LIMIT).then_some(content)
 }
 
 /// Makes `path` a regular file with this content, in one step; touches nothing if it already is.

@@ -7,8 +7,8 @@ use std::{
 };
 
 use git2::{
-    AutotagOption, BranchType, ErrorCode, FetchOptions, Oid, Repository, RepositoryInitOptions,
-    RepositoryOpenFlags,
+    AutotagOption, BranchType, ErrorCode, FetchOptions, ObjectType, Oid, Repository,
+    RepositoryInitOptions, RepositoryOpenFlags,
 };
 
 use super::{
@@ -17,6 +17,7 @@ use super::{
     gitdir::{self, GitDir},
     guard::Strangers,
     message,
+    objects::{NewObjects, commit_text},
     remote::{Link, RemoteUse},
     spare::Spare,
     tree, vet,
@@ -360,22 +361,21 @@ fn vetted(repo: &Repository, commit: Oid, known: Option<Oid>) -> Result<Oid> {
 
 /// The built-in site as the first commit of a branch of its own.
 fn commit_template(repo: &Repository, site: &[TemplateFile], committer: &Signature) -> Result<Oid> {
-    let commit = || -> Result<_, git2::Error> {
-        let mut edits = BTreeMap::new();
-        for file in site {
-            let mode = if file.executable { 0o100755 } else { 0o100644 };
-            edits.insert(
-                file.path.clone().into_bytes(),
-                Some((repo.blob(&file.content)?, mode)),
-            );
-        }
-        let tree = repo.find_tree(tree::edit(repo, None, &edits)?)?;
-        let who = message::signature(committer)?;
-        let text = message::compose("Start from the built-in template", &[]);
-        let branch = format!("refs/heads/{TEMPLATE_BRANCH}");
-        repo.commit(Some(&branch), &who, &who, &text, &tree, &[])
-    };
-    commit().during("commit the template")
+    let mut new = NewObjects::of(repo);
+    let mut edits = BTreeMap::new();
+    for file in site {
+        let mode = if file.executable { 0o100755 } else { 0o100644 };
+        let id = new.add(ObjectType::Blob, file.content.to_vec())?;
+        edits.insert(file.path.clone().into_bytes(), Some((id, mode)));
+    }
+    let tree = tree::edit(repo, &mut new, None, &edits)?;
+    let who = message::signature(committer).during("commit the template")?;
+    let text = message::compose("Start from the built-in template", &[]);
+    let content = commit_text(tree, &[], &who, &who, &text);
+    let commit = new.add(ObjectType::Commit, content)?;
+    new.write()?;
+    make_branch(repo, TEMPLATE_BRANCH, commit)?;
+    Ok(commit)
 }
 
 /// The commit of a local branch.
