@@ -187,6 +187,7 @@ const CRATES: &[(&str, &[&str])] = &[
             "control_plane",
             "ecs",
             "gateway",
+            "outbound",
             "repository", // git's transport over HTTPS
         ],
     ),
