@@ -244,6 +244,11 @@ const SLOW: Duration = Duration::from_micros(500);
 /// What the disk was like lately. A guess: wrong, it costs some threads or some waiting.
 static IS_SLOW: AtomicBool = AtomicBool::new(false);
 
+/// Was the disk slow, the last time that [`side_by_side`] had to do with it? A guess.
+pub fn is_disk_slow() -> bool {
+    IS_SLOW.load(Ordering::Relaxed)
+}
+
 /// Does `work` to each of the items, answers in their order. Where the disk is slow they are done side
 /// by side, so that the waits overlap; where it is quick one after the other, because threads would
 /// cost more than they bring. Blocking.

@@ -5,10 +5,13 @@
 use std::{
     ffi::OsStr,
     fs::{self, File},
-    io::{self, Read as _, Write as _},
+    io::{self, BufRead as _, Read as _, Write as _},
     os::{
         fd::{AsFd, OwnedFd},
-        unix::ffi::OsStringExt,
+        unix::{
+            ffi::OsStringExt,
+            fs::{OpenOptionsExt as _, PermissionsExt as _},
+        },
     },
     path::{Component, Path, PathBuf},
 };
@@ -20,7 +23,7 @@ use nix::{
     unistd::{Gid, Uid, UnlinkatFlags, fchownat, linkat, unlinkat},
 };
 
-use crate::owner::Owner;
+use crate::{owner::Owner, task};
 
 /// What stands at a path.
 #[derive(Debug)]
@@ -315,6 +318,51 @@ pub(super) fn put(path: &Path, content: &[u8]) -> io::Result<()> {
         fs::remove_file(&temporary).ok();
     }
     written
+}
+
+/// Copies the folders and regular files below `from`, of ours alone, into `to`, which is made.
+pub(super) fn copy_all(from: &Path, to: &Path) -> io::Result<()> {
+    /// Bytes at a time: each piece may be a round trip.
+    const PIECE: usize = 1 << 20;
+    let mut folders = vec![PathBuf::new()];
+    let mut files = Vec::new();
+    while !folders.is_empty() {
+        let made = task::side_by_side(&folders, |folder| fs::create_dir_all(to.join(folder)));
+        made.into_iter().collect::<io::Result<()>>()?;
+        let mut below = Vec::new();
+        for folder in &folders {
+            for entry in fs::read_dir(from.join(folder))? {
+                let entry = entry?;
+                let path = folder.join(entry.file_name());
+                match entry.file_type()? {
+                    kind if kind.is_dir() => below.push(path),
+                    kind if kind.is_file() => files.push(path),
+                    _ => return Err(io::ErrorKind::InvalidInput.into()),
+                }
+            }
+        }
+        folders = below;
+    }
+    let copied = task::side_by_side(&files, |path| {
+        let source = File::open(from.join(path))?;
+        let mode = source.metadata()?.permissions().mode();
+        let mut copy = File::options()
+            .write(true)
+            .create_new(true)
+            .mode(mode)
+            .open(to.join(path))?;
+        let mut source = io::BufReader::with_capacity(PIECE, source);
+        loop {
+            let piece = source.fill_buf()?;
+            if piece.is_empty() {
+                return Ok(());
+            }
+            copy.write_all(piece)?;
+            let length = piece.len();
+            source.consume(length);
+        }
+    });
+    copied.into_iter().collect()
 }
 
 /// Removes what is at `path`, whatever it is; nothing there is fine.

@@ -59,7 +59,7 @@ pub use guard::{Repair, Strangers};
 pub use publish::{Destination, Mover, Origin, PublishRequest, Published, PushedBranch, Synced};
 pub use remote::{RemoteError, RemoteErrorKind, RemoteUse, Remotes};
 pub use source::{Source, SourceError, TemplateFile, parse_source};
-pub use user::{ThreadState, UserRepository};
+pub use user::{ThreadState, UserRepository, Workshop};
 pub use watch::Watch;
 pub use worktree::{CommitRequest, CommitText, Committed, LogEntry, Scope, Worktree};
 

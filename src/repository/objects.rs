@@ -9,7 +9,7 @@
 //! returned.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io::{self, Write as _},
     os::unix::fs::OpenOptionsExt as _,
@@ -66,6 +66,26 @@ impl NewObjects {
             .collect::<io::Result<()>>()
             .during("store a commit's objects")
     }
+}
+
+/// Makes the folders that objects lie in, where the disk is slow: they are made one at a time, and a
+/// commit would wait for each that is new.
+pub(super) fn make_folders(git: &Path) -> io::Result<()> {
+    let objects = git.join("objects");
+    if !task::is_disk_slow() {
+        return Ok(());
+    }
+    let present: BTreeSet<_> = fs::read_dir(&objects)?
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .collect();
+    let names = (0..=u8::MAX).map(|byte| format!("{byte:02x}"));
+    for name in names.filter(|name| !present.contains(name)) {
+        match fs::create_dir(objects.join(name)) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 /// Writes an object into a file of its own, as git does: beside its place, then renamed.
