@@ -157,11 +157,8 @@ pub(super) async fn prepare(
         None
     };
     let attach = Attach::start(inner.clone(), site.clone(), place, lease.clone());
-    // A thread's files are its own user's where it has one: they cannot be made for anybody.
-    if !inner.launcher.runs_as_owners() {
-        let spare = keep_spare(inner.clone(), key.clone(), paths, attach.clone());
-        inner.tasks.spawn("spare worktree", spare);
-    }
+    let spare = keep_spare(inner.clone(), key.clone(), paths, attach.clone());
+    inner.tasks.spawn("spare worktree", spare);
     Ok(Preparation {
         lease,
         prepared: Prepared {
