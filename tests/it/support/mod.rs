@@ -39,8 +39,7 @@ pub(crate) use hosting::{GIT_TOKEN, Hosting};
 pub(crate) use http::{Answer, Events, Sent, ServerEvent, request, request_at, stream, try_stream};
 pub(crate) use processes::processes_below;
 pub(crate) use tools::{
-    acting_claude, ccusage, has_uid_road, mfusepy, package_managers, promtool, tools,
-    websocket_peers,
+    acting_claude, ccusage, has_uid_road, package_managers, promtool, tools, websocket_peers,
 };
 
 /// What anything may take on a slow and busy machine.
