@@ -4,6 +4,7 @@
 mod label;
 mod outside;
 mod programs;
+mod replicate;
 mod runtime;
 mod stops;
 mod terminal;
@@ -21,6 +22,7 @@ use tokio::net::TcpListener;
 pub use self::label::{AskedPrompt, LabelJob, Labelled, label};
 use self::outside::Outside;
 use self::programs::{Programs, look_at_claude, look_at_programs};
+pub use self::replicate::{ModelJob, ModelNews, ModelRan, Run, run_model};
 use self::runtime::RuntimeFolder;
 use self::stops::{Step, StopNote};
 pub use self::terminal::terminal;

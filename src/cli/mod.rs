@@ -7,6 +7,7 @@
 mod health;
 mod label;
 mod monitor;
+mod replicate;
 mod show;
 mod usage;
 
@@ -89,6 +90,7 @@ fn run(args: Vec<OsString>) -> anyhow::Result<()> {
         "config" => show::run(&load(args, Mode::Inspect)?, args.get_flag("json")),
         "usage" => usage::run(args),
         "label" => label::run(args),
+        "replicate" => replicate::run(args),
         "claude" => terminal(args),
         "openapi" => print(&api::openapi_json()),
         other => unreachable!("clap knows no {other}"),
@@ -222,6 +224,7 @@ fn command() -> Command {
         )
         .subcommand(usage::command())
         .subcommand(label::command())
+        .subcommand(replicate::command())
         .subcommand(
             Command::new("claude")
                 .about("Run the real CLI here, through the gateway: no credential needed")

@@ -36,6 +36,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "preview",
             "process",
             "rehearsal",
+            "replicate",
             "repository",
             "service",
             "supervisor",
@@ -53,6 +54,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "config",
             "label",
             "process", // hides its own environment, first of all
+            "replicate",
             "telemetry",
             "usage",
         ],
@@ -106,6 +108,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         ],
     ),
     ("picture", &[]),
+    ("replicate", &["config"]), // `Secret`
     (
         "turn",
         &[
@@ -188,6 +191,7 @@ const CRATES: &[(&str, &[&str])] = &[
             "ecs",
             "gateway",
             "outbound",
+            "replicate",
             "repository", // git's transport over HTTPS
         ],
     ),

@@ -23,6 +23,7 @@ mod greenroom;
 mod hosting;
 mod http;
 mod processes;
+mod replicate;
 mod tools;
 
 use std::time::{Duration, Instant};
@@ -38,8 +39,10 @@ pub(crate) use greenroom::{Options, TestGreenroom};
 pub(crate) use hosting::{GIT_TOKEN, Hosting};
 pub(crate) use http::{Answer, Events, Sent, ServerEvent, request, request_at, stream, try_stream};
 pub(crate) use processes::processes_below;
+pub(crate) use replicate::{REPLICATE_TOKEN, StandInReplicate};
 pub(crate) use tools::{
-    acting_claude, ccusage, has_uid_road, package_managers, promtool, tools, websocket_peers,
+    acting_claude, ccusage, has_uid_road, package_managers, promtool, replicate_client, tools,
+    websocket_peers,
 };
 
 /// What anything may take on a slow and busy machine.
