@@ -5,8 +5,10 @@
 //! standard error.
 
 mod health;
+mod hf;
 mod label;
 mod monitor;
+mod progress;
 mod show;
 mod usage;
 
@@ -23,7 +25,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command, error::ErrorKind};
 
 use crate::{
     api, app,
-    config::{self, ConfigError, Flags, Kind, Loaded, Mode, Spec, TABLE},
+    config::{self, ConfigError, Flags, Kind, Loaded, Mode, Settings, Spec, TABLE},
     process, telemetry,
 };
 
@@ -89,6 +91,7 @@ fn run(args: Vec<OsString>) -> anyhow::Result<()> {
         "config" => show::run(&load(args, Mode::Inspect)?, args.get_flag("json")),
         "usage" => usage::run(args),
         "label" => label::run(args),
+        "hf" => hf::run(args),
         "claude" => terminal(args),
         "openapi" => print(&api::openapi_json()),
         other => unreachable!("clap knows no {other}"),
@@ -130,6 +133,15 @@ fn serve(args: &ArgMatches, mode: Mode) -> anyhow::Result<()> {
     // A call stuck on the disk must not keep the process alive.
     runtime.shutdown_timeout(Duration::from_millis(500));
     outcome
+}
+
+/// Starts the log of a command that somebody watches: what goes well needs no words.
+fn start_log(settings: &Settings) {
+    let level = match settings.log_level {
+        tracing::Level::INFO => tracing::Level::WARN,
+        level => level,
+    };
+    telemetry::start(level, settings.log_format);
 }
 
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
@@ -222,6 +234,7 @@ fn command() -> Command {
         )
         .subcommand(usage::command())
         .subcommand(label::command())
+        .subcommand(hf::command())
         .subcommand(
             Command::new("claude")
                 .about("Run the real CLI here, through the gateway: no credential needed")

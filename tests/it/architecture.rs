@@ -31,6 +31,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "egress",
             "figures",
             "gateway",
+            "hub",
             "label",
             "lifecycle",
             "preview",
@@ -51,6 +52,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "api",
             "app",
             "config",
+            "hub",
             "label",
             "process", // hides its own environment, first of all
             "telemetry",
@@ -103,6 +105,13 @@ const ARROWS: &[(&str, &[&str])] = &[
             "picture",
             "service",   // its runs
             "workspace", // small files
+        ],
+    ),
+    (
+        "hub",
+        &[
+            "config",    // `Secret`
+            "telemetry", // a server's words in a sentence
         ],
     ),
     ("picture", &[]),
@@ -186,6 +195,7 @@ const CRATES: &[(&str, &[&str])] = &[
             "control_plane",
             "ecs",
             "gateway",
+            "hub",
             "repository", // git's transport over HTTPS
         ],
     ),

@@ -20,6 +20,7 @@ mod guard;
 mod history;
 mod hostile;
 mod hostile_repository;
+mod hub;
 mod init;
 mod label;
 mod label_batch;
