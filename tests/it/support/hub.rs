@@ -328,7 +328,12 @@ impl HubStandIn {
         let id = id(owner, wish["name"].as_str().unwrap());
         let mut state = self.state();
         if state.repositories.contains_key(&id) {
-            return no(409, "You already created this model repo");
+            let words = json!({
+                "error": "You already created this model repo", "url": format!("{}/{id}", self.url()),
+            });
+            return Err(Box::new(
+                (StatusCode::CONFLICT, words.to_string()).into_response(),
+            ));
         }
         // Older clients say it in one way, newer ones in the other.
         let private = wish["private"] == true || wish["visibility"] == "private";
