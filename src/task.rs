@@ -6,12 +6,20 @@
 
 use std::{
     future::Future,
+    net::SocketAddr,
     sync::{Arc, LazyLock},
     time::Duration,
 };
 
-use tokio::sync::Semaphore;
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
+
+/// After a connection that could not be accepted: long enough not to spin, short enough to go
+/// unnoticed.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// A group of tasks that start, stop and are waited for together. Cheap to clone.
 #[derive(Debug, Clone, Default)]
@@ -92,6 +100,40 @@ impl Tasks {
             .name(name.to_owned())
             .spawn(move || runtime.block_on(run))?;
         Ok(())
+    }
+
+    /// Accepts connections until the group is stopped, at most `most` at once; what is made of each
+    /// is a task, which keeps the permit for as long as the connection is open.
+    pub async fn accept<F>(
+        &self,
+        name: &'static str,
+        listener: TcpListener,
+        most: usize,
+        serve: impl Fn(TcpStream, SocketAddr, OwnedSemaphorePermit) -> F,
+    ) where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        let permits = Arc::new(Semaphore::new(most));
+        let accept = async {
+            loop {
+                let permit = permits.clone().acquire_owned().await;
+                let permit = permit.expect("the semaphore is never closed");
+                match listener.accept().await {
+                    Ok((stream, peer)) => {
+                        // Else the kernel may hold back a small piece until the one before is
+                        // acknowledged.
+                        stream.set_nodelay(true).ok();
+                        self.spawn(name, serve(stream, peer, permit));
+                    }
+                    Err(error) => {
+                        // Out of descriptors, mostly: it passes, and must not become a busy loop.
+                        tracing::warn!(task = name, %error, "a connection was not accepted");
+                        tokio::time::sleep(ACCEPT_PAUSE).await;
+                    }
+                }
+            }
+        };
+        self.token.run_until_cancelled(accept).await;
     }
 
     /// Cancels the token without waiting.

@@ -1,6 +1,6 @@
 //! Accepting connections, with the limits that `axum::serve` has not.
 
-use std::{sync::Arc, time::Duration};
+use std::{net::SocketAddr, time::Duration};
 
 use axum::Router;
 use http::Request;
@@ -8,7 +8,7 @@ use hyper_util::{
     rt::{TokioIo, TokioTimer},
     service::TowerToHyperService,
 };
-use tokio::{net::TcpListener, sync::Semaphore};
+use tokio::net::TcpListener;
 use tower::ServiceExt;
 
 use super::rate::Peer;
@@ -25,27 +25,8 @@ const LAST_ANSWERS: Duration = Duration::from_secs(2);
 
 /// Serves until the tasks are stopped.
 pub async fn serve(listener: TcpListener, router: Router, tasks: Tasks) {
-    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    let token = tasks.token().clone();
-    loop {
-        let slot = tokio::select! {
-            () = token.cancelled() => return,
-            slot = slots.clone().acquire_owned() => slot.expect("never closed"),
-        };
-        let accepted = tokio::select! {
-            () = token.cancelled() => return,
-            accepted = listener.accept() => accepted,
-        };
-        let (stream, peer) = match accepted {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                // Out of descriptors, mostly: it passes, and must not become a busy loop.
-                tracing::warn!(%error, "failed to accept a connection");
-                tokio::time::sleep(Duration::from_millis(50)).await;
-                continue;
-            }
-        };
-        stream.set_nodelay(true).ok();
+    let token = tasks.token();
+    let connection = |stream, peer: SocketAddr, permit| {
         let from = Peer(peer.ip());
         let named = move |mut request: Request<_>| {
             request.extensions_mut().insert(from);
@@ -53,7 +34,7 @@ pub async fn serve(listener: TcpListener, router: Router, tasks: Tasks) {
         };
         let service = TowerToHyperService::new(router.clone().map_request(named));
         let token = token.clone();
-        tasks.spawn("api connection", async move {
+        async move {
             let connection = hyper::server::conn::http1::Builder::new()
                 .timer(TokioTimer::new())
                 .header_read_timeout(HEAD_DEADLINE)
@@ -70,9 +51,13 @@ pub async fn serve(listener: TcpListener, router: Router, tasks: Tasks) {
             if let Err(error) = ended {
                 tracing::debug!(%error, "a connection broke off");
             }
-            drop(slot);
-        });
-    }
+            drop(permit);
+        }
+    };
+    let name = "api connection";
+    tasks
+        .accept(name, listener, MAX_CONNECTIONS, connection)
+        .await;
 }
 
 #[cfg(test)]

@@ -26,10 +26,9 @@ use std::{
         Arc, Mutex, PoisonError, RwLock,
         atomic::{AtomicU64, Ordering},
     },
-    time::Duration,
 };
 
-use tokio::{net::TcpListener, sync::Semaphore};
+use tokio::net::TcpListener;
 use url::Url;
 
 use self::{
@@ -41,9 +40,6 @@ use crate::task::Tasks;
 
 /// Connections of a door at once: npm opens 15, a browser's worth of children some hundred.
 const MAX_CONNECTIONS: usize = 256;
-/// After a failed `accept` (no descriptors left): long enough not to spin, short enough to go
-/// unnoticed.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Refusals that are told in the log, each once; all are counted.
 const TOLD: usize = 200;
 
@@ -226,32 +222,15 @@ impl Door {
 }
 
 async fn accept(listener: TcpListener, door: Door, tasks: Tasks) {
-    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    let stop = tasks.token().clone();
-    loop {
-        let slot = tokio::select! {
-            () = stop.cancelled() => return,
-            slot = slots.clone().acquire_owned() => slot.expect("the semaphore is never closed"),
-        };
-        let accepted = tokio::select! {
-            () = stop.cancelled() => return,
-            accepted = listener.accept() => accepted,
-        };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                tracing::warn!(%error, "the egress proxy failed to accept a connection");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-                continue;
-            }
-        };
-        stream.set_nodelay(true).ok();
+    let serve = |stream, _, permit| {
         let serving = serve::serve(stream, door.clone(), tasks.clone());
-        tasks.spawn("egress-connection", async move {
+        async move {
             serving.await;
-            drop(slot);
-        });
-    }
+            drop(permit);
+        }
+    };
+    let name = "egress connection";
+    tasks.accept(name, listener, MAX_CONNECTIONS, serve).await;
 }
 
 #[cfg(test)]

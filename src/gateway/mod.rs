@@ -37,7 +37,7 @@ use std::{
 
 use hyper::{server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::{net::TcpListener, sync::Semaphore};
+use tokio::net::TcpListener;
 use url::Url;
 
 use crate::{
@@ -111,10 +111,6 @@ const MAX_CONNECTIONS: usize = 256;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(60);
 /// For a small file on a slow disk.
 const DISK_DEADLINE: Duration = Duration::from_secs(20);
-/// After a failed `accept` (no descriptors left): long enough not to spin, short enough to go
-/// unnoticed.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-
 /// A running gateway. Cheap to clone; ends with the [`Tasks`] that it was started with.
 #[derive(Debug, Clone)]
 pub struct Gateway {
@@ -210,30 +206,10 @@ impl Gateway {
 }
 
 async fn accept(listener: TcpListener, relay: Arc<Relay>, door: Door, tasks: Tasks) {
-    let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-    let stop = tasks.token().clone();
-    loop {
-        let slot = slots
-            .clone()
-            .acquire_owned()
-            .await
-            .expect("the semaphore is never closed");
-        let accepted = tokio::select! {
-            () = stop.cancelled() => return,
-            accepted = listener.accept() => accepted,
-        };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                tracing::warn!(%error, "the gateway failed to accept a connection");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-                continue;
-            }
-        };
-        // Without it the kernel may hold back a small chunk until the last one is acknowledged.
-        stream.set_nodelay(true).ok();
+    let stop = tasks.token();
+    let connection = |stream, _, permit| {
         let (relay, door, stop) = (relay.clone(), door.clone(), stop.clone());
-        tasks.spawn("gateway-connection", async move {
+        async move {
             let serve = service_fn(move |request| {
                 let (relay, door) = (relay.clone(), door.clone());
                 async move { Ok::<_, std::convert::Infallible>(relay.serve(&door, request).await) }
@@ -242,17 +218,16 @@ async fn accept(listener: TcpListener, relay: Arc<Relay>, door: Door, tasks: Tas
                 .timer(TokioTimer::new())
                 .header_read_timeout(HEADER_TIMEOUT)
                 .serve_connection(TokioIo::new(stream), serve);
-            tokio::select! {
-                () = stop.cancelled() => {}
-                ended = connection => {
-                    if let Err(error) = ended {
-                        tracing::debug!(%error, "a gateway connection broke off");
-                    }
-                }
+            if let Some(Err(error)) = stop.run_until_cancelled(connection).await {
+                tracing::debug!(%error, "a gateway connection broke off");
             }
-            drop(slot);
-        });
-    }
+            drop(permit);
+        }
+    };
+    let name = "gateway connection";
+    tasks
+        .accept(name, listener, MAX_CONNECTIONS, connection)
+        .await;
 }
 
 #[cfg(test)]

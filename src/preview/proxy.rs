@@ -32,8 +32,8 @@ use hyper_util::rt::TokioIo;
 use nix::sys::socket::{setsockopt, sockopt};
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::{sleep, timeout},
+    sync::OwnedSemaphorePermit,
+    time::timeout,
 };
 
 use super::{
@@ -107,29 +107,11 @@ impl Proxy {
     }
 
     async fn accept(self: Arc<Self>, listener: TcpListener) {
-        let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
-        let token = self.tasks.token().clone();
-        let accept = async {
-            loop {
-                let permit = permits
-                    .clone()
-                    .acquire_owned()
-                    .await
-                    .expect("the semaphore is never closed");
-                match listener.accept().await {
-                    Ok((stream, peer)) => {
-                        let connection = self.clone().connection(stream, peer, permit);
-                        self.tasks.spawn("preview connection", connection);
-                    }
-                    Err(error) => {
-                        // Out of file descriptors, or a peer that is gone: go on, but don't spin.
-                        tracing::warn!(%error, "a preview connection was not accepted");
-                        sleep(Duration::from_millis(100)).await;
-                    }
-                }
-            }
-        };
-        token.run_until_cancelled(accept).await;
+        let serve = |stream, peer, permit| self.clone().connection(stream, peer, permit);
+        let name = "preview connection";
+        self.tasks
+            .accept(name, listener, MAX_CONNECTIONS, serve)
+            .await;
     }
 
     async fn connection(
@@ -138,7 +120,6 @@ impl Proxy {
         peer: SocketAddr,
         permit: OwnedSemaphorePermit,
     ) {
-        stream.set_nodelay(true).ok();
         notice_death(&stream);
         let token = self.tasks.token().clone();
         let stream = HeaderDeadline::new(stream);

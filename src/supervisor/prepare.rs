@@ -29,8 +29,8 @@ use crate::{
     task,
     turn::{Accepted, Journal, StoredContext, TurnFile, TurnSite},
     workspace::{
-        DependencyRequest, InstallError, Metadata, PreviewPlace, ThreadPaths, WorkspaceError,
-        linked_folder, read_bounded, settle_owners, template_files, write_atomic,
+        DependencyRequest, InstallError, Metadata, PreviewPlace, ThreadPaths, Unkept,
+        WorkspaceError, linked_folder, read_bounded, settle_owners, template_files, write_atomic,
     },
 };
 
@@ -539,9 +539,20 @@ impl Attach {
         let work = async move {
             let work = async {
                 loop {
-                    let attached = attach(&inner, &site, &place).await;
-                    publish.send_replace(Some(attached.map_err(Arc::new)));
+                    let (attached, unkept) = match attach(&inner, &site, &place).await {
+                        Ok(unkept) => (Ok(()), unkept),
+                        Err(error) => (Err(Arc::new(error)), None),
+                    };
+                    publish.send_replace(Some(attached));
+                    let keep = async {
+                        if let (Some(dependencies), Some(unkept)) = (&inner.dependencies, unkept) {
+                            wait_for_preview(&inner, &place.slug).await;
+                            dependencies.keep(unkept).await;
+                        }
+                        std::future::pending().await
+                    };
                     tokio::select! {
+                        () = keep => {}
                         () = wake.notified() => {}
                         () = token.cancelled() => return,
                         () = inner.draining.cancelled() => return,
@@ -592,12 +603,12 @@ impl Attach {
     }
 }
 
-/// Brings dependencies and dev server up.
+/// Brings dependencies and dev server up; what is to be kept for other containers then.
 async fn attach(
     inner: &Arc<Inner>,
     site: &TurnSite,
     place: &PreviewPlace,
-) -> Result<(), InstallError> {
+) -> Result<Option<Unkept>, InstallError> {
     let worktree = site.paths.worktree();
     let cache = site.agent_site.dependencies.clone();
     let preview = inner.previews.ensure(PreviewSite {
@@ -614,8 +625,9 @@ async fn attach(
             message,
             ..PreviewError::default()
         });
-        return Ok(());
+        return Ok(None);
     }
+    let mut unkept = None;
     // What a dev server has open must not vanish under it.
     preview.stop(PREVIEW_GRACE).await;
     if let Some(dependencies) = &inner.dependencies {
@@ -638,6 +650,7 @@ async fn attach(
                     elapsed_ms = attached.took.as_millis() as u64,
                     "dependencies are in place"
                 );
+                unkept = attached.unkept;
             }
             Err(error) => {
                 tracing::warn!(%error, "dependencies are not in place");
@@ -655,7 +668,7 @@ async fn attach(
     } else {
         preview.stop(PREVIEW_GRACE).await;
     }
-    Ok(())
+    Ok(unkept)
 }
 
 /// Which turn an idempotency key stands for.

@@ -165,6 +165,16 @@ pub struct Attached {
     pub kind: AttachedKind,
     /// The folder behind `node_modules` where that is a symlink: the dev server writes there.
     pub linked_to: Option<PathBuf>,
+    /// For [`Dependencies::keep`], once nobody waits.
+    pub unkept: Option<Unkept>,
+}
+
+/// A master that other containers cannot have yet.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unkept {
+    master: PathBuf,
+    key: String,
+    archive: PathBuf,
 }
 
 /// How a worktree came to its dependencies.
@@ -213,6 +223,9 @@ impl Dependencies {
     ///
     /// # Errors
     /// [`InstallError`]; the worktree keeps what it had.
+    ///
+    /// What it installs is not kept for other containers yet: that is [`Dependencies::keep`]'s,
+    /// which takes seconds that the page need not wait for.
     pub async fn ensure<E>(
         &self,
         request: DependencyRequest<E>,
@@ -232,6 +245,7 @@ impl Dependencies {
             took: began.elapsed(),
             kind,
             linked_to,
+            unkept: None,
         };
         let (from, major) = (worktree.clone(), self.node_major().await?);
         let read = move || Need::read(&from, major);
@@ -263,20 +277,35 @@ impl Dependencies {
                     .await?;
             }
         }
-        let at = master.clone();
-        let pack = move || tree::pack(&at, archive.as_deref());
-        let packed = blocking("keeping the dependencies for others", DISK_DEADLINE, pack);
-        if let Err(error) = packed.await {
-            tracing::warn!(%error, "the dependencies are not kept for other containers");
-        }
         drop(held);
         if tree::is_committed(&master) {
             return Ok(done(AttachedKind::None, None));
         }
         on_progress("Linking dependencies");
-        let attach = move || tree::attach(&master, &worktree, &cache, &need.key);
+        let (from, key) = (master.clone(), need.key.clone());
+        let attach = move || tree::attach(&from, &worktree, &cache, &key);
         let linked_to = blocking("linking dependencies", DISK_DEADLINE, attach).await??;
-        Ok(done(kind, linked_to))
+        let unkept = archive.map(|archive| Unkept {
+            master,
+            key: need.key,
+            archive,
+        });
+        Ok(Attached {
+            unkept,
+            ..done(kind, linked_to)
+        })
+    }
+
+    /// Packs what was installed for other containers, where it is not yet. That it could not costs
+    /// the next container time, and is logged.
+    pub async fn keep(&self, unkept: Unkept) {
+        let lock = self.lock_of(&unkept.master);
+        let _held = lock.lock().await;
+        let pack = move || tree::pack(&unkept.master, &unkept.key, &unkept.archive);
+        let packed = blocking("keeping the dependencies for others", DISK_DEADLINE, pack);
+        if let Err(error) = packed.await {
+            tracing::warn!(%error, "the dependencies are not kept for other containers");
+        }
     }
 
     async fn node_major(&self) -> Result<u32, InstallError> {

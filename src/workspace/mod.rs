@@ -13,7 +13,8 @@ mod owners;
 mod template;
 
 pub use dependencies::{
-    Attached, AttachedKind, Dependencies, DependencyRequest, InstallError, NodeTools, linked_folder,
+    Attached, AttachedKind, Dependencies, DependencyRequest, InstallError, NodeTools, Unkept,
+    linked_folder,
 };
 pub use files::{append_line, make_private_dir, read_bounded, write_atomic};
 pub use layout::{Cache, ThreadPaths, UserPaths};

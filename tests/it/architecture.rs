@@ -196,6 +196,7 @@ const CRATES: &[(&str, &[&str])] = &[
             "ecs",
             "gateway",
             "hub",
+            "outbound",
             "repository", // git's transport over HTTPS
         ],
     ),

@@ -85,9 +85,13 @@ impl Bench {
             cache: self.disk.path().join("cache"),
             archives: Some(self.disk.path().join("archives")),
         };
-        timeout(SOON, self.dependencies.ensure(request, |_| ()))
+        let attached = timeout(SOON, self.dependencies.ensure(request, |_| ()))
             .await
-            .unwrap()
+            .unwrap()?;
+        if let Some(unkept) = attached.unkept.clone() {
+            timeout(SOON, self.dependencies.keep(unkept)).await.unwrap();
+        }
+        Ok(attached)
     }
 
     fn archives(&self) -> Vec<PathBuf> {
@@ -318,6 +322,9 @@ async fn sites_of_pnpm_and_yarn_are_installed_linked_and_restored() {
             let attached = timeout(SOON, bench.dependencies.ensure(request, |_| ()));
             let attached = attached.await.unwrap();
             let attached = attached.unwrap_or_else(|error| panic!("{lockfile} {name}: {error}"));
+            if let Some(unkept) = attached.unkept {
+                bench.dependencies.keep(unkept).await;
+            }
             assert_eq!(attached.kind, kind, "{lockfile} {name}");
             let file = worktree.join("node_modules/p/index.js");
             assert_eq!(std::fs::read_to_string(&file).unwrap(), "of the package");

@@ -17,7 +17,7 @@ use tokio::{
 use tokio_tungstenite::{WebSocketStream, client_async, tungstenite::client::IntoClientRequest};
 
 use crate::support::{
-    Folders, Options, PATIENCE, TestGreenroom, Who, acting_claude, wait_for_async, who,
+    Folders, Options, PATIENCE, TestGreenroom, Who, acting_claude, wait_for, wait_for_async, who,
 };
 
 /// The program on the built-in template.
@@ -262,6 +262,15 @@ async fn of_two_threads_with_room_for_one_the_other_sleeps_and_wakes() {
     // So does an init.
     assert_eq!(room.init(&red).await, red_host);
     assert_eq!(room.preview(&blue).await["state"], "asleep");
+
+    // What was installed is kept for the next container, once a page was there.
+    let kept = room.folders.user(&red).join(".greenroom/dependencies");
+    wait_for("the dependencies are kept", || {
+        let archives = std::fs::read_dir(&kept).ok()?;
+        let mut names = archives.flatten().map(|entry| entry.path());
+        names.find(|path| path.extension().is_some_and(|ending| ending == "zst"))
+    })
+    .await;
 }
 
 #[tokio::test]

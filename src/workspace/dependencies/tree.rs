@@ -103,10 +103,11 @@ pub(super) fn restore(
 }
 
 /// Writes a master's archive where there is none. That it could not costs the next container time.
-pub(super) fn pack(master: &Path, archive: Option<&Path>) {
-    let Some(archive) = archive.filter(|archive| !archive.exists()) else {
+pub(super) fn pack(master: &Path, key: &str, archive: &Path) {
+    // Worktrees have links to its files already, and may have changed one in place.
+    if archive.exists() || !is_whole(master, key) {
         return;
-    };
+    }
     if let Some(inventory) = inventory_of(master)
         && let Err(error) = archive::pack(&master.join(MODULES), &inventory, archive)
     {
