@@ -126,7 +126,7 @@ fn publish(args: &ArgMatches) -> anyhow::Result<()> {
     if is_dry {
         return Ok(());
     }
-    super::start_log(&loaded.settings);
+    super::start_watched_log(&loaded.settings)?;
     let last_line = LastLine::new();
     let runtime = super::runtime()?;
     let published = runtime.block_on(app::publish(loaded, publication, |progress| {
@@ -151,7 +151,7 @@ fn list(args: &ArgMatches) -> anyhow::Result<()> {
         return Err(Usage("--author is no name of a user or an organisation".to_owned()).into());
     }
     let limit = args.get_one::<u16>("limit").copied().unwrap_or(20);
-    super::start_log(&loaded.settings);
+    super::start_watched_log(&loaded.settings)?;
     let runtime = super::runtime()?;
     let models = runtime.block_on(app::models(loaded, author, limit.into()));
     runtime.shutdown_timeout(Duration::from_millis(500));

@@ -163,7 +163,7 @@ pub(super) fn run(args: &ArgMatches) -> anyhow::Result<()> {
     {
         return Err(Usage("--model is no name of a model".to_owned()).into());
     }
-    super::start_log(&loaded.settings);
+    super::start_watched_log(&loaded.settings)?;
     let form = match args.get_one::<clap::Id>("form").map(clap::Id::as_str) {
         Some("json") => Form::Json(Vec::new()),
         Some("jsonl") => Form::Lines,

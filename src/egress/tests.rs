@@ -1,6 +1,6 @@
 //! The proxy over real sockets: who gets through, and how it ends.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use hyper_util::client::proxy::matcher::Matcher;
 use tokio::{

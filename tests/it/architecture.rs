@@ -169,6 +169,7 @@ const ARROWS: &[(&str, &[&str])] = &[
 const CRATES: &[(&str, &[&str])] = &[
     ("axum", &["api", "gateway", "rehearsal"]),
     ("clap", &["cli"]),
+    ("flate2", &["telemetry"]),
     ("git2", &["repository"]),
     ("glob", &["cli"]),
     ("governor", &["api"]),

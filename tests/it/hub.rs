@@ -24,7 +24,7 @@ use crate::support::{
 };
 
 /// `greenroom hf` with nothing but a home: no workspace, no Node, no supervisor.
-fn command(folders: &Folders, hub: &HubStandIn, args: &[&str]) -> Command {
+pub(crate) fn command(folders: &Folders, hub: &HubStandIn, args: &[&str]) -> Command {
     #[expect(clippy::disallowed_methods, reason = "the program under test")]
     let mut command = Command::new(env!("CARGO_BIN_EXE_greenroom"));
     command
@@ -54,7 +54,7 @@ async fn ran(mut command: Command) -> Output {
     output
 }
 
-fn publish(folders: &Folders, hub: &HubStandIn, more: &[&str]) -> Command {
+pub(crate) fn publish(folders: &Folders, hub: &HubStandIn, more: &[&str]) -> Command {
     let args = [
         "publish-hf-lora",
         "--name",
@@ -104,7 +104,7 @@ config:
 ";
 
 /// A finished training: a model, checkpoints, samples of two prompts at two steps.
-fn training(folders: &Folders) -> PathBuf {
+pub(crate) fn training(folders: &Folders) -> PathBuf {
     let folder = folders.join("home/my_lora");
     fs::create_dir_all(folder.join("samples")).unwrap();
     let write = |name: &str, content: &[u8]| fs::write(folder.join(name), content).unwrap();

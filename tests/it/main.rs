@@ -26,6 +26,7 @@ mod label;
 mod label_batch;
 mod lifecycle;
 mod limits;
+mod log_file;
 mod one_shot;
 mod outside;
 mod owners;

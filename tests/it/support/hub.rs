@@ -59,6 +59,8 @@ pub(crate) struct HubState {
     pub(crate) leaked: Vec<String>,
     /// The next requests whose path holds this text are answered so.
     pub(crate) faults: Vec<(&'static str, u16)>,
+    /// What such an answer says.
+    pub(crate) words: Option<String>,
     /// So many commits are made and then answered with 502.
     pub(crate) lost_answers: usize,
     /// Large files are wanted in parts of so many bytes.
@@ -220,7 +222,7 @@ async fn answer(
             .position(|(text, _)| path.contains(text));
         if let Some(at) = fault {
             let (_, status) = state.faults.remove(at);
-            return refused(status, "on purpose");
+            return refused(status, state.words.as_deref().unwrap_or("on purpose"));
         }
     }
     let role = match role_of(&headers) {
