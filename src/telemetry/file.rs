@@ -508,12 +508,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let link = folder.path().join("link");
         std::os::unix::fs::symlink("/etc/hostname", &link).unwrap();
-        for path in [
-            Path::new("/dev/full"),
-            folder.path(),
-            &link,
-            Path::new("/nonexistent/a.log"),
-        ] {
+        let nowhere = folder.path().join("nowhere/a.log");
+        for path in [Path::new("/dev/full"), folder.path(), &link, &nowhere] {
             let error = LogFile::start(path, true).unwrap_err();
             assert!(error.to_string().contains("LOG_FILE"), "{error}");
         }
