@@ -17,6 +17,7 @@ pub mod ecs;
 pub mod egress;
 pub mod figures;
 pub mod gateway;
+pub mod hub;
 pub mod identity;
 pub mod label;
 pub mod lease;

@@ -1,6 +1,7 @@
 //! The composition root: makes every room, connects them, and ends them in order. It knows all of
 //! them; none knows it.
 
+mod hub;
 mod label;
 mod outside;
 mod programs;
@@ -19,6 +20,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use tokio::net::TcpListener;
 
+pub use self::hub::{models, publish};
 pub use self::label::{AskedPrompt, LabelJob, Labelled, label};
 use self::outside::Outside;
 use self::programs::{Programs, look_at_claude, look_at_programs};

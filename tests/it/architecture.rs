@@ -31,6 +31,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "egress",
             "figures",
             "gateway",
+            "hub",
             "label",
             "lifecycle",
             "preview",
@@ -52,6 +53,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "api",
             "app",
             "config",
+            "hub",
             "label",
             "process", // hides its own environment, first of all
             "replicate",
@@ -105,6 +107,13 @@ const ARROWS: &[(&str, &[&str])] = &[
             "picture",
             "service",   // its runs
             "workspace", // small files
+        ],
+    ),
+    (
+        "hub",
+        &[
+            "config",    // `Secret`
+            "telemetry", // a server's words in a sentence
         ],
     ),
     ("picture", &[]),
@@ -163,6 +172,7 @@ const ARROWS: &[(&str, &[&str])] = &[
 const CRATES: &[(&str, &[&str])] = &[
     ("axum", &["api", "gateway", "rehearsal"]),
     ("clap", &["cli"]),
+    ("flate2", &["telemetry"]),
     ("git2", &["repository"]),
     ("glob", &["cli"]),
     ("governor", &["api"]),
@@ -190,6 +200,7 @@ const CRATES: &[(&str, &[&str])] = &[
             "control_plane",
             "ecs",
             "gateway",
+            "hub",
             "outbound",
             "replicate",
             "repository", // git's transport over HTTPS

@@ -114,6 +114,19 @@ pub(crate) fn replicate_client() -> PathBuf {
         .expect("no Python client of Replicate: scripts/test installs it, or set REPLICATE_CLIENT")
 }
 
+/// A folder with PyPI's `huggingface_hub` (`HUB_CLIENT`, else where scripts/test puts it). There may be none.
+pub(crate) fn hub_client() -> Option<PathBuf> {
+    let named = env::var_os("HUB_CLIENT").map(PathBuf::from);
+    let mut all = named.into_iter().chain(brought_tools());
+    let found = all.find(|folder| folder.join("huggingface_hub").is_dir());
+    if found.is_none() {
+        eprintln!(
+            "skipped: there is no huggingface_hub; scripts/test brings it, or set HUB_CLIENT"
+        );
+    }
+    found
+}
+
 /// A folder with pnpm and yarn in `node_modules` (`PACKAGE_MANAGERS`, else where scripts/test puts
 /// it). Fails in one line where there is none.
 pub(crate) fn package_managers() -> PathBuf {
