@@ -4,7 +4,7 @@
 use serde_json::to_value;
 
 use super::{
-    AltTexts, Asked, DescribeError, Files, Progress, Report, ask::Answers, foreseen, look,
+    AltTexts, Asked, DescribeError, Files, Progress, Report, Wanted, ask::Answers, foreseen, look,
     write_all,
 };
 use crate::{
@@ -74,6 +74,10 @@ pub enum AltTextError {
     Service(#[from] ServiceError),
     #[error(transparent)]
     Describe(#[from] DescribeError),
+    #[error(
+        "one image may cost ${worst:.4}, more than maxCostUsd allows; raise it, or leave it out"
+    )]
+    TooLittle { worst: f64 },
     /// Not one could be described.
     #[error("no image could be described: {0}")]
     Stopped(String),
@@ -102,7 +106,7 @@ impl AltTexts {
             most_usd: wish.most_usd,
         };
         let (texts, language, dry_run) = (self.clone(), wish.language.clone(), wish.dry_run);
-        let look = supervisor.look_at_site(&wish.key, move |files| {
+        let look = supervisor.look_at_site(&wish.key, wish.expected_head.clone(), move |files| {
             let mut kept = texts.kept();
             let sights = look(files, language.as_deref(), &mut |subject, bytes| {
                 if !dry_run {
@@ -122,8 +126,8 @@ impl AltTexts {
                 worst_usd,
             });
         }
-        if !sights.wanted.is_empty() {
-            self.check_budget(&asked).await?;
+        if let Some(first) = sights.wanted.first() {
+            self.check_budget(first, &asked).await?;
         }
         let answers = self.describe(&kept, &sights.wanted, &asked, tell).await?;
         drop(kept);
@@ -146,11 +150,17 @@ impl AltTexts {
         Ok(AltTextAnswer::Written(supervisor.operate(request).await?))
     }
 
-    /// Says that a budget is used up before anything is begun.
-    async fn check_budget(&self, asked: &Asked) -> Result<(), ServiceError> {
+    /// Says that there is no money for one image before anything is begun.
+    async fn check_budget(&self, first: &Wanted, asked: &Asked) -> Result<(), AltTextError> {
+        let worst = self
+            .worst(std::slice::from_ref(first), asked)
+            .map_err(DescribeError::from)?;
+        if asked.most_usd.is_some_and(|most| worst > most) {
+            return Err(AltTextError::TooLittle { worst });
+        }
         let ledger = self.labels().service().ledger();
         match ledger.meter(asked.account.clone()).check().await {
-            Err(Denied::OverBudget(breach)) => Err(ServiceError::OverBudget { breach }),
+            Err(Denied::OverBudget(breach)) => Err(ServiceError::OverBudget { breach }.into()),
             // The gateway asks again, and knows what to do.
             _ => Ok(()),
         }

@@ -336,6 +336,11 @@ impl From<AltTextError> for ApiError {
             AltTextError::Supervisor(error) => error.into(),
             AltTextError::Service(error) => error.into(),
             AltTextError::Describe(error) => Self::internal(&error),
+            AltTextError::TooLittle { .. } => Self::new(
+                StatusCode::TOO_MANY_REQUESTS,
+                "budget_exceeded",
+                error.to_string(),
+            ),
             AltTextError::Stopped(_) => {
                 Self::new(StatusCode::BAD_GATEWAY, "agent_failed", error.to_string())
             }

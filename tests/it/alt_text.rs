@@ -433,7 +433,7 @@ async fn what_is_asked_wrongly_is_refused_and_a_budget_holds() {
     stage
         .ask(json!({"maxCostUsd": 0.000001}))
         .await
-        .error(502, "agent_failed");
+        .error(429, "budget_exceeded");
     assert_eq!(
         (stage.page(), stage.api.requests().len()),
         (TEAM.to_owned(), 0)
