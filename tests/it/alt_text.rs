@@ -83,7 +83,10 @@ impl Stage {
         git(&site, &["add", "--all"]);
         git(&site, &["commit", "--quiet", "--message=Images"]);
         let cli = quick_cli(&folders);
-        let options = Options::new(&folders).api(&api).env("CLAUDE_BIN", cli);
+        let options = Options::new(&folders)
+            .api(&api)
+            .env("CLAUDE_BIN", cli)
+            .env("MAX_WARM_AGENTS", "0");
         let greenroom = TestGreenroom::start(options).await;
         let alice = who("acme", "alice", "main");
         greenroom.init(&alice, json!({"repoUrl": site})).await.ok();
