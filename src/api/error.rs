@@ -13,6 +13,7 @@ use utoipa::ToSchema;
 
 use super::publish::PublishView;
 use crate::{
+    alt_text::AltTextError,
     domain::{Between, Conflict, ErrorCode, TurnResult},
     identity::{InvalidId, TurnId},
     label::{BatchesError, Failure, LabelError, Status},
@@ -329,6 +330,24 @@ impl From<ServiceError> for ApiError {
     }
 }
 
+impl From<AltTextError> for ApiError {
+    fn from(error: AltTextError) -> Self {
+        match error {
+            AltTextError::Supervisor(error) => error.into(),
+            AltTextError::Service(error) => error.into(),
+            AltTextError::Describe(error) => Self::internal(&error),
+            AltTextError::TooLittle { .. } => Self::new(
+                StatusCode::TOO_MANY_REQUESTS,
+                "budget_exceeded",
+                error.to_string(),
+            ),
+            AltTextError::Stopped(_) => {
+                Self::new(StatusCode::BAD_GATEWAY, "agent_failed", error.to_string())
+            }
+        }
+    }
+}
+
 impl From<BatchesError> for ApiError {
     fn from(error: BatchesError) -> Self {
         let said = error.to_string();
@@ -476,17 +495,28 @@ impl ApiError {
     }
 }
 
-impl IntoResponse for ApiError {
-    fn into_response(self) -> Response {
-        let body = ErrorBody {
+impl ApiError {
+    fn into_body(self) -> ErrorBody {
+        ErrorBody {
             success: false,
             error: self.message,
             code: self.code,
             request_id: request_id().unwrap_or_default(),
             details: *self.details,
-        };
-        let mut response = (self.status, Json(body)).into_response();
-        if let Some(seconds) = self.retry_after {
+        }
+    }
+
+    /// As the last event of a stream that began well.
+    pub(super) fn into_json(self) -> serde_json::Value {
+        serde_json::to_value(self.into_body()).expect("plain data serialises")
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let (status, retry_after) = (self.status, self.retry_after);
+        let mut response = (status, Json(self.into_body())).into_response();
+        if let Some(seconds) = retry_after {
             response
                 .headers_mut()
                 .insert(RETRY_AFTER, HeaderValue::from(seconds));

@@ -4,6 +4,7 @@
 //! usage, a flag's bad value included. Results go to standard output, errors and the log to
 //! standard error.
 
+mod alt_text;
 mod health;
 mod label;
 mod monitor;
@@ -89,6 +90,7 @@ fn run(args: Vec<OsString>) -> anyhow::Result<()> {
         "config" => show::run(&load(args, Mode::Inspect)?, args.get_flag("json")),
         "usage" => usage::run(args),
         "label" => label::run(args),
+        "alt-text" => alt_text::run(args),
         "claude" => terminal(args),
         "openapi" => print(&api::openapi_json()),
         other => unreachable!("clap knows no {other}"),
@@ -222,6 +224,7 @@ fn command() -> Command {
         )
         .subcommand(usage::command())
         .subcommand(label::command())
+        .subcommand(alt_text::command())
         .subcommand(
             Command::new("claude")
                 .about("Run the real CLI here, through the gateway: no credential needed")
