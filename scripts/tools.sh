@@ -23,8 +23,6 @@ WEBSOCKETS_VERSION=17.4
 PNPM_VERSION=10.34.8
 YARN_VERSION=1.22.22
 
-# The official client of the Hugging Face Hub, for tests alone: it keeps the stand-in for the Hub honest.
-
 # Beside the program's own cache, whose folders are named by clients.
 GREENROOM_CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/greenroom-dev"
 TOOLS="$GREENROOM_CACHE/tools"

@@ -6,6 +6,7 @@
 
 pub mod address;
 pub mod agent;
+pub mod alt_text;
 pub mod api;
 pub mod app;
 pub mod cli;

@@ -13,6 +13,7 @@ use utoipa::ToSchema;
 
 use super::publish::PublishView;
 use crate::{
+    alt_text::AltTextError,
     domain::{Between, Conflict, ErrorCode, TurnResult},
     identity::{InvalidId, TurnId},
     label::{BatchesError, Failure, LabelError, Status},
@@ -273,6 +274,7 @@ impl From<SupervisorError> for ApiError {
                 })
             }
             E::Refused(why) => Self::invalid(why),
+            E::EditRefused(why) => Self::invalid(why),
             E::NoPullRequests(why) => Self::invalid(why.to_string()),
             E::PullRequest {
                 error: ref failed,
@@ -337,6 +339,24 @@ impl From<ServiceError> for ApiError {
                 Self::new(StatusCode::GATEWAY_TIMEOUT, "turn_timeout", said).with(of_a_run(remains))
             }
             E::Folder(_) => Self::internal(&error),
+        }
+    }
+}
+
+impl From<AltTextError> for ApiError {
+    fn from(error: AltTextError) -> Self {
+        match error {
+            AltTextError::Supervisor(error) => error.into(),
+            AltTextError::Service(error) => error.into(),
+            AltTextError::Describe(error) => Self::internal(&error),
+            AltTextError::TooLittle { .. } => Self::new(
+                StatusCode::TOO_MANY_REQUESTS,
+                "budget_exceeded",
+                error.to_string(),
+            ),
+            AltTextError::Stopped(_) => {
+                Self::new(StatusCode::BAD_GATEWAY, "agent_failed", error.to_string())
+            }
         }
     }
 }
@@ -427,7 +447,7 @@ impl ApiError {
         }
         match error {
             E::Remote(error) if error.during != RemoteUse::Clone => Self::remote(error),
-            E::NoOrigin | E::Unfinished => Self::invalid(error.to_string()),
+            E::NoOrigin | E::Unfinished | E::Unfit { .. } => Self::invalid(error.to_string()),
             E::Remote(_)
             | E::Local { .. }
             | E::Empty
@@ -505,17 +525,28 @@ impl ApiError {
     }
 }
 
-impl IntoResponse for ApiError {
-    fn into_response(self) -> Response {
-        let body = ErrorBody {
+impl ApiError {
+    fn into_body(self) -> ErrorBody {
+        ErrorBody {
             success: false,
             error: self.message,
             code: self.code,
             request_id: request_id().unwrap_or_default(),
             details: *self.details,
-        };
-        let mut response = (self.status, Json(body)).into_response();
-        if let Some(seconds) = self.retry_after {
+        }
+    }
+
+    /// As the last event of a stream that began well.
+    pub(super) fn into_json(self) -> serde_json::Value {
+        serde_json::to_value(self.into_body()).expect("plain data serialises")
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let (status, retry_after) = (self.status, self.retry_after);
+        let mut response = (status, Json(self.into_body())).into_response();
+        if let Some(seconds) = retry_after {
             response
                 .headers_mut()
                 .insert(RETRY_AFTER, HeaderValue::from(seconds));

@@ -5,6 +5,7 @@
 //! picks a status or a code is `error.rs`.
 
 mod access;
+mod alt_text;
 mod batches;
 mod body;
 mod cli;
@@ -43,6 +44,7 @@ pub use rate::RateLimit;
 pub use serve::serve;
 
 use crate::{
+    alt_text::AltTexts,
     figures::Figures,
     identity::{ClientId, ThreadId, UserId},
     label::{Batches, Labels},
@@ -107,6 +109,7 @@ pub struct ApiState {
     pub pins: Pins,
     pub labels: Labels,
     pub batches: Batches,
+    pub alt_texts: AltTexts,
 }
 
 /// The state as handlers take it.
@@ -136,6 +139,7 @@ impl FromRef<Shared> for Base {
         threads::history,
         threads::diff,
         threads::preview,
+        alt_text::write,
         operations::undo,
         operations::redo,
         operations::restore,
@@ -164,6 +168,8 @@ impl FromRef<Shared> for Base {
         crate::supervisor::TurnSummary,
         crate::supervisor::PreviewView,
         operations::DryRunView,
+        operations::Unchanged,
+        crate::alt_text::Report,
         publish::PublishView,
         publish::SyncView,
     ))
@@ -196,6 +202,7 @@ pub fn router(state: Shared) -> Router {
         .route(&format!("{thread}/history"), get(threads::history))
         .route(&format!("{thread}/diff"), get(threads::diff))
         .route(&format!("{thread}/preview"), get(threads::preview))
+        .route(&format!("{thread}/alt-text"), post(alt_text::write))
         .route(&format!("{thread}/undo"), post(operations::undo))
         .route(&format!("{thread}/redo"), post(operations::redo))
         .route(&format!("{thread}/restore"), post(operations::restore))

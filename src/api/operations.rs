@@ -13,7 +13,7 @@ use super::{
     turns::turn_id,
 };
 use crate::{
-    domain::{Author, Effect, FileChange, TurnKind, TurnResult, TurnStatus},
+    domain::{Author, CommitSummary, Effect, FileChange, TurnKind, TurnResult, TurnStatus},
     identity::TurnId,
     supervisor::{DryRun, Operation, OperationAnswer, OperationRequest},
 };
@@ -68,6 +68,10 @@ pub(super) struct DryRunView {
     diff: String,
     /// The diff was cut.
     truncated: bool,
+    /// What would be done and what would be left, of an edit that greenroom itself makes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    report: Option<serde_json::Value>,
 }
 
 impl From<DryRun> for DryRunView {
@@ -80,8 +84,24 @@ impl From<DryRun> for DryRunView {
             files: run.files,
             diff: run.diff.text,
             truncated: run.diff.truncated,
+            report: run.report,
         }
     }
+}
+
+/// There was nothing to change: the `result` where no turn was made.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(rename_all = "camelCase")]
+pub(super) struct Unchanged {
+    /// Always null.
+    #[schema(value_type = Option<String>)]
+    turn_id: Option<TurnId>,
+    /// Always null.
+    commit: Option<CommitSummary>,
+    /// What a person is told.
+    text: String,
+    #[schema(value_type = Option<Object>)]
+    report: Option<serde_json::Value>,
 }
 
 /// Takes one turn's changes back, by a new commit: those of `turnId`, else of the newest turn that
@@ -169,9 +189,9 @@ pub(super) fn commit_id(field: &str, text: String) -> Result<String, ApiError> {
 /// What may be said about any operation.
 #[derive(Debug, Default)]
 pub(super) struct Wishes {
-    expected_head: Option<String>,
-    dry_run: bool,
-    author: Option<Author>,
+    pub(super) expected_head: Option<String>,
+    pub(super) dry_run: bool,
+    pub(super) author: Option<Author>,
 }
 
 impl Wishes {
@@ -221,12 +241,22 @@ pub(super) async fn operate(
             Ok(success(SyncView::new(merged, turn)))
         }
         OperationAnswer::DryRun(run) => Ok(success(DryRunView::from(*run))),
+        OperationAnswer::Unchanged(text, report) => Ok(success(unchanged(text, report))),
         OperationAnswer::Published(answer) => Ok(success(PublishView::from(*answer))),
         OperationAnswer::Seen(_) => unreachable!("the supervisor answers with its turn"),
     }
 }
 
-fn succeeded(turn: Box<TurnResult>) -> Result<Box<TurnResult>, ApiError> {
+pub(super) fn unchanged(text: String, report: Option<serde_json::Value>) -> Unchanged {
+    Unchanged {
+        turn_id: None,
+        commit: None,
+        text,
+        report,
+    }
+}
+
+pub(super) fn succeeded(turn: Box<TurnResult>) -> Result<Box<TurnResult>, ApiError> {
     if turn.status == TurnStatus::Failed {
         return Err(ApiError::turn(*turn));
     }

@@ -231,6 +231,7 @@ fn find(paths: &[PathBuf], wants_captions: bool) -> anyhow::Result<Vec<Image>> {
     let images = files.into_iter().map(|path| Image {
         name: path.to_string_lossy().into_owned(),
         caption: wants_captions.then(|| path.with_extension("txt")),
+        prompt: None,
         path,
     });
     Ok(images.collect())

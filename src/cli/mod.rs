@@ -4,6 +4,7 @@
 //! usage, a flag's bad value included. Results go to standard output, errors and the log to
 //! standard error.
 
+mod alt_text;
 mod health;
 mod hf;
 mod label;
@@ -111,6 +112,7 @@ fn run(args: Vec<OsString>) -> anyhow::Result<()> {
         "label" => label::run(args),
         "replicate" => replicate::run(args),
         "hf" => hf::run(args),
+        "alt-text" => alt_text::run(args),
         "claude" => terminal(args),
         "openapi" => print(&api::openapi_json()),
         other => unreachable!("clap knows no {other}"),
@@ -266,6 +268,7 @@ fn command() -> Command {
         .subcommand(label::command())
         .subcommand(replicate::command())
         .subcommand(hf::command())
+        .subcommand(alt_text::command())
         .subcommand(
             Command::new("claude")
                 .about("Run the real CLI here, through the gateway: no credential needed")

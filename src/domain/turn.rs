@@ -31,6 +31,10 @@ pub enum TurnKind {
     Restore,
     /// Changes of the branches above were brought down.
     Sync,
+    /// Images got texts for those who do not see them.
+    AltText,
+    /// Images were made and put into the site.
+    Images,
     /// A one-shot run of another service worked in the thread's worktree.
     Service,
     #[serde(other)]
@@ -51,6 +55,8 @@ impl TurnKind {
             Self::Redo => "redo",
             Self::Restore => "restore",
             Self::Sync => "sync",
+            Self::AltText => "alt-text",
+            Self::Images => "images",
             Self::Service => "service",
             Self::Other => "other",
         }
@@ -271,6 +277,10 @@ pub struct TurnResult {
     pub session_id: Option<String>,
     pub commit: Option<CommitSummary>,
     pub usage: Usage,
+    /// Of a turn that greenroom made by itself: what it did and what it left, by its kind.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    pub report: Option<serde_json::Value>,
     pub num_turns: u64,
     pub duration_ms: u64,
     pub preview: TurnPreview,

@@ -33,6 +33,10 @@ impl Snapshot {
         self.head
     }
 
+    pub(super) fn tree_id(&self) -> Oid {
+        self.tree
+    }
+
     /// Full id of the branch's commit.
     pub fn head(&self) -> String {
         self.head.to_string()

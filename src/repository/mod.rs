@@ -33,6 +33,7 @@ mod publish;
 mod refs;
 mod remote;
 mod scan;
+mod site;
 mod source;
 mod spare;
 mod stage;
@@ -58,6 +59,7 @@ pub use github::{GitHub, GitHubRepository, NoPullRequests, PullRequest, PullRequ
 pub use guard::{Repair, Strangers};
 pub use publish::{Destination, Mover, Origin, PublishRequest, Published, PushedBranch, Synced};
 pub use remote::{RemoteError, RemoteErrorKind, RemoteUse, Remotes};
+pub use site::SiteFiles;
 pub use source::{Source, SourceError, TemplateFile, parse_source};
 pub use user::{ThreadState, UserRepository, Workshop};
 pub use watch::Watch;
@@ -104,6 +106,9 @@ pub enum RepositoryError {
         between: Option<Between>,
         files: Vec<Conflict>,
     },
+    /// A file that greenroom itself was to write and that must not be committed.
+    #[error("{path} cannot be written: {reason}")]
+    Unfit { path: String, reason: String },
     /// No commit of this id, or none of this thread.
     #[error("there is no commit {commit} in this thread")]
     NoSuchCommit { commit: String },

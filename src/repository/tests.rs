@@ -1057,3 +1057,4 @@ mod publishing;
 /// What a scan has to find.
 mod scanning;
 mod watching;
+mod written;

@@ -176,7 +176,7 @@ function ask(dialog) {
 
 // ---------------------------------------------------------------- Turns: what is on the page
 
-const KINDS = { undo: 'Undo', redo: 'Redo', restore: 'Restore', sync: 'Sync', recovered: 'Recovered edits', outside: 'Outside edits' };
+const KINDS = { undo: 'Undo', redo: 'Redo', restore: 'Restore', sync: 'Sync', 'alt-text': 'Images described', images: 'Images', recovered: 'Recovered edits', outside: 'Outside edits' };
 const OPERATIONS = new Set(['undo', 'redo', 'restore', 'sync']);
 const STATUS = {
   queued: 'In line', running: 'Working', stopping: 'Stopping', completed: 'Done', failed: 'Failed',

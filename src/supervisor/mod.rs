@@ -4,6 +4,7 @@
 //! (`thread.rs`) that owns the thread's queue, agent and preparation. News comes back as return
 //! values, journals and `watch`es. It knows nothing of HTTP.
 
+mod edit;
 mod one_shot;
 mod operation;
 mod prepare;
@@ -51,6 +52,7 @@ use crate::{
     workspace::{Cache, Dependencies, InstallError, ThreadPaths, UserPaths, WorkspaceError},
 };
 
+pub use edit::{SiteChange, SiteEdit};
 pub use one_shot::{Cwd, OneShot, OneShotAnswer};
 pub use operation::{DryRun, Operation, OperationAnswer, OperationRequest};
 pub use publish::{PublishAnswer, PublishWish, PullRequestWish};
@@ -117,6 +119,9 @@ pub enum SupervisorError {
     /// What was asked for makes no sense here.
     #[error("{0}")]
     Refused(&'static str),
+    /// What greenroom was to write into the site does not fit it.
+    #[error("{0}")]
+    EditRefused(String),
     #[error(transparent)]
     NoPullRequests(#[from] NoPullRequests),
     #[error("{error}; all else was published, and publishing again goes on from there")]
@@ -250,6 +255,7 @@ impl Clone for SupervisorError {
                 files: files.clone(),
             },
             Self::Refused(why) => Self::Refused(why),
+            Self::EditRefused(why) => Self::EditRefused(why.clone()),
             Self::NoPullRequests(why) => Self::NoPullRequests(*why),
             Self::PullRequest { error, published } => Self::PullRequest {
                 error: error.clone(),

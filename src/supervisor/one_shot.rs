@@ -192,6 +192,8 @@ async fn run_into(
         kind: TurnKind::Service,
         effect: Effect::default(),
         applies: None,
+        usage: None,
+        report: None,
         mode: TurnMode::Execute,
         instruction: shot.prompt[..instruction].to_owned(),
         model: None,

@@ -11,14 +11,16 @@ use jiff::Timestamp;
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    DISK_DEADLINE, Inner, LiveTurn, SupervisorError, lock,
+    DISK_DEADLINE, Inner, LiveTurn, SupervisorError,
+    edit::SiteEdit,
+    lock,
     prepare::{IdempotencyMark, Prepared},
     preview_word,
     publish::{self, PublishAnswer, PublishWish},
 };
 use crate::{
     domain::{
-        Author, CommitSummary, Effect, FileChange, MergeStep, TurnKind, TurnMode, TurnResult,
+        Author, CommitSummary, Effect, FileChange, MergeStep, TurnKind, TurnMode, TurnResult, Usage,
     },
     identity::{ThreadKey, TurnId},
     repository::{DiffText, Draft, Repair, Snapshot, Synced, Worktree},
@@ -41,6 +43,8 @@ pub enum Operation {
     /// Bring down what others did: from the origin, the client's and the user's branch. Cannot be
     /// tried without being made.
     Sync,
+    /// Write what greenroom itself has made.
+    Edit(SiteEdit),
     /// Bring up what this thread did. That changes nothing in the thread, so it is no turn.
     Publish(Box<PublishWish>),
 }
@@ -65,6 +69,8 @@ pub struct OperationRequest {
 pub enum OperationAnswer {
     Done(Box<TurnResult>),
     DryRun(Box<DryRun>),
+    /// There was nothing to change, so it is no turn: what a person is told, and the report.
+    Unchanged(String, Option<serde_json::Value>),
     /// The merges of a sync, and its turn, if the thread changed by it.
     Synced(Vec<MergeStep>, Option<Box<TurnResult>>),
     Published(Box<PublishAnswer>),
@@ -81,6 +87,8 @@ pub struct DryRun {
     pub head: String,
     pub files: Vec<FileChange>,
     pub diff: DiffText,
+    /// Of an edit: see [`SiteChange`](super::SiteChange).
+    pub report: Option<serde_json::Value>,
 }
 
 /// What is left when an operation is over.
@@ -96,14 +104,33 @@ pub(super) struct OperationEnd {
 }
 
 /// An operation that can be carried out.
-struct Plan {
-    kind: TurnKind,
-    effect: Effect,
+pub(super) struct Plan {
+    pub(super) kind: TurnKind,
+    pub(super) effect: Effect,
     /// The commit's subject, and the turn's instruction in the history.
-    title: String,
-    draft: Draft,
+    pub(super) title: String,
+    pub(super) draft: Draft,
     /// Of a sync: what was merged further up.
-    merged: Vec<MergeStep>,
+    pub(super) merged: Vec<MergeStep>,
+    /// Of an edit, see [`SiteChange`](super::SiteChange).
+    pub(super) text: Option<String>,
+    pub(super) usage: Option<Usage>,
+    pub(super) report: Option<serde_json::Value>,
+}
+
+impl Plan {
+    pub(super) fn new(kind: TurnKind, title: String, draft: Draft) -> Self {
+        Self {
+            kind,
+            effect: Effect::default(),
+            title,
+            draft,
+            merged: Vec::new(),
+            text: None,
+            usage: None,
+            report: None,
+        }
+    }
 }
 
 /// Runs an operation, from outside edits to its outcome.
@@ -167,6 +194,7 @@ async fn run_into(
             kind,
             effect,
             draft,
+            report,
             ..
         } = plan(inner, prepared, &request.operation, base).await?;
         let files = draft.files().to_vec();
@@ -179,6 +207,7 @@ async fn run_into(
             head: base.head(),
             files,
             diff,
+            report,
         })));
     }
     let mut repairs = Vec::new();
@@ -187,8 +216,14 @@ async fn run_into(
         end.folder = Folder::New;
     }
     let plan = planned?;
-    if plan.kind == TurnKind::Sync && plan.draft.is_empty() {
-        return Ok(OperationAnswer::Synced(plan.merged, None));
+    if plan.draft.is_empty() {
+        match plan.text {
+            _ if plan.kind == TurnKind::Sync => {
+                return Ok(OperationAnswer::Synced(plan.merged, None));
+            }
+            Some(text) => return Ok(OperationAnswer::Unchanged(text, plan.report)),
+            None => {}
+        }
     }
 
     let mut accepted = Accepted {
@@ -196,6 +231,8 @@ async fn run_into(
         kind: plan.kind,
         effect: plan.effect,
         applies: None,
+        usage: plan.usage,
+        report: plan.report,
         mode: TurnMode::Execute,
         instruction: plan.title,
         model: None,
@@ -219,7 +256,7 @@ async fn run_into(
     let preview = async |commit: Option<&CommitSummary>| {
         preview_word::word_on(inner, prepared, commit, end.folder, updates).await
     };
-    let text = said(&accepted);
+    let text = plan.text.unwrap_or_else(|| said(&accepted));
     let done = site
         .carry_out(&accepted, &journal, &mut context, text, &repairs, preview)
         .await;
@@ -281,6 +318,7 @@ async fn plan(
         Operation::Redo { turn } => redo(site, turn.clone(), base).await,
         Operation::Restore { commit } => restore(site, commit.clone(), base).await,
         Operation::Sync => sync(inner, prepared, base).await,
+        Operation::Edit(edit) => edit.plan(prepared, base).await,
         Operation::Publish(_) => unreachable!("it is no turn, and was carried out before"),
     }
 }
@@ -299,12 +337,10 @@ async fn sync(
             prepared.site.on_disk("drafting nothing", nothing).await?
         }
     };
+    let title = "Sync with what others did".into();
     Ok(Plan {
-        kind: TurnKind::Sync,
-        effect: Effect::default(),
-        title: "Sync with what others did".into(),
-        draft,
         merged,
+        ..Plan::new(TurnKind::Sync, title, draft)
     })
 }
 
@@ -342,16 +378,14 @@ async fn undo(
         TurnKind::Undo => turn.outcome.as_ref().and_then(|end| end.undone.clone()),
         _ => None,
     };
+    let title = format!("Undo {}", quoted(&turn.accepted.instruction));
     Ok(Plan {
-        kind: TurnKind::Undo,
-        title: format!("Undo {}", quoted(&turn.accepted.instruction)),
         effect: Effect {
             undone: Some(turn.accepted.turn_id),
             redone,
             ..Effect::default()
         },
-        draft,
-        merged: Vec::new(),
+        ..Plan::new(TurnKind::Undo, title, draft)
     })
 }
 
@@ -371,17 +405,15 @@ async fn redo(
     };
     let redone = undo.outcome.as_ref().and_then(|end| end.undone.clone());
     let draft = without(site, &undo, base).await?;
-    let title = undo.accepted.instruction.strip_prefix("Undo ");
+    let undone = &undo.accepted.instruction;
+    let title = format!("Redo {}", undone.strip_prefix("Undo ").unwrap_or(undone));
     Ok(Plan {
-        kind: TurnKind::Redo,
-        title: format!("Redo {}", title.unwrap_or(&undo.accepted.instruction)),
         effect: Effect {
             undone: Some(undo.accepted.turn_id),
             redone,
             ..Effect::default()
         },
-        draft,
-        merged: Vec::new(),
+        ..Plan::new(TurnKind::Redo, title, draft)
     })
 }
 
@@ -392,15 +424,13 @@ async fn restore(site: &TurnSite, commit: String, base: Snapshot) -> Result<Plan
         })
         .await;
     let (draft, commit) = drafted.map_err(|error| undo_conflict(error.into()))?;
+    let title = format!("Restore the site as of {}", &commit[..7]);
     Ok(Plan {
-        kind: TurnKind::Restore,
-        title: format!("Restore the site as of {}", &commit[..7]),
         effect: Effect {
             restored: Some(commit),
             ..Effect::default()
         },
-        draft,
-        merged: Vec::new(),
+        ..Plan::new(TurnKind::Restore, title, draft)
     })
 }
 

@@ -519,6 +519,8 @@ impl Driver {
             kind: TurnKind::Turn,
             effect: Effect::default(),
             applies: None,
+            usage: None,
+            report: None,
             mode: request.mode,
             instruction: request.instruction,
             model: request.model,

@@ -19,7 +19,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use super::history::PastOutcome;
 use crate::{
-    domain::{Author, Effect, TurnEvent, TurnKind, TurnMode, TurnResult},
+    domain::{Author, Effect, TurnEvent, TurnKind, TurnMode, TurnResult, Usage},
     identity::TurnId,
     lease::{Fence, LeaseLost},
     task::{self, BlockingError, Tasks},
@@ -66,6 +66,12 @@ pub struct Accepted {
     /// restart finishes what was begun with it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub applies: Option<String>,
+    /// Of the same: what it cost before it was accepted.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub usage: Option<Usage>,
+    /// Of the same: see [`TurnResult`](crate::domain::TurnResult).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub report: Option<serde_json::Value>,
     pub mode: TurnMode,
     pub instruction: String,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -793,6 +799,8 @@ mod tests {
             kind: TurnKind::Turn,
             effect: Effect::default(),
             applies: None,
+            usage: None,
+            report: None,
             mode: TurnMode::Execute,
             instruction: "make it blue".into(),
             model: None,

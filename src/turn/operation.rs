@@ -1,6 +1,6 @@
-//! What is done to a thread besides its agent's turns: undo, redo, restore, sync. An operation
-//! needs no agent; it is one commit, worked out before it is accepted, so that one which cannot be
-//! carried out leaves no trace. Accepted, it is a turn like any other: journal, context, outcome.
+//! What is done to a thread besides its agent's turns: undo, redo, restore, sync, and what greenroom
+//! itself writes. An operation needs no agent; it is one commit, worked out before it is accepted, so
+//! that one which cannot be carried out leaves no trace. Accepted, it is a turn like any other: journal, context, outcome.
 //!
 //! ```text
 //! commit outside edits ─► draft (may be refused) ─► commit object ─► journal ─► apply ─► outcome
@@ -53,6 +53,11 @@ impl TurnSite {
             None => undone.as_ref().map(|turn| ("Undoes", turn.to_string())),
         });
         trailers.extend(restored.clone().map(|commit| ("Restores", commit)));
+        trailers.extend(
+            accepted
+                .usage
+                .map(|usage| ("Cost-USD", format!("{:.6}", usage.cost_usd))),
+        );
         trailers.push(("Status", TurnStatus::Completed.as_str().to_owned()));
         let committer = self.committer.clone();
         let author = accepted.author.clone().unwrap_or_else(|| committer.clone());
@@ -104,6 +109,7 @@ impl TurnSite {
                 tracing::warn!(%error, "an operation was not carried out");
                 result.status = TurnStatus::Failed;
                 result.effect = Effect::default();
+                result.report = None;
                 result.text = String::new();
                 result.error = Some(
                     "The thread's branch was moved by somebody else; nothing was changed. Please \

@@ -458,7 +458,8 @@ pub fn blank_result(accepted: &Accepted, context: &StoredContext) -> TurnResult 
         text: String::new(),
         session_id: None,
         commit: None,
-        usage: Usage::default(),
+        usage: accepted.usage.unwrap_or_default(),
+        report: accepted.report.clone(),
         num_turns: 0,
         duration_ms: 0,
         preview: TurnPreview {
@@ -902,6 +903,8 @@ pub(super) mod tests {
             kind: TurnKind::Turn,
             effect: crate::domain::Effect::default(),
             applies: None,
+            usage: None,
+            report: None,
             mode: TurnMode::Execute,
             instruction: String::new(),
             model: None,

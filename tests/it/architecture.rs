@@ -23,6 +23,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         "app",
         &[
             "agent",
+            "alt_text",
             "api",
             "client", // how a request is signed
             "config",
@@ -50,6 +51,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     (
         "cli",
         &[
+            "alt_text",
             "api",
             "app",
             "config",
@@ -62,8 +64,21 @@ const ARROWS: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "alt_text",
+        &[
+            "label",
+            "picture",    // how large an image may be
+            "repository", // a site's files
+            "service",    // its errors become ours
+            "supervisor", // the turn that writes
+            "usage",
+            "workspace", // small files
+        ],
+    ),
+    (
         "api",
         &[
+            "alt_text",
             "config", // `Secret`
             "ecs",    // `/health` names the task
             "figures",
@@ -181,6 +196,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("metrics_exporter_prometheus", &["figures"]),
     ("notify", &["preview"]),
     ("flate2", &["repository"]),
+    ("pulldown_cmark", &["alt_text"]),
     ("zstd", &["workspace"]),
     ("ratatui", &["cli"]),
     (

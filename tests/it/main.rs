@@ -3,6 +3,7 @@
 mod support;
 
 mod access;
+mod alt_text;
 mod architecture;
 mod bad_input;
 mod browser;
