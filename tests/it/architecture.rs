@@ -187,7 +187,7 @@ const ARROWS: &[(&str, &[&str])] = &[
 const CRATES: &[(&str, &[&str])] = &[
     ("axum", &["api", "gateway", "rehearsal"]),
     ("clap", &["cli"]),
-    ("flate2", &["telemetry"]),
+    ("flate2", &["repository", "telemetry"]),
     ("git2", &["repository"]),
     ("glob", &["cli"]),
     ("governor", &["api"]),
@@ -195,7 +195,6 @@ const CRATES: &[(&str, &[&str])] = &[
     ("landlock", &["process"]),
     ("metrics_exporter_prometheus", &["figures"]),
     ("notify", &["preview"]),
-    ("flate2", &["repository"]),
     ("pulldown_cmark", &["alt_text"]),
     ("zstd", &["workspace"]),
     ("ratatui", &["cli"]),
