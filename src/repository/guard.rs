@@ -192,7 +192,7 @@ impl Worktree {
         // The clock is asked meanwhile, since that takes as long.
         let (look, now) = std::thread::scope(|scope| {
             let now = scope.spawn(|| self.now().ok());
-            let look = self.look();
+            let look = self.survey();
             (look, now.join().ok().flatten())
         });
         let kept = self.kept.take();
@@ -240,7 +240,7 @@ impl Worktree {
     }
 
     /// All that [`put_right`](Self::put_right) looks at, and nothing that it would write.
-    fn look(&self) -> Look {
+    fn survey(&self) -> Look {
         let git = self.git.path();
         let (branch, known) = self.references();
         let mut wanted = Vec::new();
