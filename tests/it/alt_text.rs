@@ -327,9 +327,8 @@ async fn what_is_edited_meanwhile_is_kept_and_nobody_s_turn_waits() {
             .replace("<h1>Die Werkstatt</h1>", "<h1>Neu</h1>\n  <p>Da.</p>");
         fs::write(stage.at(PAGE), page).unwrap();
         // Somebody looks at the history and publishes: nothing of it waits for the images.
-        let sync = stage
-            .greenroom
-            .api("POST", &stage.path("publish"), json!({"to": "user"}));
+        let publish = stage.path("publish");
+        let sync = stage.greenroom.api("POST", &publish, json!({"to": "user"}));
         sync.await.ok();
     };
     let (answer, ()) = tokio::join!(stage.ask(Value::Null), meanwhile);
