@@ -29,7 +29,23 @@ type Changes = BTreeMap<Vec<u8>, Option<Entry>>;
 /// takes it has looked at the disk first; what it knows are objects, which never change, and the
 /// configuration, which is ours. Clones share it.
 #[derive(Clone, Default)]
-pub(super) struct Kept(Arc<Mutex<(Option<Repository>, Vec<PathBuf>)>>);
+pub(super) struct Kept(Arc<Held>);
+
+#[derive(Default)]
+struct Held(Mutex<(Option<Repository>, Vec<PathBuf>)>);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let held = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let repo = held.0.take();
+        // A disk that does not answer keeps whoever closes a file of it waiting, and this may be
+        // dropped where nobody has to wait.
+        let closer = std::thread::Builder::new().name("repository's end".into());
+        if repo.is_some() {
+            closer.spawn(move || drop(repo)).ok();
+        }
+    }
+}
 
 impl std::fmt::Debug for Kept {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -56,7 +72,7 @@ impl Kept {
     }
 
     fn lock(&self) -> MutexGuard<'_, (Option<Repository>, Vec<PathBuf>)> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        (self.0.0).lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
