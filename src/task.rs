@@ -238,7 +238,7 @@ where
 }
 
 /// Most threads of one [`side_by_side`]: they wait for the disk nearly all the time.
-const ABREAST: usize = 32;
+const ABREAST: usize = 64;
 /// A local disk answers in a tenth of that, a network's in several times of it.
 const SLOW: Duration = Duration::from_micros(500);
 /// What the disk was like lately. A guess: wrong, it costs some threads or some waiting.

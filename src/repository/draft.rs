@@ -80,7 +80,7 @@ impl Worktree {
         let head = self.tip(&repo)?;
         let head_tree = self.tree(&repo, head)?;
         let mut staged = self.stage(&repo, &head_tree, Keeper::none())?;
-        let (tree, mut new) = staged.stage.tree()?;
+        let (tree, new) = staged.stage.tree()?;
         new.write()?;
         Ok(Snapshot { head, tree })
     }

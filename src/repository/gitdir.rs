@@ -98,6 +98,8 @@ impl GitDir {
         wanted.extend(FOLDERS.map(|name| Wanted::Folder(self.0.join(name))));
         wanted.extend(["config", "info/exclude"].map(|name| Wanted::File(self.0.join(name))));
         wanted.push(Wanted::Kind(self.0.clone()));
+        wanted.sort_unstable();
+        wanted.dedup();
         let mut look = Look::default();
         look.take(&wanted);
         // All references, however deep: those of folders that nobody asked for level by level.
@@ -249,7 +251,7 @@ impl GitDir {
 }
 
 /// What is looked at, by its full path.
-#[derive(Debug)]
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Wanted {
     /// What is in it.
     Folder(PathBuf),
@@ -272,6 +274,12 @@ pub(super) struct Look {
 }
 
 impl Look {
+    /// The folders below this one, and itself, as far as they were looked at.
+    pub(super) fn folders_below(&self, folder: &Path) -> Vec<PathBuf> {
+        let below = self.folders.keys().filter(|path| path.starts_with(folder));
+        below.cloned().collect()
+    }
+
     fn take(&mut self, wanted: &[Wanted]) {
         enum Found {
             Folder(io::Result<Listing>),

@@ -20,11 +20,12 @@ use git2::{ErrorCode, Oid, ReferenceType, Repository};
 
 use super::{
     Operation as _, RepositoryError, Result,
+    commit::Opened,
     files::{self, Found, Root},
     gitdir::{self, Look, Wanted},
-    index::Moment,
+    index::{Damaged, Index, Moment},
     refs, vet,
-    worktree::{Opened, Worktree},
+    worktree::Worktree,
 };
 use crate::lease::Fence;
 
@@ -180,6 +181,13 @@ const NAMING: [&str; 10] = [
 /// Largest of those files that is read, in bytes.
 const MAX_PAPER: u64 = 64 << 10;
 
+/// What was seen in one go.
+struct Sight {
+    look: Look,
+    now: Option<Moment>,
+    index: Option<Result<Index, Damaged>>,
+}
+
 impl Worktree {
     /// Brings the thread's branch and the worktree's entry, link and HEAD into a state from
     /// which a commit can be made, and opens it.
@@ -189,16 +197,10 @@ impl Worktree {
     /// [`RepositoryError::Tampered`] for what cannot be put right, [`RepositoryError::NoSuchBranch`]
     /// if nobody knows the branch.
     pub(super) fn put_right(&self, strangers: Strangers, fence: &Fence) -> Result<Opened> {
-        // The clock is asked meanwhile, since that takes as long.
-        let (look, now) = std::thread::scope(|scope| {
-            let now = scope.spawn(|| self.now().ok());
-            let look = self.survey();
-            (look, now.join().ok().flatten())
-        });
-        let kept = self.kept.take();
-        if let Some(opened) = self.open_as_left(&look, kept, now)? {
-            return Ok(opened);
-        }
+        let look = match self.open_as_left(self.look_at_all())? {
+            Ok(opened) => return Ok(opened),
+            Err(look) => look,
+        };
         let mut repairs = Vec::new();
         let shared = self.git.open(self.git.project())?;
         self.git.check_entry(&look, &self.admin)?;
@@ -234,16 +236,36 @@ impl Worktree {
             repo,
             head: tip,
             now: None,
+            index: None,
             is_as_left: false,
             repairs,
         })
+    }
+
+    /// Opens the worktree if there is nothing to be put right. Writes nothing.
+    pub(super) fn open_if_right(&self) -> Result<Option<Opened>> {
+        Ok(self.open_as_left(self.look_at_all())?.ok())
+    }
+
+    /// Looks, asks the clock and reads the index, all at once: either takes as long.
+    fn look_at_all(&self) -> Sight {
+        let (look, now, index) = std::thread::scope(|scope| {
+            let now = scope.spawn(|| self.now().ok());
+            let index = scope.spawn(|| Index::read(&self.index_file()));
+            let look = self.survey();
+            (look, now.join().ok().flatten(), index.join().ok())
+        });
+        self.kept
+            .note_folders(look.folders_below(&self.git.path().join("refs")));
+        Sight { look, now, index }
     }
 
     /// All that [`put_right`](Self::put_right) looks at, and nothing that it would write.
     fn survey(&self) -> Look {
         let git = self.git.path();
         let (branch, known) = self.references();
-        let mut wanted = Vec::new();
+        let seen = self.kept.folders();
+        let mut wanted: Vec<_> = seen.into_iter().map(Wanted::Folder).collect();
         // libgit2 and we write to these, so that no folder on the way may lead elsewhere.
         for reference in [&branch, &known] {
             let folders = Path::new(reference).ancestors().skip(1);
@@ -267,26 +289,23 @@ impl Worktree {
 
     /// Opens the worktree if all stands as we left it, so that there is nothing to be put right:
     /// that is so in front of nearly every turn and after it, and can be seen without a write.
-    fn open_as_left(
-        &self,
-        look: &Look,
-        kept: Option<Repository>,
-        now: Option<Moment>,
-    ) -> Result<Option<Opened>> {
-        let Some(head) = self.is_as_left(look) else {
-            return Ok(None);
+    fn open_as_left(&self, sight: Sight) -> Result<Result<Opened, Look>> {
+        let kept = self.kept.take();
+        let Some(head) = self.is_as_left(&sight.look) else {
+            return Ok(Err(sight.look));
         };
         let repo = match kept {
             Some(repo) => repo,
             None => self.git.open_seen(&self.admin, &self.path)?,
         };
         if repo.find_commit(head).is_err() {
-            return Ok(None);
+            return Ok(Err(sight.look));
         }
-        Ok(Some(Opened {
+        Ok(Ok(Opened {
             repo,
             head,
-            now,
+            now: sight.now,
+            index: sight.index,
             is_as_left: true,
             repairs: Vec::new(),
         }))

@@ -16,6 +16,7 @@
 //! in neither.
 
 mod checkout;
+mod commit;
 mod diff;
 mod draft;
 mod files;

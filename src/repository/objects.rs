@@ -50,16 +50,22 @@ impl NewObjects {
         self.waiting.insert(id, (kind, content));
         if self.held > MAX_HELD {
             self.write()?;
+            self.waiting.clear();
+            self.held = 0;
         }
         Ok(id)
     }
 
+    /// The content of one that was added lately.
+    pub(super) fn content(&self, id: Oid) -> Option<&[u8]> {
+        self.waiting.get(&id).map(|(_, content)| content.as_slice())
+    }
+
     /// Writes all that were added.
-    pub(super) fn write(&mut self) -> Result<()> {
-        let objects: Vec<_> = std::mem::take(&mut self.waiting).into_iter().collect();
-        self.held = 0;
+    pub(super) fn write(&self) -> Result<()> {
+        let objects: Vec<_> = self.waiting.iter().collect();
         let written = task::side_by_side(&objects, |(id, (kind, content))| {
-            write_loose(&self.folder, *id, *kind, content)
+            write_loose(&self.folder, **id, *kind, content)
         });
         written
             .into_iter()

@@ -26,14 +26,6 @@ pub(super) struct Branch<'a> {
     pub(super) note: &'a str,
 }
 
-/// How an advance came out.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Advance {
-    Done,
-    /// Somebody else holds a lock or moved a reference: nothing was changed.
-    NotOurs,
-}
-
 /// A lock file; removed unless it became its reference.
 struct Lock {
     path: PathBuf,
@@ -48,47 +40,66 @@ impl Drop for Lock {
     }
 }
 
-impl Branch<'_> {
-    /// Moves the note and then the branch from one commit to the next, if both are at the first.
-    /// `who` is told in git's record of it.
-    pub(super) fn advance(&self, from: Oid, to: Oid, who: &[u8]) -> io::Result<Advance> {
+impl<'a> Branch<'a> {
+    /// Locks the branch and its note for a move from one commit to the next. `None` where somebody else
+    /// holds a lock, or either is at another commit.
+    pub(super) fn begin(&self, from: Oid, to: Oid) -> io::Result<Option<Move>> {
         let references = [self.note, self.name].map(|name| self.git.join(name));
         let locks = task::side_by_side(&references, |reference| lock(reference, to));
-        let mut locks: Vec<_> = locks.into_iter().collect::<io::Result<_>>()?;
+        let locks: Vec<_> = locks.into_iter().collect::<io::Result<_>>()?;
         if locks.iter().any(|lock| !lock.is_there) {
-            return Ok(Advance::NotOurs);
+            return Ok(None);
         }
         // Under the locks.
         let at = task::side_by_side(&references, |reference| read(reference));
         if at.iter().any(|at| *at != Some(from)) {
-            return Ok(Advance::NotOurs);
+            return Ok(None);
         }
-        // The note first: a crash between the two is put right by moving the branch; the other way
-        // round the guard would take our commit for somebody else's.
-        for (lock, reference) in locks.iter_mut().zip(&references) {
-            fs::rename(&lock.path, reference)?;
-            lock.is_there = false;
-        }
-        let line = [
-            format!("{from} {to} ").as_bytes(),
-            who,
-            b"\tcommit\n".as_slice(),
-        ]
-        .concat();
         let logs = [
             self.git.join("logs").join(self.name),
             self.admin.join("logs/HEAD"),
         ];
-        for (told, log) in task::side_by_side(&logs, |log| append(log, &line))
-            .into_iter()
-            .zip(&logs)
-        {
+        Ok(Some(Move {
+            from,
+            to,
+            references,
+            locks,
+            logs,
+        }))
+    }
+}
+
+/// A move that was begun. Dropped, nothing has changed.
+pub(super) struct Move {
+    from: Oid,
+    to: Oid,
+    references: [PathBuf; 2],
+    locks: Vec<Lock>,
+    logs: [PathBuf; 2],
+}
+
+impl Move {
+    /// Moves the note and then the branch. (A crash between the two is put right by moving the branch;
+    /// the other way round the guard would take our commit for somebody else's.)
+    pub(super) fn finish(&mut self) -> io::Result<()> {
+        for (lock, reference) in self.locks.iter_mut().zip(&self.references) {
+            fs::rename(&lock.path, reference)?;
+            lock.is_there = false;
+        }
+        Ok(())
+    }
+
+    /// Tells git's record of it. `who` as in a commit.
+    pub(super) fn tell(&self, who: &[u8]) {
+        let (from, to) = (self.from, self.to);
+        let line = [format!("{from} {to} ").as_bytes(), who, b"\tcommit\n"].concat();
+        let told = task::side_by_side(&self.logs, |log| append(log, &line));
+        for (told, log) in told.into_iter().zip(&self.logs) {
             // It is for people who look.
             if let Err(error) = told {
                 tracing::debug!(%error, log = %log.display(), "git's record was not written");
             }
         }
-        Ok(Advance::Done)
     }
 }
 

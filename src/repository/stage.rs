@@ -4,6 +4,7 @@
 use std::{
     cell::OnceCell,
     collections::{BTreeMap, HashMap},
+    ffi::OsStr,
     fs::File,
     io::{self, Read as _, Seek as _},
     os::unix::ffi::OsStrExt as _,
@@ -14,14 +15,17 @@ use git2::{ErrorCode, IndexEntry, IndexTime, ObjectType, Oid, Repository, Tree};
 use nix::sys::stat::FileStat;
 
 use super::{
-    Operation as _, Result,
+    Operation as _, Result, diff,
     files::{Found, Root},
     gate::{self, Keeper},
-    index::{Entry, LINK_MODE, Moment, Stat},
+    index::{self, Entry, LINK_MODE, Moment, Stat},
     objects::NewObjects,
     tree, vet,
 };
-use crate::{domain::HeldBack, task};
+use crate::{
+    domain::{FileChange, FileStatus, HeldBack},
+    task,
+};
 
 /// A file that holds secrets is compared with so many deleted ones, to find out if it was renamed.
 const MAX_GONE: usize = 100;
@@ -96,8 +100,54 @@ impl<'a> Stage<'a> {
     /// anything refers to it.
     pub(super) fn tree(&mut self) -> Result<(Oid, NewObjects)> {
         let mut new = std::mem::replace(&mut self.new, NewObjects::of(self.repo));
+        if self.edits.is_empty() {
+            return Ok((self.head.id(), new));
+        }
         let tree = tree::edit(self.repo, &mut new, Some(self.head), &self.edits)?;
         Ok((tree, new))
+    }
+
+    /// What differs from the commit, from what is in memory still. `None` where git would look at more
+    /// than the contents: attributes that say what text is, files that may have been renamed.
+    pub(super) fn summary(&self, new: &NewObjects) -> Result<Option<Vec<FileChange>>> {
+        const MOST: usize = 20;
+        if self.edits.len() > MOST || self.converting.values().any(|is_there| *is_there) {
+            return Ok(None);
+        }
+        let mut files = Vec::new();
+        let (mut added, mut deleted) = (false, false);
+        for (name, edit) in &self.edits {
+            let path = Path::new(OsStr::from_bytes(name));
+            let old = in_tree(self.head, path)?;
+            let present = edit.map(|(id, mode)| (id, index::mode_of(mode)));
+            let is_link =
+                |blob: &Option<(Oid, u32)>| matches!(blob, Some((_, mode)) if *mode == LINK_MODE);
+            if is_link(&old) || is_link(&present) {
+                return Ok(None);
+            }
+            let earlier = match old {
+                Some((id, _)) => Some(self.repo.find_blob(id).during("read a committed file")?),
+                None => None,
+            };
+            let before = earlier.as_ref().map_or(&[][..], git2::Blob::content);
+            let after = match present {
+                None => Some(&[][..]),
+                Some((id, _)) if old.is_some_and(|(old, _)| old == id) => Some(before),
+                Some((id, _)) => new.content(id),
+            };
+            let (status, Some(after)) = (diff::status_of(old.is_some(), edit.is_some()), after)
+            else {
+                return Ok(None);
+            };
+            added |= status == FileStatus::Added;
+            deleted |= status == FileStatus::Deleted;
+            let change = diff::between(path, status, before, after).during("compare a file")?;
+            let Some(change) = change else {
+                return Ok(None);
+            };
+            files.push(change);
+        }
+        Ok((!added || !deleted).then_some(files))
     }
 
     /// What the index has to be told.

@@ -90,14 +90,16 @@ impl UserRepository {
         base_branch: Option<&str>,
         committer: &Signature,
     ) -> Result<Self> {
-        match Self::open(project) {
-            Ok(repository) => {
-                let repo = repository.git.open(project)?;
-                repository.ensure_user_branch(&repo, key)?;
-                return Ok(repository);
-            }
-            Err(RepositoryError::Missing) => {}
-            Err(error) => return Err(error),
+        let repository = Self {
+            project: project.to_owned(),
+            git: GitDir::of_project(project),
+            owner: None,
+        };
+        let present = files::kind_of(repository.git.path()).during("look for the repository")?;
+        if present.is_some() {
+            let repo = repository.git.open(project)?;
+            repository.ensure_user_branch(&repo, key)?;
+            return Ok(repository);
         }
         const LEFTOVERS: &str = "remove the leftovers of an earlier attempt";
         const MAKE: &str = "make the repository's folder";
@@ -128,7 +130,7 @@ impl UserRepository {
             files::remove_all(scratch).ok();
             return Err(error);
         }
-        Self::open(project)
+        Ok(repository)
     }
 
     /// Opens what [`UserRepository::create`] made.
@@ -173,9 +175,28 @@ impl UserRepository {
         worktree: &Path,
         fence: &Fence,
     ) -> Result<ThreadState> {
-        let repo = self.git.open(&self.project)?;
+        self.ensure_worktree(key, &self.worktree(key, worktree), fence)
+    }
+
+    /// The same of a worktree that goes on being used: it keeps what it had to read.
+    ///
+    /// # Errors
+    /// As [`ensure_thread`](Self::ensure_thread).
+    pub fn ensure_worktree(
+        &self,
+        key: &ThreadKey,
+        worktree: &Worktree,
+        fence: &Fence,
+    ) -> Result<ThreadState> {
         let branch = key.branch();
-        let worktree = self.worktree(key, worktree);
+        if let Some(head) = worktree.ensure_as_left()? {
+            return Ok(ThreadState {
+                resumed: true,
+                branch,
+                head: head.to_string(),
+            });
+        }
+        let repo = self.git.open(&self.project)?;
         let (head, resumed) = match worktree.settle_branch(&repo, Strangers::Keep, fence) {
             Ok((head, _)) => (head, true),
             Err(RepositoryError::NoSuchBranch { .. }) => {

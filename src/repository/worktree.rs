@@ -7,7 +7,6 @@ use std::{
     io,
     os::unix::{ffi::OsStrExt as _, fs::PermissionsExt as _},
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
@@ -15,15 +14,17 @@ use git2::{ErrorCode, ObjectType, Oid, Repository, Tree};
 use nix::sys::time::TimeSpec;
 
 use super::{
-    Operation as _, RepositoryError, Result, checkout, diff,
+    Operation as _, RepositoryError, Result, checkout,
+    commit::{Kept, Opened},
+    diff,
     files::{self, Root},
     gate::Keeper,
     gitdir::GitDir,
     guard::{Repair, Strangers},
-    index::{Entry, Index, LINK_MODE, Moment},
+    index::{Damaged, Entry, Index, LINK_MODE, Moment},
     message,
-    objects::{NewObjects, commit_text, signed},
-    refs::{Advance, Branch},
+    objects::{NewObjects, commit_text},
+    refs,
     scan::{look, scan},
     spare::Spare,
     stage::{Stage, in_tree},
@@ -52,44 +53,6 @@ pub struct Worktree {
     /// For whom the folder is made, if it has to be.
     owner: Option<Owner>,
     pub(super) kept: Kept,
-}
-
-/// A thread's repository, kept open from one commit to the next for the objects that it holds in memory:
-/// on a network disk reading a branch's trees again takes longer than all else of a commit. Whoever
-/// takes it has looked at the disk first; what it knows are objects, which never change, and the
-/// configuration, which is ours. Clones share it.
-#[derive(Clone, Default)]
-pub(super) struct Kept(Arc<Mutex<Option<Repository>>>);
-
-impl std::fmt::Debug for Kept {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Kept")
-    }
-}
-
-impl Kept {
-    pub(super) fn take(&self) -> Option<Repository> {
-        self.lock().take()
-    }
-
-    fn put(&self, repo: Repository) {
-        *self.lock() = Some(repo);
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Option<Repository>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// A worktree from which a commit can be made.
-pub(super) struct Opened {
-    pub(super) repo: Repository,
-    pub(super) head: Oid,
-    /// The file system's time, if it was asked for.
-    pub(super) now: Option<Moment>,
-    /// Nothing odd was seen on the way to the branch.
-    pub(super) is_as_left: bool,
-    pub(super) repairs: Vec<Repair>,
 }
 
 /// What a commit is to say.
@@ -187,6 +150,11 @@ impl Worktree {
 
     /// Full id of the branch's commit.
     pub fn head(&self) -> Result<String> {
+        // Nearly always it is in a file of its own, which is as good as asking libgit2.
+        let (branch, _) = self.references();
+        if let Some(head) = refs::read(&self.git.path().join(branch)) {
+            return Ok(head.to_string());
+        }
         let repo = self.read()?;
         self.tip(&repo).map(|id| id.to_string())
     }
@@ -203,7 +171,7 @@ impl Worktree {
             false => self.put_right(request.strangers, request.fence)?,
         };
         let repairs = std::mem::take(&mut opened.repairs);
-        let mut committed = self.commit_onto(&opened, request)?;
+        let mut committed = self.commit_onto(&mut opened, request)?;
         committed.repairs.splice(0..0, repairs);
         if !self.is_main {
             self.kept.put(opened.repo);
@@ -222,6 +190,7 @@ impl Worktree {
             repo,
             head,
             now: None,
+            index: None,
             is_as_left: false,
             repairs: Vec::new(),
         })
@@ -246,106 +215,12 @@ impl Worktree {
             held_dir: &self.path.with_file_name("held"),
             fence: &Fence::open(),
         };
-        self.commit_onto(&self.open_anew(Some(head))?, &request)
-    }
-
-    fn commit_onto(&self, opened: &Opened, request: &CommitRequest<'_>) -> Result<Committed> {
-        let (repo, head) = (&opened.repo, opened.head);
-        let head_tree = self.tree(repo, head)?;
-        let keeper = Keeper::new(request.held_dir);
-        let now = match opened.now {
-            Some(now) => now,
-            None => self.now()?,
-        };
-        let mut found = self.stage_in(repo, &head_tree, keeper, request.scope, now)?;
-        let (tree, mut new) = found.stage.tree()?;
-        let changes = std::mem::take(found.stage.changes());
-        let is_new = tree != head_tree.id();
-        if is_new && found.index.is_none() {
-            // The commit stands by the time that the index is written: nothing may make it look as if
-            // it had failed.
-            match Index::load(&self.index_file(), repo, &head_tree) {
-                Ok((index, _)) => found.index = Some(index),
-                Err(error) => {
-                    tracing::warn!(%error, branch = self.branch, "the index could not be read");
-                }
-            }
-        }
-        let (index, is_as_left) = (found.index.take(), opened.is_as_left);
-        let adjust_index = || {
-            self.adopt(&changes);
-            if let Some(index) = &index
-                && (!changes.is_empty() || !index.is_of(tree))
-            {
-                self.write_index(index, tree, &changes);
-            }
-        };
-        let commit = if is_new {
-            let text = &request.text;
-            let message = message::compose(text.instruction, text.trailers);
-            let author = message::signature(text.author).during("commit")?;
-            let committer = message::signature(text.committer).during("commit")?;
-            let content = commit_text(tree, &[head], &author, &committer, &message);
-            let id = new.add(ObjectType::Commit, content)?;
-            new.write()?;
-            let (who, fence) = (signed(&committer), request.fence);
-            // What changed is read while the branch moves: either is several waits for a slow disk.
-            let (moved, summary) = std::thread::scope(|scope| {
-                let branch = scope.spawn(|| {
-                    let moved = match is_as_left {
-                        true => self.advance(head, id, &who, fence),
-                        false => Ok(Advance::NotOurs),
-                    };
-                    // After the branch: an index that is behind is mended by the next commit, one
-                    // that is ahead would show work that is in no commit.
-                    if matches!(moved, Ok(Advance::Done)) {
-                        adjust_index();
-                    }
-                    moved
-                });
-                let summary = summarise(repo, id);
-                match branch.join() {
-                    Ok(moved) => (moved, summary),
-                    Err(panic) => std::panic::resume_unwind(panic),
-                }
-            });
-            if moved? == Advance::NotOurs {
-                // git's own way, which says what is amiss.
-                self.move_branch(repo, head, id, fence)?;
-                adjust_index();
-            }
-            Some(summary?)
-        } else {
-            new.write()?;
-            adjust_index();
-            None
-        };
-        if let Scope::AllAndWatch(watch) = request.scope {
-            watch.count_from(tree);
-        }
-        Ok(Committed {
-            commit,
-            held_back: found.stage.held_back(),
-            repairs: found.repairs,
-        })
-    }
-
-    /// Moves the branch where there is nothing odd on the way to it.
-    fn advance(&self, from: Oid, to: Oid, who: &[u8], fence: &Fence) -> Result<Advance> {
-        let (name, note) = self.references();
-        let branch = Branch {
-            git: self.git.path(),
-            admin: &self.admin,
-            name: &name,
-            note: &note,
-        };
-        fence.check()?;
-        branch.advance(from, to, who).during("move a branch")
+        self.commit_onto(&mut self.open_anew(Some(head))?, &request)
     }
 
     /// What somebody else put there (an operator at a shell, say) becomes the owner's: the agent could
     /// not change it.
-    fn adopt(&self, changes: &BTreeMap<Vec<u8>, Option<Entry>>) {
+    pub(super) fn adopt(&self, changes: &BTreeMap<Vec<u8>, Option<Entry>>) {
         if self.owner.is_none() {
             return;
         }
@@ -366,16 +241,17 @@ impl Worktree {
         head: &'a Tree<'a>,
         keeper: Keeper<'a>,
     ) -> Result<Staged<'a>> {
-        self.stage_in(repo, head, keeper, Scope::All, self.now()?)
+        self.stage_in(repo, head, keeper, Scope::All, self.now()?, &mut None)
     }
 
-    fn stage_in<'a>(
+    pub(super) fn stage_in<'a>(
         &self,
         repo: &'a Repository,
         head: &'a Tree<'a>,
         keeper: Keeper<'a>,
         scope: Scope<'_>,
         now: Moment,
+        known: &mut Option<Result<Index, Damaged>>,
     ) -> Result<Staged<'a>> {
         const WHAT: &str = "scan the worktree";
         let mut stage = Stage::new(repo, head, &self.path, now, keeper)?;
@@ -392,8 +268,10 @@ impl Worktree {
                 repairs: Vec::new(),
             });
         }
-        let (index, damage) =
-            Index::load(&self.index_file(), repo, head).during("read the index")?;
+        let known = known
+            .take()
+            .unwrap_or_else(|| Index::read(&self.index_file()));
+        let (index, damage) = Index::of_known(known, repo, head).during("read the index")?;
         if let Scope::AllAndWatch(watch) = scope {
             watch.begin(&self.path, &index);
         }
@@ -446,7 +324,7 @@ impl Worktree {
         })
     }
 
-    fn index_file(&self) -> PathBuf {
+    pub(super) fn index_file(&self) -> PathBuf {
         self.admin.join("index")
     }
 
@@ -518,16 +396,26 @@ impl Worktree {
 
     /// At most the first `max_bytes` bytes of a regular file as it is committed.
     pub fn read_at_head(&self, path: &str, max_bytes: usize) -> Result<Option<Vec<u8>>> {
-        let repo = self.read()?;
+        let kept = self.kept.take();
+        let is_kept = kept.is_some();
+        let repo = match kept {
+            Some(repo) => repo,
+            None => self.read()?,
+        };
         let tree = self.tree(&repo, self.tip(&repo)?)?;
-        match in_tree(&tree, Path::new(path))? {
+        let read = match in_tree(&tree, Path::new(path))? {
             Some((id, mode)) if mode != LINK_MODE => {
                 let blob = repo.find_blob(id).during("read a committed file")?;
                 let content = blob.content();
-                Ok(Some(content[..content.len().min(max_bytes)].to_vec()))
+                Some(content[..content.len().min(max_bytes)].to_vec())
             }
-            _ => Ok(None),
+            _ => None,
+        };
+        drop(tree);
+        if is_kept {
+            self.kept.put(repo);
         }
+        Ok(read)
     }
 
     /// Writes the committed files into `to`, an empty or missing folder.
@@ -576,7 +464,19 @@ impl Worktree {
         if self.mend_index(&opened.repo, opened.head)? {
             tracing::warn!(branch = self.branch, "an index was damaged; made anew");
         }
+        self.kept.put(opened.repo);
         Ok(())
+    }
+
+    /// Ensures a worktree that is there and as we left it, which takes a look; answers its commit. `None`
+    /// for any other.
+    pub(super) fn ensure_as_left(&self) -> Result<Option<Oid>> {
+        let Some(opened) = self.open_if_right()? else {
+            return Ok(None);
+        };
+        self.mend_index(&opened.repo, opened.head)?;
+        self.kept.put(opened.repo);
+        Ok(Some(opened.head))
     }
 
     /// First checkout, under another name until it is whole: a half made worktree would look
@@ -800,8 +700,8 @@ impl Worktree {
 pub(super) struct Staged<'a> {
     pub(super) stage: Stage<'a>,
     /// Of the commit's tree, if it was needed.
-    index: Option<Index>,
-    repairs: Vec<Repair>,
+    pub(super) index: Option<Index>,
+    pub(super) repairs: Vec<Repair>,
 }
 
 /// Makes a commit that no branch has yet.

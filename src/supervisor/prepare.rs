@@ -234,20 +234,32 @@ fn check_out(
         Some(metadata) => (metadata.created, metadata.base_branch),
         None => (now, base.map(str::to_owned)),
     };
-    Metadata {
+    let metadata = Metadata {
         created,
         last_accessed: now,
         repo_url: repo_url.clone(),
         base_branch,
-    }
-    .save(&paths.user.metadata())?;
-    repository.finish_publication(&user, fence)?;
-    let state = repository.ensure_thread(key, &paths.worktree(), fence)?;
-    lap(&mut timings, "worktreeMs");
+    };
     let worktree = repository.worktree(key, &paths.worktree());
+    // Small files and git's, side by side: either is some waits for a slow disk.
+    let (small, state) = std::thread::scope(|scope| {
+        let small = scope.spawn(|| {
+            metadata.save(&paths.user.metadata())?;
+            let context = StoredContext::load(&paths.context(), key)?;
+            context.save(&paths.context())?;
+            Ok::<_, WorkspaceError>(context)
+        });
+        let state = repository
+            .finish_publication(&user, fence)
+            .and_then(|()| repository.ensure_worktree(key, &worktree, fence));
+        let small = small
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        (small, state)
+    });
+    let (context, state) = (small?, state?);
+    lap(&mut timings, "worktreeMs");
     let notes = read_notes(&worktree);
-    let context = StoredContext::load(&paths.context(), key)?;
-    context.save(&paths.context())?;
     let place = place(inner, key, paths)?;
     lap(&mut timings, "contextMs");
     Ok(CheckedOut {
