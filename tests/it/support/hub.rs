@@ -271,7 +271,10 @@ impl HubStandIn {
                 self.create(&json)
             }
             ("GET", ["api", "models"]) => Ok(self.models(uri, role)),
-            ("GET", ["api", "models", owner, name]) => self.info(&id(owner, name), role),
+            (
+                "GET",
+                ["api", "models", owner, name] | ["api", "models", owner, name, "revision", "main"],
+            ) => self.info(&id(owner, name), role),
             ("GET", ["api", "models", owner, name, "tree", "main"]) => {
                 self.tree(&id(owner, name), uri, role)
             }
