@@ -28,7 +28,9 @@ mod landing;
 mod loss;
 mod merge;
 mod message;
+mod objects;
 mod publish;
+mod refs;
 mod remote;
 mod scan;
 mod source;
@@ -57,7 +59,7 @@ pub use guard::{Repair, Strangers};
 pub use publish::{Destination, Mover, Origin, PublishRequest, Published, PushedBranch, Synced};
 pub use remote::{RemoteError, RemoteErrorKind, RemoteUse, Remotes};
 pub use source::{Source, SourceError, TemplateFile, parse_source};
-pub use user::{ThreadState, UserRepository};
+pub use user::{ThreadState, UserRepository, Workshop};
 pub use watch::Watch;
 pub use worktree::{CommitRequest, CommitText, Committed, LogEntry, Scope, Worktree};
 
@@ -187,6 +189,9 @@ fn set_up() -> std::result::Result<(), git2::Error> {
         opts::set_cache_max_size(32 << 20)?;
         opts::set_mwindow_size(16 << 20)?;
         opts::set_mwindow_mapped_limit(256 << 20)?;
+        // Each object that a new one names would be looked for on the disk. We name what we have just
+        // read, or written, or are about to write (see `objects`).
+        opts::strict_object_creation(false);
     }
     remote::register_transports()
 }

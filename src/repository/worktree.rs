@@ -7,10 +7,11 @@ use std::{
     io,
     os::unix::{ffi::OsStrExt as _, fs::PermissionsExt as _},
     path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use git2::{ErrorCode, Oid, Repository, Tree};
+use git2::{ErrorCode, ObjectType, Oid, Repository, Tree};
 use nix::sys::time::TimeSpec;
 
 use super::{
@@ -21,6 +22,8 @@ use super::{
     guard::{Repair, Strangers},
     index::{Entry, Index, LINK_MODE, Moment},
     message,
+    objects::{NewObjects, commit_text, signed},
+    refs::{Advance, Branch},
     scan::{look, scan},
     spare::Spare,
     stage::{Stage, in_tree},
@@ -32,6 +35,7 @@ use crate::{
     identity::{ThreadKey, UserKey},
     lease::Fence,
     owner::Owner,
+    task,
 };
 
 /// The worktree of one thread, on its branch. Plain paths: each call opens what it needs and
@@ -47,6 +51,45 @@ pub struct Worktree {
     pub(super) is_main: bool,
     /// For whom the folder is made, if it has to be.
     owner: Option<Owner>,
+    pub(super) kept: Kept,
+}
+
+/// A thread's repository, kept open from one commit to the next for the objects that it holds in memory:
+/// on a network disk reading a branch's trees again takes longer than all else of a commit. Whoever
+/// takes it has looked at the disk first; what it knows are objects, which never change, and the
+/// configuration, which is ours. Clones share it.
+#[derive(Clone, Default)]
+pub(super) struct Kept(Arc<Mutex<Option<Repository>>>);
+
+impl std::fmt::Debug for Kept {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Kept")
+    }
+}
+
+impl Kept {
+    pub(super) fn take(&self) -> Option<Repository> {
+        self.lock().take()
+    }
+
+    fn put(&self, repo: Repository) {
+        *self.lock() = Some(repo);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Repository>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A worktree from which a commit can be made.
+pub(super) struct Opened {
+    pub(super) repo: Repository,
+    pub(super) head: Oid,
+    /// The file system's time, if it was asked for.
+    pub(super) now: Option<Moment>,
+    /// Nothing odd was seen on the way to the branch.
+    pub(super) is_as_left: bool,
+    pub(super) repairs: Vec<Repair>,
 }
 
 /// What a commit is to say.
@@ -120,6 +163,7 @@ impl Worktree {
             branch: key.branch(),
             is_main: false,
             owner,
+            kept: Kept::default(),
         }
     }
 
@@ -132,6 +176,7 @@ impl Worktree {
             branch: key.user_branch(),
             is_main: true,
             owner: None,
+            kept: Kept::default(),
         }
     }
 
@@ -153,14 +198,33 @@ impl Worktree {
     /// [`RepositoryError::HeadMoved`] if the branch moved meanwhile: nothing was committed.
     /// [`RepositoryError::Locked`] and [`RepositoryError::Tampered`] for what the guard refuses.
     pub fn commit(&self, request: &CommitRequest<'_>) -> Result<Committed> {
-        let (repo, repairs) = match self.is_main {
-            true => (self.open()?, Vec::new()),
+        let mut opened = match self.is_main {
+            true => self.open_anew(None)?,
             false => self.put_right(request.strangers, request.fence)?,
         };
-        let head = self.tip(&repo)?;
-        let mut committed = self.commit_onto(&repo, head, request)?;
+        let repairs = std::mem::take(&mut opened.repairs);
+        let mut committed = self.commit_onto(&opened, request)?;
         committed.repairs.splice(0..0, repairs);
+        if !self.is_main {
+            self.kept.put(opened.repo);
+        }
         Ok(committed)
+    }
+
+    /// Opens the repository, for a commit onto `head` or the branch's own.
+    fn open_anew(&self, head: Option<Oid>) -> Result<Opened> {
+        let repo = self.open()?;
+        let head = match head {
+            Some(head) => head,
+            None => self.tip(&repo)?,
+        };
+        Ok(Opened {
+            repo,
+            head,
+            now: None,
+            is_as_left: false,
+            repairs: Vec::new(),
+        })
     }
 
     /// As [`Worktree::commit`], but from a head that was read earlier.
@@ -182,53 +246,101 @@ impl Worktree {
             held_dir: &self.path.with_file_name("held"),
             fence: &Fence::open(),
         };
-        self.commit_onto(&self.open()?, head, &request)
+        self.commit_onto(&self.open_anew(Some(head))?, &request)
     }
 
-    fn commit_onto(
-        &self,
-        repo: &Repository,
-        head: Oid,
-        request: &CommitRequest<'_>,
-    ) -> Result<Committed> {
+    fn commit_onto(&self, opened: &Opened, request: &CommitRequest<'_>) -> Result<Committed> {
+        let (repo, head) = (&opened.repo, opened.head);
         let head_tree = self.tree(repo, head)?;
         let keeper = Keeper::new(request.held_dir);
-        let mut found = self.stage_in(repo, &head_tree, keeper, request.scope)?;
-        let tree = found.stage.tree()?;
-        let commit = if tree == head_tree.id() {
-            None
+        let now = match opened.now {
+            Some(now) => now,
+            None => self.now()?,
+        };
+        let mut found = self.stage_in(repo, &head_tree, keeper, request.scope, now)?;
+        let (tree, mut new) = found.stage.tree()?;
+        let changes = std::mem::take(found.stage.changes());
+        let is_new = tree != head_tree.id();
+        if is_new && found.index.is_none() {
+            // The commit stands by the time that the index is written: nothing may make it look as if
+            // it had failed.
+            match Index::load(&self.index_file(), repo, &head_tree) {
+                Ok((index, _)) => found.index = Some(index),
+                Err(error) => {
+                    tracing::warn!(%error, branch = self.branch, "the index could not be read");
+                }
+            }
+        }
+        let (index, is_as_left) = (found.index.take(), opened.is_as_left);
+        let adjust_index = || {
+            self.adopt(&changes);
+            if let Some(index) = &index
+                && (!changes.is_empty() || !index.is_of(tree))
+            {
+                self.write_index(index, tree, &changes);
+            }
+        };
+        let commit = if is_new {
+            let text = &request.text;
+            let message = message::compose(text.instruction, text.trailers);
+            let author = message::signature(text.author).during("commit")?;
+            let committer = message::signature(text.committer).during("commit")?;
+            let content = commit_text(tree, &[head], &author, &committer, &message);
+            let id = new.add(ObjectType::Commit, content)?;
+            new.write()?;
+            let (who, fence) = (signed(&committer), request.fence);
+            // What changed is read while the branch moves: either is several waits for a slow disk.
+            let (moved, summary) = std::thread::scope(|scope| {
+                let branch = scope.spawn(|| {
+                    let moved = match is_as_left {
+                        true => self.advance(head, id, &who, fence),
+                        false => Ok(Advance::NotOurs),
+                    };
+                    // After the branch: an index that is behind is mended by the next commit, one
+                    // that is ahead would show work that is in no commit.
+                    if matches!(moved, Ok(Advance::Done)) {
+                        adjust_index();
+                    }
+                    moved
+                });
+                let summary = summarise(repo, id);
+                match branch.join() {
+                    Ok(moved) => (moved, summary),
+                    Err(panic) => std::panic::resume_unwind(panic),
+                }
+            });
+            if moved? == Advance::NotOurs {
+                // git's own way, which says what is amiss.
+                self.move_branch(repo, head, id, fence)?;
+                adjust_index();
+            }
+            Some(summary?)
         } else {
-            let id = write_commit(repo, tree, &[head], &request.text)?;
-            self.move_branch(repo, head, id, request.fence)?;
-            Some(summarise(repo, id)?)
+            new.write()?;
+            adjust_index();
+            None
         };
         if let Scope::AllAndWatch(watch) = request.scope {
             watch.count_from(tree);
-        }
-        // After the branch: an index that is behind is mended by the next commit, one that is
-        // ahead would show work that is in no commit.
-        let changes = found.stage.changes();
-        self.adopt(changes);
-        match found.index {
-            Some(index) if !changes.is_empty() || !index.is_of(tree) => {
-                self.write_index(&index, tree, changes);
-            }
-            None if !changes.is_empty() => {
-                // The commit stands by now: nothing here may make it look as if it had failed.
-                match Index::load(&self.index_file(), repo, &head_tree) {
-                    Ok((index, _)) => self.write_index(&index, tree, changes),
-                    Err(error) => {
-                        tracing::warn!(%error, branch = self.branch, "the index could not be read");
-                    }
-                }
-            }
-            _ => {}
         }
         Ok(Committed {
             commit,
             held_back: found.stage.held_back(),
             repairs: found.repairs,
         })
+    }
+
+    /// Moves the branch where there is nothing odd on the way to it.
+    fn advance(&self, from: Oid, to: Oid, who: &[u8], fence: &Fence) -> Result<Advance> {
+        let (name, note) = self.references();
+        let branch = Branch {
+            git: self.git.path(),
+            admin: &self.admin,
+            name: &name,
+            note: &note,
+        };
+        fence.check()?;
+        branch.advance(from, to, who).during("move a branch")
     }
 
     /// What somebody else put there (an operator at a shell, say) becomes the owner's: the agent could
@@ -254,7 +366,7 @@ impl Worktree {
         head: &'a Tree<'a>,
         keeper: Keeper<'a>,
     ) -> Result<Staged<'a>> {
-        self.stage_in(repo, head, keeper, Scope::All)
+        self.stage_in(repo, head, keeper, Scope::All, self.now()?)
     }
 
     fn stage_in<'a>(
@@ -263,9 +375,10 @@ impl Worktree {
         head: &'a Tree<'a>,
         keeper: Keeper<'a>,
         scope: Scope<'_>,
+        now: Moment,
     ) -> Result<Staged<'a>> {
         const WHAT: &str = "scan the worktree";
-        let mut stage = Stage::new(repo, head, &self.path, self.now()?, keeper)?;
+        let mut stage = Stage::new(repo, head, &self.path, now, keeper)?;
         if let Scope::Since(watch) = scope
             && let Some(changed) = watch.take(head.id())
             && let Some(scan) = look(&self.path, repo, head, changed)?
@@ -459,8 +572,8 @@ impl Worktree {
 
     /// Makes the worktree, or mends it; see `UserRepository::ensure_thread`.
     pub(super) fn ensure(&self, fence: &Fence) -> Result<()> {
-        let (repo, _) = self.put_right(Strangers::Keep, fence)?;
-        if self.mend_index(&repo)? {
+        let opened = self.put_right(Strangers::Keep, fence)?;
+        if self.mend_index(&opened.repo, opened.head)? {
             tracing::warn!(branch = self.branch, "an index was damaged; made anew");
         }
         Ok(())
@@ -587,8 +700,8 @@ impl Worktree {
 
     /// Makes the index agree with the branch's commit: it is behind after a crash, and missing
     /// after the loss of the worktree's entry. Says whether it was damaged.
-    pub(super) fn mend_index(&self, repo: &Repository) -> Result<bool> {
-        let tree = self.tree(repo, self.tip(repo)?)?;
+    pub(super) fn mend_index(&self, repo: &Repository, head: Oid) -> Result<bool> {
+        let tree = self.tree(repo, head)?;
         let (index, damage) =
             Index::load(&self.index_file(), repo, &tree).during("read the index")?;
         if damage.is_some() || !index.is_of(tree.id()) {
@@ -622,19 +735,29 @@ impl Worktree {
     /// it is on.
     pub(super) fn put_right_entry(&self) -> Result<()> {
         fs::create_dir_all(&self.admin).during("make the worktree's entry")?;
+        let [_, entry @ ..] = self.links();
+        let put = task::side_by_side(&entry, |(file, content)| files::put(file, content));
+        put.into_iter()
+            .collect::<io::Result<()>>()
+            .during("link the worktree")
+    }
+
+    /// The files that link worktree and git directory, the worktree's own first, and what they hold.
+    pub(super) fn links(&self) -> [(PathBuf, Vec<u8>); 5] {
+        // Relative, so that it survives a move of the workspace.
+        let way = files::relative(&self.path, &self.admin);
+        let link = [b"gitdir: ", way.as_os_str().as_bytes(), b"\n"].concat();
         let head = format!("ref: refs/heads/{}\n", self.branch);
         // Absolute, because the git program would prune a relative one; so it is written anew
         // wherever the workspace is mounted.
         let back = [self.path.join(".git").as_os_str().as_bytes(), b"\n"].concat();
-        for (file, content) in [
-            ("commondir", b"../..\n".as_slice()),
-            ("HEAD", head.as_bytes()),
-            ("gitdir", &back),
-            ("locked", b"kept by greenroom\n"),
-        ] {
-            files::put(&self.admin.join(file), content).during("link the worktree")?;
-        }
-        Ok(())
+        [
+            (self.path.join(".git"), link),
+            (self.admin.join("commondir"), b"../..\n".to_vec()),
+            (self.admin.join("HEAD"), head.into_bytes()),
+            (self.admin.join("gitdir"), back),
+            (self.admin.join("locked"), b"kept by greenroom\n".to_vec()),
+        ]
     }
 
     /// The worktree's side: its `.git` file. A git directory that somebody put there is moved
@@ -652,14 +775,7 @@ impl Worktree {
             let aside = format!("replaced-{}", uuid::Uuid::now_v7().simple());
             fs::rename(&link, self.admin.join(aside)).during("move a foreign .git aside")?;
         }
-        // Relative, so that it survives a move of the workspace.
-        let mut content = b"gitdir: ".to_vec();
-        content.extend(
-            files::relative(&self.path, &self.admin)
-                .as_os_str()
-                .as_bytes(),
-        );
-        content.push(b'\n');
+        let [(link, content), ..] = self.links();
         files::put(&link, &content).during("link the worktree")
     }
 
@@ -695,19 +811,14 @@ pub(super) fn write_commit(
     parents: &[Oid],
     text: &CommitText<'_>,
 ) -> Result<Oid> {
-    let write = || -> Result<_, git2::Error> {
-        let tree = repo.find_tree(tree)?;
-        let parents: Vec<_> = parents
-            .iter()
-            .map(|id| repo.find_commit(*id))
-            .collect::<Result<_, _>>()?;
-        let message = message::compose(text.instruction, text.trailers);
-        let author = message::signature(text.author)?;
-        let committer = message::signature(text.committer)?;
-        let parents: Vec<_> = parents.iter().collect();
-        repo.commit(None, &author, &committer, &message, &tree, &parents)
-    };
-    write().during("commit")
+    let message = message::compose(text.instruction, text.trailers);
+    let author = message::signature(text.author).during("commit")?;
+    let committer = message::signature(text.committer).during("commit")?;
+    let mut new = NewObjects::of(repo);
+    let content = commit_text(tree, parents, &author, &committer, &message);
+    let id = new.add(ObjectType::Commit, content)?;
+    new.write()?;
+    Ok(id)
 }
 
 fn log_entry(commit: &git2::Commit<'_>) -> Result<LogEntry, git2::Error> {

@@ -25,7 +25,7 @@ use crate::{
     lease::{Fence, Lease, Patience},
     owner::{Owner, make_folder},
     preview::{PreviewSite, pick_port},
-    repository::{self, Source, ThreadState, UserRepository, Watch, Worktree},
+    repository::{self, Source, ThreadState, UserRepository, Watch, Workshop, Worktree},
     task,
     turn::{Accepted, Journal, StoredContext, TurnFile, TurnSite},
     workspace::{
@@ -157,11 +157,8 @@ pub(super) async fn prepare(
         None
     };
     let attach = Attach::start(inner.clone(), site.clone(), place, lease.clone());
-    // A thread's files are its own user's where it has one: they cannot be made for anybody.
-    if !inner.launcher.runs_as_owners() {
-        let spare = keep_spare(inner.clone(), key.clone(), paths, attach.clone());
-        inner.tasks.spawn("spare worktree", spare);
-    }
+    let spare = keep_spare(inner.clone(), key.clone(), paths, attach.clone());
+    inner.tasks.spawn("spare worktree", spare);
     Ok(Preparation {
         lease,
         prepared: Prepared {
@@ -214,9 +211,14 @@ fn check_out(
             Some(url) => repository::parse_source(url, settings.allowed_local_repos.as_deref())?,
             None => Source::Template(template_files()),
         };
+        let workshop = Workshop {
+            scratch: &paths.user.scratch(),
+            local: Some(&inner.cache().scratch()),
+            with_spare: owner.is_none(),
+        };
         let created = UserRepository::create(
             &project,
-            &paths.user.scratch(),
+            workshop,
             &source,
             &settings.remotes,
             &user,

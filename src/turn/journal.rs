@@ -411,14 +411,27 @@ impl TurnFile {
         for path in [&self.journal, &self.open_mark] {
             make_private_dir(path.parent().expect("both lie in a folder"))?;
         }
-        // The mark first: a mark without a journal is swept, a journal without a mark is lost.
-        File::create(&self.open_mark).map_err(WorkspaceError::io("create", &self.open_mark))?;
-        let file = OpenOptions::new()
-            .append(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&self.journal)
-            .map_err(WorkspaceError::io("create", &self.journal))?;
+        // Mark and journal at once, each is some waits for a slow disk; the mark first where that is
+        // one after the other. Before both are there nothing is in the journal and nobody was told of
+        // the turn: a mark without a journal is swept, a journal of no line is nobody's.
+        let both = [&self.open_mark, &self.journal];
+        let made = task::side_by_side(&both, |path| {
+            let mut options = OpenOptions::new();
+            if **path == self.journal {
+                options.append(true).create_new(true).mode(0o600);
+            } else {
+                options.write(true).create(true).truncate(true);
+            }
+            options
+                .open(path)
+                .map_err(WorkspaceError::io("create", path))
+        });
+        let made: Result<Vec<File>, _> = made.into_iter().collect();
+        let file = made.map(|mut files| files.pop().expect("there were two"));
+        let file = file.inspect_err(|_| {
+            // Of one alone nothing is left that would count.
+            fs::remove_file(&self.open_mark).ok();
+        })?;
         let mut line =
             serde_json::to_vec(&AcceptedLine { accepted }).expect("our own plain data serialises");
         line.push(b'\n');

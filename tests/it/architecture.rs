@@ -177,6 +177,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("landlock", &["process"]),
     ("metrics_exporter_prometheus", &["figures"]),
     ("notify", &["preview"]),
+    ("flate2", &["repository"]),
     ("zstd", &["workspace"]),
     ("ratatui", &["cli"]),
     (

@@ -41,7 +41,7 @@ pub(crate) use http::{Answer, Events, Sent, ServerEvent, request, request_at, st
 pub(crate) use hub::{Content, HF_TOKEN, HF_TOKEN_READ, HubStandIn, Repository};
 pub(crate) use processes::processes_below;
 pub(crate) use tools::{
-    acting_claude, ccusage, has_uid_road, hub_client, mfusepy, package_managers, promtool, tools,
+    acting_claude, ccusage, has_uid_road, hub_client, package_managers, promtool, tools,
     websocket_peers,
 };
 

@@ -104,14 +104,6 @@ pub(crate) fn websocket_peers() -> PathBuf {
         .expect("no WebSocket peers: scripts/test installs them, or set WEBSOCKET_PEERS")
 }
 
-/// A folder with PyPI's `mfusepy` (`MFUSEPY`, else where scripts/test puts it). There may be none: it needs
-/// libfuse too.
-pub(crate) fn mfusepy() -> Option<PathBuf> {
-    let named = env::var_os("MFUSEPY").map(PathBuf::from);
-    let mut found = named.into_iter().chain(brought_tools());
-    found.find(|folder| folder.join("mfusepy.py").is_file())
-}
-
 /// A folder with PyPI's `huggingface_hub` (`HUB_CLIENT`, else where scripts/test puts it). There may be none.
 pub(crate) fn hub_client() -> Option<PathBuf> {
     let named = env::var_os("HUB_CLIENT").map(PathBuf::from);
