@@ -28,6 +28,7 @@ pub mod picture;
 pub mod preview;
 pub mod process;
 pub mod rehearsal;
+pub mod replicate;
 pub mod repository;
 pub mod service;
 pub mod supervisor;

@@ -9,6 +9,7 @@ mod hf;
 mod label;
 mod monitor;
 mod progress;
+mod replicate;
 mod show;
 mod usage;
 
@@ -109,6 +110,7 @@ fn run(args: Vec<OsString>) -> anyhow::Result<()> {
         "usage" => usage::run(args),
         "label" => label::run(args),
         "hf" => hf::run(args),
+        "replicate" => replicate::run(args),
         "claude" => terminal(args),
         "openapi" => print(&api::openapi_json()),
         other => unreachable!("clap knows no {other}"),
@@ -263,6 +265,7 @@ fn command() -> Command {
         .subcommand(usage::command())
         .subcommand(label::command())
         .subcommand(hf::command())
+        .subcommand(replicate::command())
         .subcommand(
             Command::new("claude")
                 .about("Run the real CLI here, through the gateway: no credential needed")

@@ -177,6 +177,8 @@ settings! {
     REPLICATE_BASE_URL, replicate_base_url: String, Text, value::base_url,
         Is("https://api.replicate.com"),
         "Replicate's API";
+    MODEL_CONFIGS_FILE, model_configs_file: Option<PathBuf>, Text, value::path, Unset,
+        "Parameters, prices and times of Replicate's models (YAML); else config/model_configs.yaml";
     HF_TOKEN, hf_token: Option<Secret>, Secret, value::token, Unset,
         "Token of Hugging Face, for models";
     HF_ENDPOINT, hf_endpoint: String, Text, value::base_url, Is("https://huggingface.co"),

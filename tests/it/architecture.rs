@@ -37,6 +37,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "preview",
             "process",
             "rehearsal",
+            "replicate",
             "repository",
             "service",
             "supervisor",
@@ -55,6 +56,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "hub",
             "label",
             "process", // hides its own environment, first of all
+            "replicate",
             "telemetry",
             "usage",
         ],
@@ -115,6 +117,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         ],
     ),
     ("picture", &[]),
+    ("replicate", &["config"]), // `Secret`
     (
         "turn",
         &[
@@ -199,6 +202,7 @@ const CRATES: &[(&str, &[&str])] = &[
             "gateway",
             "hub",
             "outbound",
+            "replicate",
             "repository", // git's transport over HTTPS
         ],
     ),

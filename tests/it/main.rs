@@ -36,6 +36,7 @@ mod preview_dev_server;
 mod preview_proxy;
 mod process;
 mod publish;
+mod replicate;
 mod slow_disk;
 mod tenants;
 mod terminal;

@@ -24,6 +24,7 @@ mod hosting;
 mod http;
 mod hub;
 mod processes;
+mod replicate;
 mod tools;
 
 use std::time::{Duration, Instant};
@@ -40,9 +41,10 @@ pub(crate) use hosting::{GIT_TOKEN, Hosting};
 pub(crate) use http::{Answer, Events, Sent, ServerEvent, request, request_at, stream, try_stream};
 pub(crate) use hub::{Content, HF_TOKEN, HF_TOKEN_READ, HubStandIn, Repository};
 pub(crate) use processes::processes_below;
+pub(crate) use replicate::{REPLICATE_TOKEN, StandInReplicate};
 pub(crate) use tools::{
-    acting_claude, ccusage, has_uid_road, hub_client, package_managers, promtool, tools,
-    websocket_peers,
+    acting_claude, ccusage, has_uid_road, hub_client, package_managers, promtool, replicate_client,
+    tools, websocket_peers,
 };
 
 /// What anything may take on a slow and busy machine.

@@ -117,6 +117,16 @@ pub(crate) fn hub_client() -> Option<PathBuf> {
     found
 }
 
+/// A folder with PyPI's `replicate`, Replicate's official client (`REPLICATE_CLIENT`, else where
+/// scripts/test puts it). Fails in one line where there is none.
+pub(crate) fn replicate_client() -> PathBuf {
+    let named = env::var_os("REPLICATE_CLIENT").map(PathBuf::from);
+    let mut found = named.into_iter().chain(brought_tools());
+    found
+        .find(|folder| folder.join("replicate/__init__.py").is_file())
+        .expect("no Python client of Replicate: scripts/test installs it, or set REPLICATE_CLIENT")
+}
+
 /// A folder with pnpm and yarn in `node_modules` (`PACKAGE_MANAGERS`, else where scripts/test puts
 /// it). Fails in one line where there is none.
 pub(crate) fn package_managers() -> PathBuf {
