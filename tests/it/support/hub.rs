@@ -271,7 +271,10 @@ impl HubStandIn {
                 self.create(&json)
             }
             ("GET", ["api", "models"]) => Ok(self.models(uri, role)),
-            ("GET", ["api", "models", owner, name]) => self.info(&id(owner, name), role),
+            (
+                "GET",
+                ["api", "models", owner, name] | ["api", "models", owner, name, "revision", "main"],
+            ) => self.info(&id(owner, name), role),
             ("GET", ["api", "models", owner, name, "tree", "main"]) => {
                 self.tree(&id(owner, name), uri, role)
             }
@@ -414,7 +417,10 @@ impl HubStandIn {
             assert!(sample.len() <= 512);
             let size = file["size"].as_u64().unwrap();
             let is_large = path.ends_with(".safetensors") || size > 10_000;
-            let oid = repository.files.get(path).map(blob_id);
+            let oid = repository.files.get(path).map(|content| match content {
+                Content::Inline(_) => blob_id(content),
+                Content::Large { sha256, .. } => sha256.clone(),
+            });
             json!({
                 "path": path, "uploadMode": if is_large { "lfs" } else { "regular" },
                 "shouldIgnore": false, "oid": oid,
