@@ -6,6 +6,7 @@
 
 pub mod address;
 pub mod agent;
+pub mod alt_text;
 pub mod api;
 pub mod app;
 pub mod cli;
@@ -17,6 +18,7 @@ pub mod ecs;
 pub mod egress;
 pub mod figures;
 pub mod gateway;
+pub mod hub;
 pub mod identity;
 pub mod images;
 pub mod label;

@@ -13,17 +13,25 @@ use utoipa::ToSchema;
 
 use super::publish::PublishView;
 use crate::{
+    alt_text::AltTextError,
     domain::{Between, Conflict, ErrorCode, TurnResult},
     identity::{InvalidId, TurnId},
     images::ImageError,
     label::{BatchesError, Failure, LabelError, Status},
+    lease::LeaseError,
     picture::PictureError,
     replicate::ReplicateError,
     repository::{RemoteError, RemoteErrorKind, RemoteUse, RepositoryError, SourceError},
     service::{Remains, ServiceError},
     supervisor::{PublishAnswer, SupervisorError},
+    task::BlockingError,
+    turn::JournalError,
     usage::ReadError,
 };
+
+/// After so many seconds it is worth asking again of a disk that did not answer: a restart of what
+/// stands between a container and EFS takes that long.
+const STALL_SECONDS: u64 = 10;
 
 tokio::task_local! {
     /// The id of the request being answered: in its error, and on its log lines.
@@ -279,7 +287,10 @@ impl From<SupervisorError> for ApiError {
                 refused.details.published = Some(PublishAnswer::clone(published).into());
                 refused
             }
-            E::Lease(error) => Self::internal(&*error),
+            E::Lease(error) => match &*error {
+                LeaseError::Blocking(error) => Self::blocking(error),
+                error => Self::internal(error),
+            },
             E::Source(missing @ SourceError::LocalMissing) => Self::new(
                 StatusCode::UNPROCESSABLE_ENTITY,
                 "clone_failed",
@@ -293,8 +304,11 @@ impl From<SupervisorError> for ApiError {
             ),
             E::Repository(error) => Self::repository(&error),
             E::Workspace(error) => Self::internal(&*error),
-            E::Journal(error) => Self::internal(&*error),
-            E::Blocking(error) => Self::internal(&*error),
+            E::Journal(error) => match &*error {
+                JournalError::Blocking(error) => Self::blocking(error),
+                error => Self::internal(error),
+            },
+            E::Blocking(error) => Self::blocking(&error),
             E::Internal(_) => Self::internal(&error),
         }
     }
@@ -327,6 +341,24 @@ impl From<ServiceError> for ApiError {
                 Self::new(StatusCode::GATEWAY_TIMEOUT, "turn_timeout", said).with(of_a_run(remains))
             }
             E::Folder(_) => Self::internal(&error),
+        }
+    }
+}
+
+impl From<AltTextError> for ApiError {
+    fn from(error: AltTextError) -> Self {
+        match error {
+            AltTextError::Supervisor(error) => error.into(),
+            AltTextError::Service(error) => error.into(),
+            AltTextError::Describe(error) => Self::internal(&error),
+            AltTextError::TooLittle { .. } => Self::new(
+                StatusCode::TOO_MANY_REQUESTS,
+                "budget_exceeded",
+                error.to_string(),
+            ),
+            AltTextError::Stopped(_) => {
+                Self::new(StatusCode::BAD_GATEWAY, "agent_failed", error.to_string())
+            }
         }
     }
 }
@@ -516,6 +548,23 @@ impl ApiError {
         }
     }
 
+    /// Work on the disk that did not come back. It may have been done by the time of the next try, which
+    /// finds that: everything asked of a thread can be asked again.
+    fn blocking(error: &BlockingError) -> Self {
+        match error {
+            BlockingError::Panicked { .. } => Self::internal(error),
+            BlockingError::TimedOut { .. } => {
+                tracing::error!(%error, "the disk does not answer");
+                Self::new(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    "internal",
+                    "the workspace's disk does not answer at the moment; ask again once it does",
+                )
+                .retry(STALL_SECONDS)
+            }
+        }
+    }
+
     fn no_space() -> Self {
         Self::new(
             StatusCode::INSUFFICIENT_STORAGE,
@@ -526,17 +575,28 @@ impl ApiError {
     }
 }
 
-impl IntoResponse for ApiError {
-    fn into_response(self) -> Response {
-        let body = ErrorBody {
+impl ApiError {
+    fn into_body(self) -> ErrorBody {
+        ErrorBody {
             success: false,
             error: self.message,
             code: self.code,
             request_id: request_id().unwrap_or_default(),
             details: *self.details,
-        };
-        let mut response = (self.status, Json(body)).into_response();
-        if let Some(seconds) = self.retry_after {
+        }
+    }
+
+    /// As the last event of a stream that began well.
+    pub(super) fn into_json(self) -> serde_json::Value {
+        serde_json::to_value(self.into_body()).expect("plain data serialises")
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let (status, retry_after) = (self.status, self.retry_after);
+        let mut response = (status, Json(self.into_body())).into_response();
+        if let Some(seconds) = retry_after {
             response
                 .headers_mut()
                 .insert(RETRY_AFTER, HeaderValue::from(seconds));

@@ -5,6 +5,7 @@
 //! picks a status or a code is `error.rs`.
 
 mod access;
+mod alt_text;
 mod batches;
 mod body;
 mod cli;
@@ -44,6 +45,7 @@ pub use rate::RateLimit;
 pub use serve::serve;
 
 use crate::{
+    alt_text::AltTexts,
     figures::Figures,
     identity::{ClientId, ThreadId, UserId},
     images::Images,
@@ -109,6 +111,7 @@ pub struct ApiState {
     pub pins: Pins,
     pub labels: Labels,
     pub batches: Batches,
+    pub alt_texts: AltTexts,
     pub images: Images,
 }
 
@@ -139,6 +142,7 @@ impl FromRef<Shared> for Base {
         threads::history,
         threads::diff,
         threads::preview,
+        alt_text::write,
         operations::undo,
         operations::redo,
         operations::restore,
@@ -169,6 +173,7 @@ impl FromRef<Shared> for Base {
         crate::supervisor::PreviewView,
         operations::DryRunView,
         operations::Unchanged,
+        crate::alt_text::Report,
         publish::PublishView,
         publish::SyncView,
     ))
@@ -201,6 +206,7 @@ pub fn router(state: Shared) -> Router {
         .route(&format!("{thread}/history"), get(threads::history))
         .route(&format!("{thread}/diff"), get(threads::diff))
         .route(&format!("{thread}/preview"), get(threads::preview))
+        .route(&format!("{thread}/alt-text"), post(alt_text::write))
         .route(&format!("{thread}/undo"), post(operations::undo))
         .route(&format!("{thread}/redo"), post(operations::redo))
         .route(&format!("{thread}/restore"), post(operations::restore))

@@ -189,9 +189,9 @@ pub(super) fn commit_id(field: &str, text: String) -> Result<String, ApiError> {
 /// What may be said about any operation.
 #[derive(Debug, Default)]
 pub(super) struct Wishes {
-    expected_head: Option<String>,
-    dry_run: bool,
-    author: Option<Author>,
+    pub(super) expected_head: Option<String>,
+    pub(super) dry_run: bool,
+    pub(super) author: Option<Author>,
 }
 
 impl Wishes {
@@ -241,18 +241,22 @@ pub(super) async fn operate(
             Ok(success(SyncView::new(merged, turn)))
         }
         OperationAnswer::DryRun(run) => Ok(success(DryRunView::from(*run))),
-        OperationAnswer::Unchanged(text, report) => Ok(success(Unchanged {
-            turn_id: None,
-            commit: None,
-            text,
-            report,
-        })),
+        OperationAnswer::Unchanged(text, report) => Ok(success(unchanged(text, report))),
         OperationAnswer::Published(answer) => Ok(success(PublishView::from(*answer))),
         OperationAnswer::Seen(_) => unreachable!("the supervisor answers with its turn"),
     }
 }
 
-fn succeeded(turn: Box<TurnResult>) -> Result<Box<TurnResult>, ApiError> {
+pub(super) fn unchanged(text: String, report: Option<serde_json::Value>) -> Unchanged {
+    Unchanged {
+        turn_id: None,
+        commit: None,
+        text,
+        report,
+    }
+}
+
+pub(super) fn succeeded(turn: Box<TurnResult>) -> Result<Box<TurnResult>, ApiError> {
     if turn.status == TurnStatus::Failed {
         return Err(ApiError::turn(*turn));
     }

@@ -11,7 +11,7 @@ use futures_util::{StreamExt, stream};
 use crate::{identity::TurnId, turn::TurnRecord};
 
 /// By the contract.
-const COMMENT_EVERY: Duration = Duration::from_secs(15);
+pub(super) const COMMENT_EVERY: Duration = Duration::from_secs(15);
 
 /// Streams the events after `last_id`, to the outcome.
 pub(super) fn events(id: TurnId, record: &TurnRecord, last_id: u64) -> Response {

@@ -269,7 +269,7 @@ pub(super) async fn execute(
 }
 
 /// Does the caller name this kind of answer?
-fn accepts(headers: &HeaderMap, kind: &str) -> bool {
+pub(super) fn accepts(headers: &HeaderMap, kind: &str) -> bool {
     let accepted = headers
         .get(ACCEPT)
         .and_then(|value| value.to_str().ok())

@@ -67,6 +67,26 @@ pub enum Labelled {
     },
 }
 
+/// What labels are made with on this machine.
+pub(super) struct Bench {
+    pub(super) settings: Settings,
+    pub(super) labels: Labels,
+    /// Private, of this process.
+    pub(super) runtime: PathBuf,
+    /// The workspace's own folder, where there is a workspace.
+    store: Option<PathBuf>,
+    tasks: Tasks,
+}
+
+/// How they are to be made.
+pub(super) struct BenchWish {
+    /// Images under way at once; `None`: as it is set.
+    pub(super) workers: Option<usize>,
+    pub(super) prompts_file: Option<PathBuf>,
+    /// Nobody will be asked.
+    pub(super) is_dry: bool,
+}
+
 /// Labels images. `tell` hears of each outcome, and stops it by answering false.
 ///
 /// # Errors
@@ -76,18 +96,37 @@ pub async fn label(
     job: LabelJob,
     tell: impl FnMut(&Entry, &Progress) -> bool,
 ) -> anyhow::Result<Labelled> {
+    let wish = BenchWish {
+        // All of them are this batch's.
+        workers: Some(job.workers.max(1)),
+        prompts_file: match &job.prompt {
+            AskedPrompt::Named { file, .. } => file.clone(),
+            AskedPrompt::Own(_) => None,
+        },
+        is_dry: job.is_dry,
+    };
+    with_bench(loaded, wish, async |bench: &Bench| {
+        run(bench, job, tell).await
+    })
+    .await
+}
+
+/// Has everything that labels are made with while `work` is under way.
+pub(super) async fn with_bench<T>(
+    loaded: Loaded,
+    wish: BenchWish,
+    work: impl AsyncFnOnce(&Bench) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
     process::harden_self().context("failed to protect the process")?;
     let mut settings = loaded.settings.clone();
-    // All of them are this batch's.
-    settings.label_max_concurrent = job.workers.max(1);
-    if let AskedPrompt::Named {
-        file: Some(file), ..
-    } = &job.prompt
-    {
-        settings.label_prompts_file = Some(file.clone());
+    if let Some(workers) = wish.workers {
+        settings.label_max_concurrent = workers;
+    }
+    if wish.prompts_file.is_some() {
+        settings.label_prompts_file = wish.prompts_file;
     }
     let programs = Programs::find(&loaded);
-    if programs.claude.is_none() && !job.is_dry {
+    if programs.claude.is_none() && !wish.is_dry {
         bail!(
             "the Claude Code CLI is missing: npm install -g @anthropic-ai/claude-code, or set \
              CLAUDE_BIN to its program"
@@ -106,12 +145,12 @@ pub async fn label(
         },
         &tasks,
     );
-    let credential = match job.is_dry {
+    let credential = match wish.is_dry {
         // Nobody is asked.
         true => CredentialSource::Rehearsal,
         false => loaded.credential()?,
     };
-    if credential == CredentialSource::Rehearsal && !job.is_dry {
+    if credential == CredentialSource::Rehearsal && !wish.is_dry {
         tracing::warn!("rehearsal: no model is behind this, a script answers");
     }
     let gateway = start_gateway(&settings, credential, ledger, store.clone(), &tasks).await?;
@@ -126,21 +165,31 @@ pub async fn label(
         &gateway,
         &tasks,
     );
-    let labels = labels.await?;
-    let ran = run(&settings, &labels, job, store, &tasks, tell).await;
+    let bench = Bench {
+        labels: labels.await?,
+        settings,
+        runtime: runtime.path().to_owned(),
+        store,
+        tasks: tasks.clone(),
+    };
+    let ran = work(&bench).await;
     launcher.stop(LAST_STEPS).await;
     tasks.stop(LAST_STEPS).await;
     ran
 }
 
 async fn run(
-    settings: &Settings,
-    labels: &Labels,
+    bench: &Bench,
     job: LabelJob,
-    store: Option<PathBuf>,
-    tasks: &Tasks,
     tell: impl FnMut(&Entry, &Progress) -> bool,
 ) -> anyhow::Result<Labelled> {
+    let Bench {
+        settings,
+        labels,
+        store,
+        tasks,
+        ..
+    } = bench;
     let prompt = match &job.prompt {
         AskedPrompt::Own(text) => Prompt::own(text)?,
         AskedPrompt::Named { name, .. } => labels.prompts().named(name)?,
@@ -166,7 +215,9 @@ async fn run(
     let local = settings.cache_path.join("labels");
     let journal = job.journal.unwrap_or_else(|| {
         // On the workspace it outlives this container.
-        let folder = store.map_or_else(|| local.join("batches"), |store| store.join("labels"));
+        let folder = store
+            .as_ref()
+            .map_or_else(|| local.join("batches"), |store| store.join("labels"));
         folder.join(format!("{id}.jsonl"))
     });
     let plan = Plan {

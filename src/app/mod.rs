@@ -1,6 +1,8 @@
 //! The composition root: makes every room, connects them, and ends them in order. It knows all of
 //! them; none knows it.
 
+mod alt_text;
+mod hub;
 mod label;
 mod outside;
 mod programs;
@@ -19,6 +21,8 @@ use std::{
 use anyhow::{Context as _, bail};
 use tokio::net::TcpListener;
 
+pub use self::alt_text::{AltTextJob, alt_text};
+pub use self::hub::{models, publish};
 pub use self::label::{AskedPrompt, LabelJob, Labelled, label};
 use self::outside::Outside;
 use self::programs::{Programs, look_at_claude, look_at_programs};
@@ -28,6 +32,7 @@ use self::stops::{Step, StopNote};
 pub use self::terminal::terminal;
 use crate::{
     agent::{AgentSettings, Ceiling, Limits},
+    alt_text::{AltTextSettings, AltTexts},
     api::{
         self, Access, AccessSettings, ApiState, Base, BaseState, Facts, Pins, RateLimit, Readiness,
     },
@@ -169,6 +174,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         ),
         pins: pins.clone(),
         batches: batches.clone(),
+        alt_texts: alt_texts(settings, &labels, &activity, &runtime),
         labels: labels.clone(),
         images: images(&loaded, &supervisor, &labels, &tasks)?,
     });
@@ -795,6 +801,23 @@ fn batches(settings: &Settings, labels: &Labels, activity: &Activity, tasks: &Ta
         awake: Arc::new(move || Box::new(awake.hold(HolderKind::Request, "a batch of images"))),
     };
     Batches::new(settings, tasks)
+}
+
+/// Texts for the images of threads' sites.
+fn alt_texts(
+    settings: &Settings,
+    labels: &Labels,
+    activity: &Activity,
+    runtime: &RuntimeFolder,
+) -> AltTexts {
+    let (awake, busy) = (activity.clone(), activity.clone());
+    AltTexts::new(AltTextSettings {
+        labels: labels.clone(),
+        cache: Cache::new(settings.cache_path.join("labels/known")),
+        busy: Busy::new(move || busy.count(HolderKind::Turn) > 0),
+        awake: Arc::new(move || Box::new(awake.hold(HolderKind::Request, "alt texts"))),
+        scratch: runtime.path().join("alt-text"),
+    })
 }
 
 fn supervisor_settings(

@@ -95,12 +95,7 @@ pub(super) fn run(args: &ArgMatches) -> anyhow::Result<()> {
     };
     let loaded = super::load(args, Mode::Inspect)?;
     let job = job(args)?;
-    let level = match loaded.settings.log_level {
-        // Somebody watches: what goes well needs no words.
-        tracing::Level::INFO => tracing::Level::WARN,
-        level => level,
-    };
-    telemetry::start(level, loaded.settings.log_format);
+    super::start_watched_log(&loaded.settings)?;
     let mut watcher = Watcher::new();
     let runtime = super::runtime()?;
     let ran = runtime.block_on(app::run_model(loaded, job, |news| watcher.hear(news)));

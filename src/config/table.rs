@@ -307,6 +307,8 @@ settings! {
         "The same as LOG_LEVEL=debug";
     LOG_FORMAT, log_format: LogFormat, Text, value::format, Is("auto"),
         "Form of the log: text, json, or auto (text on a terminal, else json)";
+    LOG_FILE, log_file: Option<PathBuf>, Text, value::path, Unset,
+        "File that the log goes to as well, packed at 10 MB; the five last packed ones are kept";
 }
 
 impl Settings {

@@ -16,6 +16,7 @@
 //! next time.
 
 use std::{
+    borrow::Cow,
     collections::HashMap,
     fmt,
     path::PathBuf,
@@ -35,7 +36,7 @@ use tokio_util::sync::CancellationToken;
 use utoipa::ToSchema;
 
 use super::{
-    Failure, Label, LabelError, Labels, Question, Status,
+    Failure, Label, LabelError, Labels, Prompt, Question, Status,
     cache::Cache,
     journal::{Done, Event, Journal, JournalError, Known, Past, sum},
 };
@@ -90,6 +91,8 @@ pub struct Image {
     pub path: PathBuf,
     /// Where its caption is written, as trainers of image models read it.
     pub caption: Option<PathBuf>,
+    /// What is asked about it, where that is not what is asked about all.
+    pub prompt: Option<Prompt>,
 }
 
 /// What is to be done.
@@ -429,11 +432,16 @@ impl Run<'_> {
             return self.end(image, &digest, outcome).await;
         };
         // Twins wait for the first of them.
-        let twin = lock(&self.twins).entry(digest.clone()).or_default().clone();
+        let question = self.question(image);
+        let alike = match &image.prompt {
+            None => digest.clone(),
+            Some(prompt) => format!("{digest} {}", prompt.text()),
+        };
+        let twin = lock(&self.twins).entry(alike).or_default().clone();
         let mut twin = twin.lock().await;
         let outcome = match &*twin {
             Some(known) => free(known.clone()),
-            None => match cache.get(&digest, &self.plan.question, &self.model).await {
+            None => match cache.get(&digest, &question, &self.model).await {
                 Some(label) => Outcome::Labelled {
                     label: Box::new(label),
                     cached: true,
@@ -441,9 +449,7 @@ impl Run<'_> {
                 None => {
                     let outcome = self.ask(image, &digest, bytes.into()).await?;
                     if let Outcome::Labelled { label, .. } = &outcome {
-                        cache
-                            .put(&digest, &self.plan.question, &self.model, label)
-                            .await;
+                        cache.put(&digest, &question, &self.model, label).await;
                     }
                     outcome
                 }
@@ -459,6 +465,17 @@ impl Run<'_> {
         }
         drop(twin);
         self.end(image, &digest, outcome).await
+    }
+
+    /// What is asked about an image.
+    fn question(&self, image: &Image) -> Cow<'_, Question> {
+        match &image.prompt {
+            None => Cow::Borrowed(&self.plan.question),
+            Some(prompt) => Cow::Owned(Question {
+                prompt: prompt.clone(),
+                ..self.plan.question.clone()
+            }),
+        }
     }
 
     /// What the journal has of an image, if that still holds.
@@ -573,7 +590,7 @@ impl Run<'_> {
         };
         let mut pause = PAUSE;
         for attempt in 1.. {
-            let turn = self.wait_for_a_turn().await?;
+            let turn = self.wait_for_a_turn(image).await?;
             let before = {
                 let (journal, name, digest) =
                     (self.journal.clone(), image.name.clone(), digest.to_owned());
@@ -589,10 +606,8 @@ impl Run<'_> {
                     })
                 }
             };
-            let asked = self
-                .labels
-                .ask(&picture, &self.plan.question, Arc::new(before))
-                .await;
+            let question = self.question(image);
+            let asked = self.labels.ask(&picture, &question, Arc::new(before)).await;
             drop(turn);
             let failure = match asked {
                 Ok(label) => {
@@ -631,8 +646,8 @@ impl Run<'_> {
     }
 
     /// Waits until one more image may be under way.
-    async fn wait_for_a_turn(&self) -> Result<UnderWay<'_>, Pause> {
-        let worst = self.labels.worst(&self.plan.question);
+    async fn wait_for_a_turn(&self, image: &Image) -> Result<UnderWay<'_>, Pause> {
+        let worst = self.labels.worst(&self.question(image));
         loop {
             if self.stop.is_cancelled() {
                 return Err(Pause::Stop(STOPPED.to_owned()));

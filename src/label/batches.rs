@@ -545,6 +545,7 @@ fn images(folder: &Path, names: &[String]) -> Vec<Image> {
         name: name.clone(),
         path: file(folder, at),
         caption: None,
+        prompt: None,
     });
     images.collect()
 }

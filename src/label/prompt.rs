@@ -91,6 +91,21 @@ impl Prompt {
         })
     }
 
+    /// The same with more words at its end.
+    ///
+    /// # Errors
+    /// If it gets too long.
+    pub fn with(&self, more: &str) -> Result<Self, PromptError> {
+        let text = format!("{}\n\n{more}", self.text);
+        match text.len() + self.system.len() > MAX_PROMPT {
+            true => Err(PromptError::TooLong),
+            false => Ok(Self {
+                text,
+                ..self.clone()
+            }),
+        }
+    }
+
     pub(super) fn system(&self) -> &str {
         &self.system
     }
@@ -227,7 +242,10 @@ mod tests {
                 .contains("caption")
         );
         let why = prompts.named("nobody").unwrap_err().to_string();
-        assert!(why.contains("default, sd_training, shoes"), "{why}");
+        assert!(
+            why.contains("alt_text, default, sd_training, shoes"),
+            "{why}"
+        );
         for bad in ["- a", "a: ''", "a: {prmpt: x}", "a: [1]"] {
             std::fs::write(&file, bad).unwrap();
             assert!(Prompts::load(&file).is_err(), "{bad}");

@@ -176,7 +176,8 @@ function ask(dialog) {
 
 // ---------------------------------------------------------------- Turns: what is on the page
 
-const KINDS = { undo: 'Undo', redo: 'Redo', restore: 'Restore', sync: 'Sync', recovered: 'Recovered edits', outside: 'Outside edits' };
+const KINDS = { undo: 'Undo', redo: 'Redo', restore: 'Restore', sync: 'Sync', 'alt-text': 'Images described', images: 'Images', recovered: 'Recovered edits', outside: 'Outside edits' };
+const OPERATIONS = new Set(['undo', 'redo', 'restore', 'sync']);
 const STATUS = {
   queued: 'In line', running: 'Working', stopping: 'Stopping', completed: 'Done', failed: 'Failed',
   cancelled: 'Stopped', recovered: 'Recovered', unknown: 'Unknown',
@@ -194,6 +195,7 @@ const ADVICE = {
   invalid_id: 'Use "Switch" at the top to choose other names.',
   clone_failed: 'Check the repository’s address and that the service may read it.',
   install_failed: 'The site’s dependencies could not be installed. Check its package.json and lockfile.',
+  undo_conflict: 'Undo those later turns first, or ask the agent to change it.',
 };
 const TOOLS = {
   Read: ['Reading', 'Read', 'file_path'], Edit: ['Editing', 'Edited', 'file_path'], Write: ['Writing', 'Wrote', 'file_path'],
@@ -205,6 +207,10 @@ function noteTurn(facts, after = $('turns').lastElementChild) {
   let turn = state.turns.get(facts.turnId);
   if (turn) {
     if (!turn.following && !turn.settled) update(turn, facts);
+    else if (facts.undoneBy !== turn.undoneBy && !ACTIVE.has(turn.status)) {
+      turn.undoneBy = facts.undoneBy;     // the one thing about a turn that changes after its end
+      showFoot(turn);
+    }
     return turn;
   }
   turn = { id: facts.turnId, status: 'queued', lastEventId: '', following: false, settled: false, steps: new Map(), files: new Map() };
@@ -246,6 +252,7 @@ function showFoot(turn) {
     commit && `commit ${String(commit.id ?? commit).slice(0, 7)}`,
     usage?.costUsd != null && money(usage.costUsd),
     continuity === 'replayed' && 'continued from a summary',
+    turn.undoneBy && 'undone',
   ].filter(Boolean);
   turn.element.dataset.status = turn.status;
   turn.parts.facts.textContent = plain(facts.join(' · '));
@@ -266,6 +273,9 @@ function showActions(turn) {
   const actions = [
     status === 'queued' && ['Remove from the line', () => cancel(turn)],
     isOver && !turn.settled && !KINDS[turn.kind] && ['Show what it did', () => replay(turn)],
+    isOver && turn.commit && !OPERATIONS.has(turn.kind) && (turn.undoneBy
+      ? ['Bring back', () => takeBack(turn, 'redo', 'It is there again.')]
+      : ['Undo', () => takeBack(turn, 'undo', 'Its changes are taken back.')]),
     ['failed', 'cancelled'].includes(status) && turn.instruction && ['Put back in the box', () => fillBox(turn.instruction)],
   ].filter(Boolean);
   // Buttons that stay are not made anew, and one that goes hands its focus to the turn: a keyboard keeps its place.
@@ -511,6 +521,22 @@ async function cancel(turn) {
   }
 }
 
+/** Undoes one turn, or brings it back: by a commit of its own, which later turns may stand in the way of. */
+async function takeBack(turn, how, done) {
+  if (state.sending || state.phase !== 'ready') return;
+  setSending(true);
+  try {
+    await throughOutages(() => post(threadPath(how), { turnId: turn.id }));
+    await throughOutages(loadHistory);
+    announce(done);
+  } catch (error) {
+    showProblem(error);
+  } finally {
+    setSending(false);
+    pollPreviewSoon();
+  }
+}
+
 /** What was said before, shown while the site is made ready. Asking for a new thread's would be an error. */
 async function loadEarlier() {
   const { client, user, thread } = state.ids;
@@ -709,10 +735,12 @@ async function pollPreview() {
 const sincePreparing = () => duration(Math.max(1000, Date.now() - state.preparingSince));
 
 function showSetup(error) {
+  // What a program wrote may come below the sentence.
+  const [first, ...output] = (error?.message ?? '').split('\n');
   const texts = {
     connecting: ['Connecting…', ''],
     preparing: ['Checking the site out, installing…', `This can take a minute the first time. ${sincePreparing()} so far.`],
-    failed: [error?.message, ADVICE[error?.code] ?? ''],
+    failed: [first, ADVICE[error?.code] ?? ''],
     ready: {
       starting: ['Starting the dev server…', `${sincePreparing()} so far.`],
       off: ['No preview', 'The dev server is not running. You can still give instructions.'],
@@ -722,6 +750,8 @@ function showSetup(error) {
   const [headline, detail] = texts;
   if ($('setup-text').textContent !== plain(headline)) $('setup-text').textContent = plain(headline);
   $('setup-detail').textContent = plain(detail);
+  $('setup-output').textContent = plain(output.join('\n'));
+  $('setup-output').hidden = !output.length;
   $('again').hidden = state.phase !== 'failed';
   $('setup').toggleAttribute('data-calm', state.phase === 'failed' || (state.phase === 'ready' && state.preview.state !== 'starting'));
 }

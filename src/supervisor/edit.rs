@@ -112,13 +112,15 @@ impl SiteEdit {
 
 impl Supervisor {
     /// Looks at the site's files as they would be if what is in the worktree were committed, after
-    /// what was asked of the thread before. Changes nothing. `look` blocks.
+    /// what was asked of the thread before. Changes nothing. `look` blocks. `expected_head` as for
+    /// [`OperationRequest`].
     ///
     /// # Errors
     /// See [`SupervisorError`].
     pub async fn look_at_site<T: Send + 'static>(
         &self,
         key: &ThreadKey,
+        expected_head: Option<String>,
         look: impl Fn(&SiteFiles<'_>) -> T + Send + Sync + 'static,
     ) -> Result<T, SupervisorError> {
         let seen = Arc::new(Mutex::new(None));
@@ -130,7 +132,7 @@ impl Supervisor {
         self.operate(OperationRequest {
             key: key.clone(),
             operation: Operation::Edit(edit),
-            expected_head: None,
+            expected_head,
             dry_run: true,
             author: None,
             idempotency_key: None,

@@ -23,6 +23,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         "app",
         &[
             "agent",
+            "alt_text",
             "api",
             "client", // how a request is signed
             "config",
@@ -31,6 +32,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "egress",
             "figures",
             "gateway",
+            "hub",
             "images",
             "label",
             "lifecycle",
@@ -50,9 +52,11 @@ const ARROWS: &[(&str, &[&str])] = &[
     (
         "cli",
         &[
+            "alt_text",
             "api",
             "app",
             "config",
+            "hub",
             "label",
             "process", // hides its own environment, first of all
             "replicate",
@@ -61,8 +65,21 @@ const ARROWS: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "alt_text",
+        &[
+            "label",
+            "picture",    // how large an image may be
+            "repository", // a site's files
+            "service",    // its errors become ours
+            "supervisor", // the turn that writes
+            "usage",
+            "workspace", // small files
+        ],
+    ),
+    (
         "api",
         &[
+            "alt_text",
             "config", // `Secret`
             "ecs",    // `/health` names the task
             "figures",
@@ -108,6 +125,13 @@ const ARROWS: &[(&str, &[&str])] = &[
             "picture",
             "service",   // its runs
             "workspace", // small files
+        ],
+    ),
+    (
+        "hub",
+        &[
+            "config",    // `Secret`
+            "telemetry", // a server's words in a sentence
         ],
     ),
     ("picture", &[]),
@@ -178,6 +202,7 @@ const ARROWS: &[(&str, &[&str])] = &[
 const CRATES: &[(&str, &[&str])] = &[
     ("axum", &["api", "gateway", "rehearsal"]),
     ("clap", &["cli"]),
+    ("flate2", &["repository", "telemetry"]),
     ("git2", &["repository"]),
     ("glob", &["cli"]),
     ("governor", &["api"]),
@@ -185,6 +210,7 @@ const CRATES: &[(&str, &[&str])] = &[
     ("landlock", &["process"]),
     ("metrics_exporter_prometheus", &["figures"]),
     ("notify", &["preview"]),
+    ("pulldown_cmark", &["alt_text"]),
     ("zstd", &["workspace"]),
     ("ratatui", &["cli"]),
     (
@@ -204,6 +230,7 @@ const CRATES: &[(&str, &[&str])] = &[
             "control_plane",
             "ecs",
             "gateway",
+            "hub",
             "outbound",
             "replicate",
             "repository", // git's transport over HTTPS

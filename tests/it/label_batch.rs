@@ -31,7 +31,7 @@ use crate::{
 
 /// A CLI that asks what it is told to ask, and starts in a tenth of the time: the real one is tried
 /// by the tests of single images.
-fn quick_cli(folders: &Folders) -> PathBuf {
+pub(crate) fn quick_cli(folders: &Folders) -> PathBuf {
     let program = folders.join("cli/claude");
     fs::create_dir_all(program.parent().unwrap()).unwrap();
     let script = r#"#!/usr/bin/env node

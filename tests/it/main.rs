@@ -3,6 +3,7 @@
 mod support;
 
 mod access;
+mod alt_text;
 mod architecture;
 mod bad_input;
 mod browser;
@@ -20,12 +21,14 @@ mod guard;
 mod history;
 mod hostile;
 mod hostile_repository;
+mod hub;
 mod images;
 mod init;
 mod label;
 mod label_batch;
 mod lifecycle;
 mod limits;
+mod log_file;
 mod one_shot;
 mod outside;
 mod owners;

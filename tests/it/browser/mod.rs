@@ -5,6 +5,7 @@
     reason = "a test that cannot be set up has failed"
 )]
 
+mod alt_text;
 mod chromium;
 mod life;
 mod private;

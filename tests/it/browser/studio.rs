@@ -93,6 +93,28 @@ async fn a_conversation_by_keyboard() {
     page.press("Enter").await;
     page.wait_for_text(".turn .steps", "src/pages/index.astro")
         .await;
+
+    // An earlier turn is taken back under a later one, and brought back.
+    let press = async |label: &str| {
+        let button = format!(
+            "[...{TURNS}[0].querySelectorAll('.foot button')].find((b) => b.textContent === '{label}')"
+        );
+        page.wait_for(&format!(
+            "{button} && !document.getElementById('send').disabled"
+        ))
+        .await;
+        page.eval(&format!("{button}.focus()")).await;
+        page.press("Enter").await;
+    };
+    let frame = page.frame(address.as_str().unwrap()).await;
+    press("Undo").await;
+    page.wait_for(&format!("{TURNS}.length === 3")).await;
+    page.wait_for_text(".turn .foot", "undone").await;
+    frame.wait_for_text("h1", "Good pots").await;
+    press("Bring back").await;
+    page.wait_for(&format!("{TURNS}.length === 4")).await;
+    frame.wait_for_text("h1", "Made slowly, used daily").await;
+    page.screenshot("studio-undo").await;
     assert_eq!(page.complaints().await, Vec::<String>::new());
 }
 
