@@ -222,7 +222,7 @@ impl Images {
         }
         // Also whether there is such a thread, and whether it is ours.
         let look = |files: &crate::repository::SiteFiles<'_>| place::folder(files.paths());
-        let usual = inner.supervisor.look_at_site(&wish.key, look).await?;
+        let usual = inner.supervisor.look_at_site(&wish.key, None, look).await?;
         let folder = wish.folder.clone().unwrap_or(usual);
         let brand = inner.settings.configs.brand(&wish.key.client)?;
         let plan = self.plan(&wish, &brand).await?;
@@ -482,7 +482,9 @@ impl Images {
         }
         let labels = &self.0.labels;
         let prompts = labels.prompts();
-        let prompt = prompts.named("alt").or_else(|_| prompts.named(DEFAULT));
+        let prompt = prompts
+            .named("alt_text")
+            .or_else(|_| prompts.named(DEFAULT));
         let question = prompt.map(|prompt| Question {
             prompt,
             model: None,
