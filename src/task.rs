@@ -2,13 +2,17 @@
 //!
 //! [`Tasks`] names what it starts, hands it a cancellation token and waits for it at the end.
 //! [`blocking`] runs disk work on bounded threads with a deadline, so that a stalled disk costs a
-//! call, never the program.
+//! call, never the program. [`side_by_side`] is for such work itself: many small calls of a disk that
+//! takes its time for each.
 
 use std::{
     future::Future,
     net::SocketAddr,
-    sync::{Arc, LazyLock},
-    time::Duration,
+    sync::{
+        Arc, LazyLock,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use tokio::{
@@ -233,9 +237,103 @@ where
     }
 }
 
+/// Most threads of one [`side_by_side`]: they wait for the disk nearly all the time.
+const ABREAST: usize = 64;
+/// A local disk answers in a tenth of that, a network's in several times of it.
+const SLOW: Duration = Duration::from_micros(500);
+/// What the disk was like lately. A guess: wrong, it costs some threads or some waiting.
+static IS_SLOW: AtomicBool = AtomicBool::new(false);
+
+/// Was the disk slow, the last time that [`side_by_side`] had to do with it? A guess.
+pub fn is_disk_slow() -> bool {
+    IS_SLOW.load(Ordering::Relaxed)
+}
+
+/// Does `work` to each of the items, answers in their order. Where the disk is slow they are done side
+/// by side, so that the waits overlap; where it is quick one after the other, because threads would
+/// cost more than they bring. Blocking.
+pub fn side_by_side<I, T, F>(items: &[I], work: F) -> Vec<T>
+where
+    I: Sync,
+    T: Send,
+    F: Fn(&I) -> T + Sync,
+{
+    let mut done = Vec::with_capacity(items.len());
+    let timed = |item: &I| {
+        let begun = Instant::now();
+        let made = work(item);
+        (made, begun.elapsed() > SLOW)
+    };
+    // One late answer is no sign of anything.
+    let mut late = if IS_SLOW.load(Ordering::Relaxed) {
+        2
+    } else {
+        0
+    };
+    while late < 2 {
+        let Some(item) = items.get(done.len()) else {
+            return done;
+        };
+        let (made, is_late) = timed(item);
+        done.push(made);
+        late += u32::from(is_late);
+    }
+    IS_SLOW.store(true, Ordering::Relaxed);
+    let rest = &items[done.len()..];
+    if rest.is_empty() {
+        return done;
+    }
+    let (next, slow) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let worker = || {
+        let mut made = Vec::new();
+        loop {
+            let at = next.fetch_add(1, Ordering::Relaxed);
+            let Some(item) = rest.get(at) else {
+                return made;
+            };
+            let (one, is_late) = timed(item);
+            slow.fetch_add(usize::from(is_late), Ordering::Relaxed);
+            made.push((at, one));
+        }
+    };
+    let mut made = std::thread::scope(|scope| {
+        let others: Vec<_> = (1..rest.len().min(ABREAST))
+            .map(|_| scope.spawn(worker))
+            .collect();
+        let mut made = worker();
+        for other in others {
+            match other.join() {
+                Ok(more) => made.extend(more),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        made
+    });
+    if slow.into_inner() * 4 < rest.len() {
+        IS_SLOW.store(false, Ordering::Relaxed);
+    }
+    made.sort_unstable_by_key(|(at, _)| *at);
+    done.extend(made.into_iter().map(|(_, one)| one));
+    done
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn slow_work_is_done_side_by_side_and_answered_in_order() {
+        let items: Vec<u64> = (0..64).collect();
+        let begun = Instant::now();
+        let waits = Duration::from_millis(20);
+        let done = side_by_side(&items, |item| {
+            std::thread::sleep(waits);
+            item * 2
+        });
+        assert!(begun.elapsed() < waits * 64 / 2, "{:?}", begun.elapsed());
+        assert_eq!(done, items.iter().map(|item| item * 2).collect::<Vec<_>>());
+        assert_eq!(side_by_side(&items, |item| *item), items);
+    }
 
     #[tokio::test]
     async fn stop_waits_for_tasks_and_a_panic_stops_the_group() {

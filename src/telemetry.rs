@@ -7,13 +7,18 @@
 //! reaches a terminal as an escape sequence.
 //!
 //! Every secret that was given to [`hide`] is replaced by `***` in whatever is written. The layer
-//! holds no task and no buffer: a line is made in memory, bounded, and written by one call.
+//! holds no task and no buffer: a line is made in memory, bounded, and written by one call. With
+//! `LOG_FILE` the same lines go into a file too, which a thread of its own writes ([`file`]).
+
+mod file;
 
 use std::{
     borrow::Cow,
     fmt::{self, Write as _},
     io::{IsTerminal, Write},
-    sync::RwLock,
+    path::Path,
+    sync::{OnceLock, RwLock},
+    time::Duration,
 };
 
 use jiff::{Timestamp, fmt::temporal::DateTimePrinter};
@@ -30,6 +35,8 @@ use tracing_subscriber::{
     registry::LookupSpan,
 };
 
+use self::file::LogFile;
+pub use self::file::LogFileError;
 use crate::config::{LogFormat, Secret};
 
 /// The longest value of a field or message in bytes; what is beyond is cut. A log is for people.
@@ -39,6 +46,10 @@ const MARGIN_BYTES: usize = 4 * 1024;
 /// The longest line, before masking: spans may hold many fields.
 const MAX_LINE_BYTES: usize = 64 * 1024;
 
+/// Events of this target are for the file alone.
+const FILE_ONLY: &str = "greenroom::ended";
+
+static FILE: OnceLock<LogFile> = OnceLock::new();
 static HIDDEN: RwLock<Vec<String>> = RwLock::new(Vec::new());
 
 /// From now on this secret is `***` in every line that is logged or [`masked`]. Secrets that turn
@@ -81,23 +92,64 @@ pub fn masked(text: &str) -> Cow<'_, str> {
     text
 }
 
+/// How a process logs.
+#[derive(Debug, Clone, Copy)]
+pub struct LogSettings<'a> {
+    /// On standard error, for greenroom; the libraries below it warn only, but at `trace`.
+    pub level: Level,
+    pub format: LogFormat,
+    /// The same in a file, with its own level.
+    pub file: Option<(&'a Path, Level)>,
+}
+
 /// Starts the log of this process, and makes panics lines of it. A second call does nothing.
 ///
-/// `level` is for greenroom; the libraries below it warn only, but at `trace`.
-pub fn start(level: Level, format: LogFormat) {
+/// # Errors
+/// If the file cannot be opened; then there is no log.
+pub fn start(settings: LogSettings<'_>) -> Result<(), LogFileError> {
+    let LogSettings {
+        level,
+        format,
+        file,
+    } = settings;
     let terminal = std::io::stderr().is_terminal();
     let form = match format {
         LogFormat::Json => Form::Json,
         LogFormat::Auto if !terminal => Form::Json,
         LogFormat::Auto | LogFormat::Text => Form::Text {
             colour: terminal && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty()),
+            has_day: false,
         },
     };
     let lines = Lines {
         form,
         writer: std::io::stderr,
     };
-    let subscriber = tracing_subscriber::registry().with(lines.with_filter(targets(level)));
+    let in_file = match file {
+        None => None,
+        Some((path, level)) => {
+            let form = match format {
+                LogFormat::Text => Form::Text {
+                    colour: false,
+                    has_day: true,
+                },
+                // A file is no terminal.
+                LogFormat::Json | LogFormat::Auto => Form::Json,
+            };
+            let file = LogFile::start(path, matches!(form, Form::Json))?;
+            let file = FILE.get_or_init(|| file);
+            let lines = Lines {
+                form,
+                writer: move || file.clone(),
+            };
+            let targets = targets(level).with_target(FILE_ONLY, LevelFilter::ERROR);
+            Some(lines.with_filter(targets))
+        }
+    };
+    let targets = targets(level).with_target(FILE_ONLY, LevelFilter::OFF);
+    let subscriber = tracing_subscriber::registry()
+        .with(lines.with_filter(targets))
+        .with(in_file);
     if tracing::subscriber::set_global_default(subscriber).is_ok() {
         std::panic::set_hook(Box::new(|panic| {
             let payload = panic.payload();
@@ -108,6 +160,18 @@ pub fn start(level: Level, format: LogFormat) {
             tracing::error!(at, "panicked: {message}");
         }));
     }
+    Ok(())
+}
+
+/// Notes in the log's file why the program ends, which standard error is told anyway.
+pub fn ended(line: &str) {
+    tracing::error!(target: FILE_ONLY, "{line}");
+}
+
+/// Waits until the log's file holds all that was logged, as long as the limit allows; answers how many
+/// lines it does not hold.
+pub fn finish(limit: Duration) -> u64 {
+    FILE.get().map_or(0, |file| file.finish(limit))
 }
 
 fn targets(level: Level) -> Targets {
@@ -123,7 +187,11 @@ fn targets(level: Level) -> Targets {
 
 #[derive(Debug, Clone, Copy)]
 enum Form {
-    Text { colour: bool },
+    Text {
+        colour: bool,
+        /// The day stands before the time: the file is read later.
+        has_day: bool,
+    },
     Json,
 }
 
@@ -244,7 +312,8 @@ where
         let span = ctx.span(id).expect("a new span is in the registry");
         let mut fields = Fields::default();
         attributes.record(&mut fields);
-        span.extensions_mut().insert(fields);
+        // Of two layers both come here, with the same.
+        span.extensions_mut().replace(fields);
     }
 
     fn on_record(&self, id: &span::Id, record: &span::Record<'_>, ctx: Context<'_, S>) {
@@ -314,14 +383,14 @@ fn line(form: Form, now: Timestamp, metadata: &Metadata<'_>, fields: &Fields) ->
             }
             line.push('}');
         }
-        Form::Text { colour } => {
+        Form::Text { colour, has_day } => {
             let (on, off) = match (colour, *metadata.level()) {
                 (false, _) | (true, Level::INFO) => ("", ""),
                 (true, Level::ERROR) => ("\x1b[31m", "\x1b[0m"),
                 (true, Level::WARN) => ("\x1b[33m", "\x1b[0m"),
                 (true, _) => ("\x1b[2m", "\x1b[0m"),
             };
-            line.push_str(&time[11..]);
+            line.push_str(if has_day { &time } else { &time[11..] });
             let level = metadata.level().as_str();
             let _infallible = write!(line, " {on}{level:<5}{off} ");
             match message {
@@ -399,213 +468,4 @@ pub fn printable(text: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::{Arc, Mutex};
-
-    use serde_json::{Value as Json, json};
-    use tracing::{debug, error, field, info, info_span, warn};
-
-    use super::*;
-
-    #[derive(Clone, Default)]
-    struct Sink(Arc<Mutex<Vec<u8>>>);
-
-    impl Write for Sink {
-        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            self.0.lock().unwrap().extend_from_slice(bytes);
-            Ok(bytes.len())
-        }
-        fn flush(&mut self) -> std::io::Result<()> {
-            Ok(())
-        }
-    }
-
-    fn logged(form: Form, level: Level, work: impl FnOnce()) -> String {
-        let sink = Sink::default();
-        let made = sink.clone();
-        let lines = Lines {
-            form,
-            writer: move || made.clone(),
-        };
-        let subscriber = tracing_subscriber::registry().with(lines.with_filter(targets(level)));
-        tracing::subscriber::with_default(subscriber, work);
-        let bytes = sink.0.lock().unwrap().clone();
-        String::from_utf8(bytes).unwrap()
-    }
-
-    const TEXT: Form = Form::Text { colour: false };
-
-    fn as_json(log: &str) -> Vec<Json> {
-        log.lines()
-            .map(|line| serde_json::from_str(line).expect(line))
-            .collect()
-    }
-
-    #[test]
-    fn a_json_line_holds_the_fields_of_all_spans() {
-        let log = logged(Form::Json, Level::INFO, || {
-            let request = info_span!(
-                "request",
-                request_id = "r1",
-                thread = "outer",
-                later = field::Empty
-            );
-            let _request = request.enter();
-            let turn = info_span!("turn", turn_id = "a~b~c~0", thread = "a/b/c");
-            let _turn = turn.enter();
-            request.record("later", 7);
-            info!(
-                elapsed_ms = 12,
-                ok = true,
-                share = 0.5,
-                level = "mine",
-                "turn ended"
-            );
-        });
-        let lines = as_json(&log);
-        let [line] = lines.as_slice() else {
-            panic!("one line: {log}")
-        };
-        let time: Timestamp = line["timestamp"].as_str().unwrap().parse().unwrap();
-        assert!(time.duration_until(Timestamp::now()).as_secs() < 60);
-        assert!(line["timestamp"].as_str().unwrap().ends_with('Z'));
-        assert!(
-            log.starts_with("{\"timestamp\":"),
-            "the time comes first: {log}"
-        );
-        let mut rest = line.as_object().unwrap().clone();
-        rest.remove("timestamp");
-        assert_eq!(
-            Json::from(rest),
-            json!({
-                "level": "info", "message": "turn ended", "target": "greenroom::telemetry::tests",
-                "request_id": "r1", "thread": "a/b/c", "turn_id": "a~b~c~0", "later": 7,
-                "elapsed_ms": 12, "ok": true, "share": 0.5, "level_": "mine",
-            })
-        );
-    }
-
-    #[test]
-    fn a_text_line_is_for_a_person() {
-        let log = logged(TEXT, Level::INFO, || {
-            let _span = info_span!("request", request_id = "r1").entered();
-            warn!(path = "a file", n = 3, "it is odd");
-        });
-        assert_eq!(
-            &log[12..],
-            "Z WARN  it is odd request_id=r1 path=\"a file\" n=3\n",
-            "{log}"
-        );
-    }
-
-    #[test]
-    fn values_cannot_forge_lines_or_move_a_terminal() {
-        let evil = "x\n{\"level\":\"error\"}\r\x1b[2J\u{9b}31m\u{202e}\u{7f}";
-        for form in [TEXT, Form::Json] {
-            let log = logged(form, Level::INFO, || info!(value = evil, "said {evil}"));
-            assert_eq!(log.lines().count(), 1, "{log}");
-            let line = log.trim_end_matches('\n');
-            assert!(
-                !line.contains(|c: char| c.is_control() || is_reordering(c)),
-                "{line:?}"
-            );
-        }
-        let log = logged(Form::Json, Level::INFO, || info!(value = evil, "x"));
-        assert_eq!(as_json(&log)[0]["value"], evil, "nothing is lost either");
-    }
-
-    #[test]
-    fn secrets_are_masked_in_every_form_and_place() {
-        let secrets = [
-            "canary-91f3-token",
-            "canary \"quoted\\ 77c0",
-            "canary-91f3-token-longer",
-        ];
-        for secret in secrets {
-            hide(&Secret::new(secret));
-        }
-        hide(&Secret::new("or"));
-        for form in [TEXT, Form::Json] {
-            let log = logged(form, Level::INFO, || {
-                for secret in secrets {
-                    let _span = info_span!("s", inside = secret).entered();
-                    info!(shown = secret, debug = ?Some(secret), "header: Bearer {secret} for you");
-                }
-            });
-            assert!(!log.contains("91f3") && !log.contains("77c0"), "{log}");
-            assert!(!log.contains("longer"), "no tail of a longer secret: {log}");
-            assert!(log.contains("Bearer *** for you"), "{log}");
-        }
-        assert_eq!(masked("a canary-91f3-token b"), "a *** b");
-        assert_eq!(printable("x\ncanary-91f3-token\x07"), "x\\n***\\u0007");
-    }
-
-    #[test]
-    fn no_cut_leaves_a_piece_of_a_secret() {
-        hide(&Secret::new("canary-cut-2209-2209-2209"));
-        for before in (0..40).map(|n| MAX_VALUE_BYTES + MARGIN_BYTES - n) {
-            let value = format!("{}canary-cut-2209-2209-2209 and more", "x".repeat(before));
-            let log = logged(TEXT, Level::INFO, || info!(value, "m"));
-            assert!(!log.contains("canary"), "{before}");
-        }
-        // Masking makes text shorter, which moves the cut inwards.
-        let value = "canary-cut-2209-2209-2209".repeat(10_000);
-        let log = logged(TEXT, Level::INFO, || info!(value, "m"));
-        assert!(!log.contains("canary"), "{log}");
-    }
-
-    #[test]
-    fn a_huge_value_is_cut() {
-        let huge = "ä".repeat(5_000_000);
-        for form in [TEXT, Form::Json] {
-            let log = logged(form, Level::INFO, || error!(huge, "{huge}"));
-            assert!(log.len() < 3 * MAX_VALUE_BYTES, "{}", log.len());
-            assert!(log.contains('…'));
-        }
-    }
-
-    #[test]
-    fn an_error_is_logged_with_its_causes() {
-        let cause = std::io::Error::other("disk on fire");
-        let error = crate::config::ConfigError::Read {
-            file: "/x".into(),
-            source: cause,
-        };
-        let log = logged(TEXT, Level::INFO, || {
-            error!(error = &error as &dyn std::error::Error, "no start");
-        });
-        assert!(
-            log.contains("failed to read the settings in /x: disk on fire"),
-            "{log}"
-        );
-    }
-
-    #[test]
-    fn the_level_is_ours_and_libraries_only_warn() {
-        let work = || {
-            info!("ours");
-            debug!("ours in detail");
-            info!(target: "hyper::client", "theirs");
-            warn!(target: "hyper::client", "their warning");
-        };
-        let messages = |level| {
-            let log = logged(Form::Json, level, work);
-            let texts: Vec<String> = as_json(&log)
-                .iter()
-                .map(|line| line["message"].as_str().unwrap().to_owned())
-                .collect();
-            texts.join(", ")
-        };
-        assert_eq!(messages(Level::ERROR), "");
-        assert_eq!(messages(Level::WARN), "their warning");
-        assert_eq!(messages(Level::INFO), "ours, their warning");
-        assert_eq!(
-            messages(Level::DEBUG),
-            "ours, ours in detail, their warning"
-        );
-        assert_eq!(
-            messages(Level::TRACE),
-            "ours, ours in detail, theirs, their warning"
-        );
-    }
-}
+mod tests;

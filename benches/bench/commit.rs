@@ -18,7 +18,7 @@ use greenroom::{
     lease::Fence,
     repository::{
         CommitRequest, CommitText, Committed, Remotes, Scope, Strangers, UserRepository, Watch,
-        Worktree, parse_source,
+        Workshop, Worktree, parse_source,
     },
 };
 
@@ -67,7 +67,11 @@ fn size(
     let started = Instant::now();
     let repository = UserRepository::create(
         &project,
-        &folder.join("scratch"),
+        Workshop {
+            scratch: &folder.join("scratch"),
+            local: None,
+            with_spare: false,
+        },
         &source,
         &Remotes::default(),
         &key("t0")?.user_key(),

@@ -17,12 +17,19 @@ use crate::{
     domain::{Between, Conflict, ErrorCode, TurnResult},
     identity::{InvalidId, TurnId},
     label::{BatchesError, Failure, LabelError, Status},
+    lease::LeaseError,
     picture::PictureError,
     repository::{RemoteError, RemoteErrorKind, RemoteUse, RepositoryError, SourceError},
     service::{Remains, ServiceError},
     supervisor::{PublishAnswer, SupervisorError},
+    task::BlockingError,
+    turn::JournalError,
     usage::ReadError,
 };
+
+/// After so many seconds it is worth asking again of a disk that did not answer: a restart of what
+/// stands between a container and EFS takes that long.
+const STALL_SECONDS: u64 = 10;
 
 tokio::task_local! {
     /// The id of the request being answered: in its error, and on its log lines.
@@ -278,7 +285,10 @@ impl From<SupervisorError> for ApiError {
                 refused.details.published = Some(PublishAnswer::clone(published).into());
                 refused
             }
-            E::Lease(error) => Self::internal(&*error),
+            E::Lease(error) => match &*error {
+                LeaseError::Blocking(error) => Self::blocking(error),
+                error => Self::internal(error),
+            },
             E::Source(missing @ SourceError::LocalMissing) => Self::new(
                 StatusCode::UNPROCESSABLE_ENTITY,
                 "clone_failed",
@@ -292,8 +302,11 @@ impl From<SupervisorError> for ApiError {
             ),
             E::Repository(error) => Self::repository(&error),
             E::Workspace(error) => Self::internal(&*error),
-            E::Journal(error) => Self::internal(&*error),
-            E::Blocking(error) => Self::internal(&*error),
+            E::Journal(error) => match &*error {
+                JournalError::Blocking(error) => Self::blocking(error),
+                error => Self::internal(error),
+            },
+            E::Blocking(error) => Self::blocking(&error),
             E::Internal(_) => Self::internal(&error),
         }
     }
@@ -482,6 +495,23 @@ impl ApiError {
         Self {
             retry_after,
             ..Self::new(status, code, error.to_string()).with(details)
+        }
+    }
+
+    /// Work on the disk that did not come back. It may have been done by the time of the next try, which
+    /// finds that: everything asked of a thread can be asked again.
+    fn blocking(error: &BlockingError) -> Self {
+        match error {
+            BlockingError::Panicked { .. } => Self::internal(error),
+            BlockingError::TimedOut { .. } => {
+                tracing::error!(%error, "the disk does not answer");
+                Self::new(
+                    StatusCode::SERVICE_UNAVAILABLE,
+                    "internal",
+                    "the workspace's disk does not answer at the moment; ask again once it does",
+                )
+                .retry(STALL_SECONDS)
+            }
         }
     }
 

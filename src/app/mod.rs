@@ -2,9 +2,11 @@
 //! them; none knows it.
 
 mod alt_text;
+mod hub;
 mod label;
 mod outside;
 mod programs;
+mod replicate;
 mod runtime;
 mod stops;
 mod terminal;
@@ -20,9 +22,11 @@ use anyhow::{Context as _, bail};
 use tokio::net::TcpListener;
 
 pub use self::alt_text::{AltTextJob, alt_text};
+pub use self::hub::{models, publish};
 pub use self::label::{AskedPrompt, LabelJob, Labelled, label};
 use self::outside::Outside;
 use self::programs::{Programs, look_at_claude, look_at_programs};
+pub use self::replicate::{ModelJob, ModelNews, ModelRan, Run, run_model};
 use self::runtime::RuntimeFolder;
 use self::stops::{Step, StopNote};
 pub use self::terminal::terminal;

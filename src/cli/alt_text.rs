@@ -86,12 +86,7 @@ pub(super) fn run(args: &ArgMatches) -> anyhow::Result<()> {
     {
         return Err(Usage("--model is no name of a model".to_owned()).into());
     }
-    let level = match loaded.settings.log_level {
-        // Somebody watches: what goes well needs no words.
-        tracing::Level::INFO => tracing::Level::WARN,
-        level => level,
-    };
-    telemetry::start(level, loaded.settings.log_format);
+    super::start_watched_log(&loaded.settings)?;
     let has_bar = io::stderr().is_terminal();
     let tell = move |progress: &Progress| {
         if has_bar {

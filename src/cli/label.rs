@@ -3,7 +3,7 @@
 use std::{
     collections::{HashMap, HashSet},
     fs,
-    io::{self, IsTerminal, Write},
+    io::{self, Write},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -12,7 +12,11 @@ use anyhow::Context as _;
 use clap::{Arg, ArgAction, ArgGroup, ArgMatches, Command, value_parser};
 use serde_json::json;
 
-use super::{Unprinted, Usage, usage::csv_text};
+use super::{
+    Unprinted, Usage,
+    progress::{LastLine, clock, gauge},
+    usage::csv_text,
+};
 use crate::{
     app::{self, AskedPrompt, LabelJob, Labelled},
     config::Mode,
@@ -159,12 +163,7 @@ pub(super) fn run(args: &ArgMatches) -> anyhow::Result<()> {
     {
         return Err(Usage("--model is no name of a model".to_owned()).into());
     }
-    let level = match loaded.settings.log_level {
-        // Somebody watches: what goes well needs no words.
-        tracing::Level::INFO => tracing::Level::WARN,
-        level => level,
-    };
-    telemetry::start(level, loaded.settings.log_format);
+    super::start_watched_log(&loaded.settings)?;
     let form = match args.get_one::<clap::Id>("form").map(clap::Id::as_str) {
         Some("json") => Form::Json(Vec::new()),
         Some("jsonl") => Form::Lines,
@@ -301,8 +300,7 @@ struct Printer {
     form: Form,
     /// Of all images, in their order.
     names: Vec<String>,
-    /// Standard error is a terminal: how far it is stands in its last line.
-    has_bar: bool,
+    last_line: LastLine,
     is_first: bool,
     failed: Option<io::Error>,
 }
@@ -312,7 +310,7 @@ impl Printer {
         Self {
             form,
             names,
-            has_bar: io::stderr().is_terminal(),
+            last_line: LastLine::new(),
             is_first: true,
             failed: None,
         }
@@ -331,26 +329,19 @@ impl Printer {
             Form::People => Some(for_people(entry)),
         };
         self.is_first = false;
-        if self.has_bar {
-            let _unreported = write!(io::stderr(), "\r\x1b[K");
-        }
+        self.last_line.clear();
         if let Some(line) = line
             && let Err(error) = writeln!(io::stdout(), "{line}")
         {
             self.failed = Some(error);
             return false;
         }
-        if self.has_bar {
-            let _unreported = write!(io::stderr(), "{}", bar(progress));
-            let _unreported = io::stderr().flush();
-        }
+        self.last_line.show(|| bar(progress));
         true
     }
 
     fn end(mut self, labelled: Labelled) -> anyhow::Result<()> {
-        if self.has_bar {
-            let _unreported = write!(io::stderr(), "\r\x1b[K");
-        }
+        self.last_line.clear();
         if let Some(error) = self.failed {
             return Err(Unprinted(error).into());
         }
@@ -484,20 +475,16 @@ fn as_csv(entry: &Entry) -> String {
 
 /// `[#####·····] 120/200  14.2/min  $0.42  5:38 left  2 failed`.
 fn bar(progress: &Progress) -> String {
-    const WIDTH: usize = 24;
-    let full = progress.done * WIDTH / progress.total.max(1);
     let mut text = format!(
-        "[{}{}] {}/{}  {:.1}/min  ${:.4}",
-        "#".repeat(full),
-        "·".repeat(WIDTH - full.min(WIDTH)),
+        "{} {}/{}  {:.1}/min  ${:.4}",
+        gauge(progress.done as u64, progress.total as u64),
         progress.done,
         progress.total,
         progress.per_minute,
         progress.cost_usd
     );
     if let Some(left) = progress.remaining_ms {
-        let seconds = left / 1000;
-        text.push_str(&format!("  {}:{:02} left", seconds / 60, seconds % 60));
+        text.push_str(&format!("  {} left", clock(left / 1000)));
     }
     if progress.failed > 0 {
         text.push_str(&format!("  {} failed", progress.failed));

@@ -6,8 +6,11 @@
 
 mod alt_text;
 mod health;
+mod hf;
 mod label;
 mod monitor;
+mod progress;
+mod replicate;
 mod show;
 mod usage;
 
@@ -24,8 +27,9 @@ use clap::{Arg, ArgAction, ArgMatches, Command, error::ErrorKind};
 
 use crate::{
     api, app,
-    config::{self, ConfigError, Flags, Kind, Loaded, Mode, Spec, TABLE},
-    process, telemetry,
+    config::{self, ConfigError, Flags, Kind, Loaded, Mode, Settings, Spec, TABLE},
+    process,
+    telemetry::{self, LogSettings},
 };
 
 /// Exit statuses, as the contract numbers them.
@@ -37,8 +41,23 @@ const WRONG_USAGE: u8 = 2;
 #[error("{0}")]
 struct Usage(String);
 
+/// What the log's file may take at the end.
+const LAST_LINES: Duration = Duration::from_secs(1);
+
 /// Runs the program with this process's arguments. There is one thread yet.
 pub fn main() -> ExitCode {
+    let code = run_and_tell();
+    let missing = telemetry::finish(LAST_LINES);
+    if missing > 0 {
+        let line = format!(
+            "greenroom: {missing} lines are missing in LOG_FILE: its disk is full or too slow"
+        );
+        let _unreported = writeln!(io::stderr(), "{line}");
+    }
+    code
+}
+
+fn run_and_tell() -> ExitCode {
     // Whoever may look into /proc finds no secret there.
     process::hide_environment();
     // The panic hook of the log comes with it; before, the default one reports.
@@ -55,6 +74,7 @@ pub fn main() -> ExitCode {
             let line = telemetry::printable(&format!("greenroom: {error:#}"));
             // Where standard error is closed the status still tells.
             let _unreported = writeln!(io::stderr(), "{line}");
+            telemetry::ended(&line);
             let is_usage = error.is::<Usage>()
                 || error
                     .downcast_ref::<ConfigError>()
@@ -90,6 +110,8 @@ fn run(args: Vec<OsString>) -> anyhow::Result<()> {
         "config" => show::run(&load(args, Mode::Inspect)?, args.get_flag("json")),
         "usage" => usage::run(args),
         "label" => label::run(args),
+        "replicate" => replicate::run(args),
+        "hf" => hf::run(args),
         "alt-text" => alt_text::run(args),
         "claude" => terminal(args),
         "openapi" => print(&api::openapi_json()),
@@ -120,7 +142,7 @@ fn called_as(mut args: impl Iterator<Item = OsString>) -> Vec<OsString> {
 
 fn serve(args: &ArgMatches, mode: Mode) -> anyhow::Result<()> {
     let loaded = load(args, mode)?;
-    telemetry::start(loaded.settings.log_level, loaded.settings.log_format);
+    start_log(&loaded.settings, loaded.settings.log_level)?;
     let runtime = runtime()?;
     // The log's first line says where it listens, so the warnings are the app's to log after it.
     let outcome = runtime.block_on(async {
@@ -132,6 +154,26 @@ fn serve(args: &ArgMatches, mode: Mode) -> anyhow::Result<()> {
     // A call stuck on the disk must not keep the process alive.
     runtime.shutdown_timeout(Duration::from_millis(500));
     outcome
+}
+
+/// Starts the log of a command that somebody watches: what goes well needs no words, but in a file.
+fn start_watched_log(settings: &Settings) -> anyhow::Result<()> {
+    let level = match settings.log_level {
+        tracing::Level::INFO => tracing::Level::WARN,
+        level => level,
+    };
+    start_log(settings, level)
+}
+
+/// Starts the log, with this level on standard error.
+fn start_log(settings: &Settings, level: tracing::Level) -> anyhow::Result<()> {
+    let file = settings.log_file.as_deref();
+    telemetry::start(LogSettings {
+        level,
+        format: settings.log_format,
+        file: file.map(|file| (file, settings.log_level)),
+    })?;
+    Ok(())
 }
 
 fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
@@ -224,6 +266,8 @@ fn command() -> Command {
         )
         .subcommand(usage::command())
         .subcommand(label::command())
+        .subcommand(replicate::command())
+        .subcommand(hf::command())
         .subcommand(alt_text::command())
         .subcommand(
             Command::new("claude")

@@ -177,6 +177,8 @@ settings! {
     REPLICATE_BASE_URL, replicate_base_url: String, Text, value::base_url,
         Is("https://api.replicate.com"),
         "Replicate's API";
+    MODEL_CONFIGS_FILE, model_configs_file: Option<PathBuf>, Text, value::path, Unset,
+        "Parameters, prices and times of Replicate's models (YAML); else config/model_configs.yaml";
     HF_TOKEN, hf_token: Option<Secret>, Secret, value::token, Unset,
         "Token of Hugging Face, for models";
     HF_ENDPOINT, hf_endpoint: String, Text, value::base_url, Is("https://huggingface.co"),
@@ -301,6 +303,8 @@ settings! {
         "The same as LOG_LEVEL=debug";
     LOG_FORMAT, log_format: LogFormat, Text, value::format, Is("auto"),
         "Form of the log: text, json, or auto (text on a terminal, else json)";
+    LOG_FILE, log_file: Option<PathBuf>, Text, value::path, Unset,
+        "File that the log goes to as well, packed at 10 MB; the five last packed ones are kept";
 }
 
 impl Settings {

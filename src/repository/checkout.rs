@@ -59,7 +59,7 @@ pub(super) fn fill(repo: &Repository, tree: &Tree<'_>, folder: &Path) -> Result<
     let writer = Writer {
         index: &index,
         root: Root::open(folder).during(WHAT)?,
-        repository: repo.commondir(),
+        objects: repo.odb().during(WHAT)?,
         large: Mutex::new(()),
     };
     let path = |slot| Path::new(OsStr::from_bytes(index.name(slot)));
@@ -82,6 +82,7 @@ pub(super) fn fill(repo: &Repository, tree: &Tree<'_>, folder: &Path) -> Result<
     for path in &converted {
         writer.root.give(path).during(WHAT)?;
     }
+    drop(writer);
     for (slot, stat) in stats {
         index.know(slot, stat);
     }
@@ -116,8 +117,8 @@ fn is_converted(repo: &Repository, path: &Path) -> bool {
 struct Writer<'a> {
     index: &'a Index,
     root: Root,
-    /// The git directory with the objects: each thread opens it for itself.
-    repository: &'a Path,
+    /// All threads read by the same one: opening it takes longer than some files.
+    objects: Odb<'a>,
     /// Held by whoever holds a large content.
     large: Mutex<()>,
 }
@@ -208,10 +209,8 @@ impl Writer<'_> {
     fn work(&self, slots: &[usize], jobs: &Jobs) -> Result<Vec<(usize, Stat)>> {
         let work = || {
             let mut stats = Vec::new();
-            let repo = Repository::open_bare(self.repository).during("open the repository")?;
-            let objects = repo.odb().during("open the repository")?;
             while let Some(job) = jobs.next() {
-                self.write_folder(&objects, &slots[job], &mut stats)?;
+                self.write_folder(&self.objects, &slots[job], &mut stats)?;
             }
             Ok(stats)
         };

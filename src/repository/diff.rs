@@ -2,6 +2,8 @@
 //! Both are bounded: a turn may have added a whole folder of pictures, or one line of two
 //! megabytes.
 
+use std::path::Path;
+
 use git2::{
     Delta, Diff, DiffFindOptions, DiffFormat, DiffLineType, DiffOptions, ErrorCode, Oid, Patch,
     Repository, Tree,
@@ -179,6 +181,39 @@ pub(super) fn changed_files(
     }
     let omitted = (count - files.len()) as u64;
     Ok((files, omitted))
+}
+
+/// What becomes of a file that was there, or is now.
+pub(super) fn status_of(was: bool, is: bool) -> FileStatus {
+    match (was, is) {
+        (false, _) => FileStatus::Added,
+        (true, true) => FileStatus::Modified,
+        (true, false) => FileStatus::Deleted,
+    }
+}
+
+/// One file of [`changed_files`], by its contents. `None` for one that is too large to be compared.
+pub(super) fn between(
+    path: &Path,
+    status: FileStatus,
+    before: &[u8],
+    after: &[u8],
+) -> Result<Option<FileChange>, git2::Error> {
+    if before.len().max(after.len()) as i64 > MAX_COMPARED {
+        return Ok(None);
+    }
+    let mut options = DiffOptions::new();
+    options.context_lines(0);
+    let patch = Patch::from_buffers(before, Some(path), after, Some(path), Some(&mut options))?;
+    let (_, additions, deletions) = patch.line_stats()?;
+    Ok(Some(FileChange {
+        path: path.to_string_lossy().into_owned(),
+        old_path: None,
+        status,
+        additions: additions as u64,
+        deletions: deletions as u64,
+        binary: patch.delta().flags().is_binary(),
+    }))
 }
 
 /// The diff of two trees as text.

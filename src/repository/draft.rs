@@ -79,10 +79,9 @@ impl Worktree {
         let repo = self.open()?;
         let head = self.tip(&repo)?;
         let head_tree = self.tree(&repo, head)?;
-        let tree = self
-            .stage(&repo, &head_tree, Keeper::none())?
-            .stage
-            .tree()?;
+        let mut staged = self.stage(&repo, &head_tree, Keeper::none())?;
+        let (tree, new) = staged.stage.tree()?;
+        new.write()?;
         Ok(Snapshot { head, tree })
     }
 

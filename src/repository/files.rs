@@ -5,10 +5,13 @@
 use std::{
     ffi::OsStr,
     fs::{self, File},
-    io::{self, Write as _},
+    io::{self, BufRead as _, Read as _, Write as _},
     os::{
         fd::{AsFd, OwnedFd},
-        unix::ffi::OsStringExt,
+        unix::{
+            ffi::OsStringExt,
+            fs::{OpenOptionsExt as _, PermissionsExt as _},
+        },
     },
     path::{Component, Path, PathBuf},
 };
@@ -20,7 +23,7 @@ use nix::{
     unistd::{Gid, Uid, UnlinkatFlags, fchownat, linkat, unlinkat},
 };
 
-use crate::owner::Owner;
+use crate::{owner::Owner, task};
 
 /// What stands at a path.
 #[derive(Debug)]
@@ -277,6 +280,20 @@ pub(super) fn kind_of(path: &Path) -> io::Result<Option<fs::FileType>> {
     }
 }
 
+/// The content of a regular file of at most 64 KiB; `None` for whatever else is there. Nothing is waited
+/// for, should it be a pipe.
+pub(super) fn read_small(path: &Path) -> Option<Vec<u8>> {
+    const LIMIT: u64 = 64 << 10;
+    let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC;
+    let file = File::from(nix::fcntl::open(path, flags, Mode::empty()).ok()?);
+    if !file.metadata().ok()?.is_file() {
+        return None;
+    }
+    let mut content = Vec::new();
+    file.take(LIMIT + 1).read_to_end(&mut content).ok()?;
+    (content.len() as u64 <= LIMIT).then_some(content)
+}
+
 /// Makes `path` a regular file with this content, in one step; touches nothing if it already is.
 /// A symlink at `path` is replaced, never followed.
 pub(super) fn put(path: &Path, content: &[u8]) -> io::Result<()> {
@@ -301,6 +318,51 @@ pub(super) fn put(path: &Path, content: &[u8]) -> io::Result<()> {
         fs::remove_file(&temporary).ok();
     }
     written
+}
+
+/// Copies the folders and regular files below `from`, of ours alone, into `to`, which is made.
+pub(super) fn copy_all(from: &Path, to: &Path) -> io::Result<()> {
+    /// Bytes at a time: each piece may be a round trip.
+    const PIECE: usize = 1 << 20;
+    let mut folders = vec![PathBuf::new()];
+    let mut files = Vec::new();
+    while !folders.is_empty() {
+        let made = task::side_by_side(&folders, |folder| fs::create_dir_all(to.join(folder)));
+        made.into_iter().collect::<io::Result<()>>()?;
+        let mut below = Vec::new();
+        for folder in &folders {
+            for entry in fs::read_dir(from.join(folder))? {
+                let entry = entry?;
+                let path = folder.join(entry.file_name());
+                match entry.file_type()? {
+                    kind if kind.is_dir() => below.push(path),
+                    kind if kind.is_file() => files.push(path),
+                    _ => return Err(io::ErrorKind::InvalidInput.into()),
+                }
+            }
+        }
+        folders = below;
+    }
+    let copied = task::side_by_side(&files, |path| {
+        let source = File::open(from.join(path))?;
+        let mode = source.metadata()?.permissions().mode();
+        let mut copy = File::options()
+            .write(true)
+            .create_new(true)
+            .mode(mode)
+            .open(to.join(path))?;
+        let mut source = io::BufReader::with_capacity(PIECE, source);
+        loop {
+            let piece = source.fill_buf()?;
+            if piece.is_empty() {
+                return Ok(());
+            }
+            copy.write_all(piece)?;
+            let length = piece.len();
+            source.consume(length);
+        }
+    });
+    copied.into_iter().collect()
 }
 
 /// Removes what is at `path`, whatever it is; nothing there is fine.

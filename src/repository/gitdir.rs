@@ -8,6 +8,8 @@
 //! and symlinks and alternates are refused.
 
 use std::{
+    collections::BTreeMap,
+    ffi::{OsStr, OsString},
     fs, io,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
@@ -17,6 +19,7 @@ use std::{
 use git2::{Config, Repository, RepositoryOpenFlags};
 
 use super::{Operation as _, RepositoryError, Result, files};
+use crate::task;
 
 /// The git directory of one user (`project/.git`).
 #[derive(Debug, Clone)]
@@ -38,36 +41,84 @@ impl GitDir {
 
     /// Opens it with `workdir` as the working directory.
     pub(super) fn open(&self, workdir: &Path) -> Result<Repository> {
-        self.check()?;
-        self.check_below()?;
+        self.check(&self.look(Vec::new()))?;
         self.open_at(&self.0, workdir)
     }
 
     /// Opens `admin`, one of its worktree entries, with `workdir` as the working directory.
     pub(super) fn open_worktree(&self, admin: &Path, workdir: &Path) -> Result<Repository> {
-        self.check()?;
-        self.check_entry(admin)?;
+        let folders = [admin.to_owned(), admin.join("logs")].map(Wanted::Folder);
+        let look = self.look(folders.into());
+        self.check(&look)?;
+        self.check_entry(&look, admin)?;
         self.open_at(admin, workdir)
     }
 
     /// Refuses a worktree entry that leads elsewhere.
-    pub(super) fn check_entry(&self, admin: &Path) -> Result<()> {
-        // (With a `.` at its end a path is looked at through a link.)
-        let name = admin.strip_prefix(&self.0).unwrap_or(admin);
-        refuse_links(&self.0, &[&name.to_string_lossy()])?;
-        refuse_links(
-            admin,
-            &[
-                "HEAD",
-                "index",
-                "commondir",
-                "gitdir",
-                "logs",
-                "logs/HEAD",
-                "refs",
-                "set-aside",
-            ],
-        )
+    pub(super) fn check_entry(&self, look: &Look, admin: &Path) -> Result<()> {
+        look.refuse_link(admin)?;
+        for name in [
+            "HEAD",
+            "index",
+            "commondir",
+            "gitdir",
+            "logs",
+            "logs/HEAD",
+            "refs",
+            "set-aside",
+        ] {
+            look.refuse_link(&admin.join(name))?;
+        }
+        Ok(())
+    }
+
+    /// Opens `admin` without a look: what leads there was just seen to be right.
+    pub(super) fn open_seen(&self, admin: &Path, workdir: &Path) -> Result<Repository> {
+        self.open_at(admin, workdir)
+    }
+
+    /// Looks at all that steers libgit2 here, and at what else is wanted.
+    pub(super) fn look(&self, mut wanted: Vec<Wanted>) -> Look {
+        const FOLDERS: [&str; 14] = [
+            "",
+            "info",
+            "objects",
+            "objects/info",
+            "objects/pack",
+            "refs",
+            "refs/heads",
+            "refs/remotes",
+            "refs/greenroom",
+            "refs/greenroom/heads",
+            "logs",
+            "logs/refs",
+            "logs/refs/heads",
+            "worktrees",
+        ];
+        wanted.extend(FOLDERS.map(|name| Wanted::Folder(self.0.join(name))));
+        wanted.extend(["config", "info/exclude"].map(|name| Wanted::File(self.0.join(name))));
+        wanted.push(Wanted::Kind(self.0.clone()));
+        wanted.sort_unstable();
+        wanted.dedup();
+        let mut look = Look::default();
+        look.take(&wanted);
+        // All references, however deep: those of folders that nobody asked for level by level.
+        loop {
+            let refs = self.0.join("refs");
+            let found = look.folders.iter();
+            let below = found.filter(|(folder, _)| folder.starts_with(&refs));
+            let deeper = below.flat_map(|(folder, listing)| {
+                let listing = listing.as_ref().ok().into_iter().flatten();
+                let folders = listing.filter(|(_, kind)| kind.is_dir());
+                folders.map(|(name, _)| folder.join(name))
+            });
+            let deeper = deeper.filter(|folder| !look.folders.contains_key(folder));
+            let deeper: Vec<_> = deeper.map(Wanted::Folder).collect();
+            if deeper.is_empty() {
+                return look;
+            }
+            look.take(&deeper);
+        }
     }
 
     fn open_at(&self, path: &Path, workdir: &Path) -> Result<Repository> {
@@ -86,37 +137,47 @@ impl GitDir {
     }
 
     /// Checks what libgit2 would obey, and writes the configuration anew if it is not ours.
-    fn check(&self) -> Result<()> {
+    pub(super) fn check(&self, look: &Look) -> Result<()> {
+        const WHAT: &str = "look at the repository";
         let dir = &self.0;
-        match files::kind_of(dir).during("look at the repository")? {
+        match look.kind_of(dir).during(WHAT)? {
             None => return Err(RepositoryError::Missing),
             Some(kind) if !kind.is_dir() => return Err(tampered(".git is no folder")),
             Some(_) => {}
         }
-        refuse_links(
-            dir,
-            &[
-                "HEAD",
-                "config",
-                "index",
-                "packed-refs",
-                "info",
-                "info/exclude",
-                "objects",
-                "objects/info",
-                "objects/pack",
-                "refs",
-                "refs/heads",
-                "refs/remotes",
-                "refs/greenroom",
-                "refs/greenroom/heads",
-                "refs/greenroom/rescued",
-                "logs",
-                "logs/refs",
-                "logs/refs/heads",
-                "worktrees",
-            ],
-        )?;
+        for name in [
+            "HEAD",
+            "config",
+            "index",
+            "packed-refs",
+            "info",
+            "info/exclude",
+            "objects",
+            "refs",
+            "logs",
+            "logs/refs",
+            "logs/refs/heads",
+            "worktrees",
+        ] {
+            look.refuse_link(&dir.join(name))?;
+        }
+        // Links, pipes and the like among the objects and references, wherever they are: an object
+        // would be read from, or written to, another place, and a pipe is waited for.
+        let refs = dir.join("refs");
+        for (folder, listing) in &look.folders {
+            let objects = ["objects", "objects/info", "objects/pack"];
+            let is_of_objects = || objects.iter().any(|name| *folder == dir.join(name));
+            if !folder.starts_with(&refs) && !is_of_objects() {
+                continue;
+            }
+            for (name, kind) in listing.as_ref().map_err(again).during(WHAT)? {
+                if !kind.is_file() && !kind.is_dir() {
+                    let path = folder.join(name);
+                    let path = path.strip_prefix(dir).unwrap_or(&path);
+                    return Err(strange(&path.to_string_lossy(), *kind));
+                }
+            }
+        }
         for (file, what) in [
             (
                 "objects/info/alternates",
@@ -124,23 +185,26 @@ impl GitDir {
             ),
             ("commondir", "it points to another git directory"),
         ] {
-            if self.has(file)? {
+            if look.kind_of(&dir.join(file)).during(WHAT)?.is_some() {
                 return Err(tampered(what));
             }
         }
         for file in BENDING {
-            if self.has(file)? {
+            if look.kind_of(&dir.join(file)).during(WHAT)?.is_some() {
                 let aside = dir.join(format!("{file}.{}", uuid::Uuid::now_v7().simple()));
                 tracing::warn!(file, "what steers git was found in a repository; set aside");
                 fs::rename(dir.join(file), aside).during("set aside what steers git")?;
             }
         }
         let config = dir.join("config");
-        let present = fs::read_to_string(&config).unwrap_or_default();
-        let expected = render_config(origin_in(&present).as_deref());
+        let present = look.text_of(&config).unwrap_or_default();
+        let expected = render_config(origin_in(present).as_deref());
         if present != expected {
             tracing::warn!("the configuration of a repository was changed; put right");
             files::put(&config, expected.as_bytes()).during("write the configuration")?;
+        }
+        if look.text_of(&dir.join("info/exclude")) == Some(EXCLUDE) {
+            return Ok(());
         }
         let exclude = || {
             fs::create_dir_all(dir.join("info"))?;
@@ -149,34 +213,15 @@ impl GitDir {
         exclude().during("write the exclusions")
     }
 
-    fn has(&self, file: &str) -> Result<bool> {
-        let found = files::kind_of(&self.0.join(file)).during("look at the repository")?;
-        Ok(found.is_some())
-    }
-
-    /// Refuses links, pipes and the like among the objects and references, wherever they are: an
-    /// object would be read from, or written to, another place, and a pipe is waited for.
-    fn check_below(&self) -> Result<()> {
-        let mut folders: Vec<_> = ["objects", "objects/info", "objects/pack"]
-            .map(|name| (PathBuf::from(name), false))
-            .into();
-        folders.push(("refs".into(), true));
-        while let Some((folder, is_deep)) = folders.pop() {
-            let entries = match fs::read_dir(self.0.join(&folder)) {
-                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-                entries => entries.during("look at the repository")?,
-            };
-            for entry in entries {
-                let entry = entry.during("look at the repository")?;
-                let path = folder.join(entry.file_name());
-                match entry.file_type().during("look at the repository")? {
-                    kind if kind.is_dir() && is_deep => folders.push((path, true)),
-                    kind if kind.is_dir() || kind.is_file() => {}
-                    kind => return Err(strange(&path.to_string_lossy(), kind)),
-                }
-            }
-        }
-        Ok(())
+    /// Would [`check`](Self::check) leave everything as it is?
+    pub(super) fn is_right(&self, look: &Look) -> bool {
+        let has = |file: &str| !matches!(look.kind_of(&self.0.join(file)), Ok(None));
+        let config = look.text_of(&self.0.join("config"));
+        let is_ours = |text: &str| text == render_config(origin_in(text).as_deref());
+        !BENDING.iter().any(|file| has(file))
+            && config.is_some_and(is_ours)
+            && look.text_of(&self.0.join("info/exclude")) == Some(EXCLUDE)
+            && self.check(look).is_ok()
     }
 
     /// Refuses a branch whose files in the git directory lead out through a symlink: libgit2
@@ -194,8 +239,148 @@ impl GitDir {
             names.extend(ends.map(|at| format!("{base}{}", &reference[..at])));
             names.push(format!("{base}{reference}"));
         }
-        let names: Vec<_> = names.iter().map(String::as_str).collect();
-        refuse_links(&self.0, &names)
+        let kinds = task::side_by_side(&names, |name| files::kind_of(&self.0.join(name)));
+        for (name, kind) in names.iter().zip(kinds) {
+            match kind.during("look at the repository")? {
+                Some(kind) if !kind.is_file() && !kind.is_dir() => return Err(strange(name, kind)),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What is looked at, by its full path.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Wanted {
+    /// What is in it.
+    Folder(PathBuf),
+    /// The content of a small regular file.
+    File(PathBuf),
+    /// What stands there.
+    Kind(PathBuf),
+}
+
+type Listing = BTreeMap<OsString, fs::FileType>;
+
+/// What stands in a git directory, all of it looked at in one go: on a network disk each name by itself
+/// would be a wait.
+#[derive(Default)]
+pub(super) struct Look {
+    /// Empty where there is no such folder.
+    folders: BTreeMap<PathBuf, io::Result<Listing>>,
+    files: BTreeMap<PathBuf, Option<Vec<u8>>>,
+    kinds: BTreeMap<PathBuf, io::Result<Option<fs::FileType>>>,
+}
+
+impl Look {
+    /// The folders below this one, and itself, as far as they were looked at.
+    pub(super) fn folders_below(&self, folder: &Path) -> Vec<PathBuf> {
+        let below = self.folders.keys().filter(|path| path.starts_with(folder));
+        below.cloned().collect()
+    }
+
+    fn take(&mut self, wanted: &[Wanted]) {
+        enum Found {
+            Folder(io::Result<Listing>),
+            File(Option<Vec<u8>>),
+            Kind(io::Result<Option<fs::FileType>>),
+        }
+        let found = task::side_by_side(wanted, |wanted| match wanted {
+            Wanted::Folder(path) => Found::Folder(list(path)),
+            Wanted::File(path) => Found::File(files::read_small(path)),
+            Wanted::Kind(path) => Found::Kind(files::kind_of(path)),
+        });
+        for (wanted, found) in wanted.iter().zip(found) {
+            match (wanted, found) {
+                (Wanted::Folder(path), Found::Folder(listing)) => {
+                    self.folders.insert(path.clone(), listing);
+                }
+                (Wanted::File(path), Found::File(content)) => {
+                    self.files.insert(path.clone(), content);
+                }
+                (Wanted::Kind(path), Found::Kind(kind)) => {
+                    self.kinds.insert(path.clone(), kind);
+                }
+                _ => unreachable!("each is answered by its like"),
+            }
+        }
+    }
+
+    /// What stands at `path`, whose folder was looked at.
+    pub(super) fn kind_of(&self, path: &Path) -> io::Result<Option<fs::FileType>> {
+        if let Some(kind) = self.kinds.get(path) {
+            return kind.as_ref().map(|kind| *kind).map_err(again);
+        }
+        let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
+            return Ok(None);
+        };
+        match self.folders.get(folder) {
+            Some(listing) => {
+                let listing = listing.as_ref().map_err(again)?;
+                Ok(listing.get(name).copied())
+            }
+            None => files::kind_of(path),
+        }
+    }
+
+    /// The names in a folder that was looked at.
+    pub(super) fn names_in(&self, folder: &Path) -> impl Iterator<Item = &OsStr> {
+        let listing = self
+            .folders
+            .get(folder)
+            .and_then(|found| found.as_ref().ok());
+        listing
+            .into_iter()
+            .flatten()
+            .map(|(name, _)| name.as_os_str())
+    }
+
+    /// The content of a small regular file that was looked at.
+    pub(super) fn content_of(&self, path: &Path) -> Option<&[u8]> {
+        self.files.get(path)?.as_deref()
+    }
+
+    /// The text of the same.
+    pub(super) fn text_of(&self, path: &Path) -> Option<&str> {
+        str::from_utf8(self.content_of(path)?).ok()
+    }
+
+    fn refuse_link(&self, path: &Path) -> Result<()> {
+        match self.kind_of(path).during("look at the repository")? {
+            Some(kind) if !kind.is_file() && !kind.is_dir() => {
+                let name = path.file_name().unwrap_or_default();
+                Err(strange(&name.to_string_lossy(), kind))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+fn list(folder: &Path) -> io::Result<Listing> {
+    let entries = match fs::read_dir(folder) {
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+            ) =>
+        {
+            return Ok(Listing::new());
+        }
+        entries => entries?,
+    };
+    let named = entries.map(|entry| {
+        let entry = entry?;
+        Ok((entry.file_name(), entry.file_type()?))
+    });
+    named.collect()
+}
+
+/// The same error once more.
+fn again(error: &io::Error) -> io::Error {
+    match error.raw_os_error() {
+        Some(code) => io::Error::from_raw_os_error(code),
+        None => error.kind().into(),
     }
 }
 
@@ -210,16 +395,6 @@ fn strange(name: &str, kind: fs::FileType) -> RepositoryError {
         false => "is no file",
     };
     tampered(format!("{} {is}", super::message::one_line(name, 200)))
-}
-
-fn refuse_links(dir: &Path, names: &[&str]) -> Result<()> {
-    for name in names {
-        match files::kind_of(&dir.join(name)).during("look at the repository")? {
-            Some(kind) if !kind.is_file() && !kind.is_dir() => return Err(strange(name, kind)),
-            _ => {}
-        }
-    }
-    Ok(())
 }
 
 /// Files by which git (and libgit2) sees another history, other contents or fewer files than there

@@ -20,8 +20,11 @@ use git2::{ErrorCode, Oid, ReferenceType, Repository};
 
 use super::{
     Operation as _, RepositoryError, Result,
+    commit::Opened,
     files::{self, Found, Root},
-    gitdir, vet,
+    gitdir::{self, Look, Wanted},
+    index::{Damaged, Index, Moment},
+    refs, vet,
     worktree::Worktree,
 };
 use crate::lease::Fence;
@@ -178,6 +181,13 @@ const NAMING: [&str; 10] = [
 /// Largest of those files that is read, in bytes.
 const MAX_PAPER: u64 = 64 << 10;
 
+/// What was seen in one go.
+struct Sight {
+    look: Look,
+    now: Option<Moment>,
+    index: Option<Result<Index, Damaged>>,
+}
+
 impl Worktree {
     /// Brings the thread's branch and the worktree's entry, link and HEAD into a state from
     /// which a commit can be made, and opens it.
@@ -186,14 +196,14 @@ impl Worktree {
     /// [`RepositoryError::Locked`] if a live git command is at work there,
     /// [`RepositoryError::Tampered`] for what cannot be put right, [`RepositoryError::NoSuchBranch`]
     /// if nobody knows the branch.
-    pub(super) fn put_right(
-        &self,
-        strangers: Strangers,
-        fence: &Fence,
-    ) -> Result<(Repository, Vec<Repair>)> {
+    pub(super) fn put_right(&self, strangers: Strangers, fence: &Fence) -> Result<Opened> {
+        let look = match self.open_as_left(self.look_at_all())? {
+            Ok(opened) => return Ok(opened),
+            Err(look) => look,
+        };
         let mut repairs = Vec::new();
         let shared = self.git.open(self.git.project())?;
-        self.git.check_entry(&self.admin)?;
+        self.git.check_entry(&look, &self.admin)?;
         if self.clear_locks()? {
             repairs.push(Repair::Lock);
         }
@@ -222,7 +232,120 @@ impl Worktree {
         for repair in &repairs {
             tracing::warn!(branch = self.branch, what = ?repair, "put a worktree right");
         }
-        Ok((repo, repairs))
+        Ok(Opened {
+            repo,
+            head: tip,
+            now: None,
+            index: None,
+            is_as_left: false,
+            repairs,
+        })
+    }
+
+    /// Opens the worktree if there is nothing to be put right. Writes nothing.
+    pub(super) fn open_if_right(&self) -> Result<Option<Opened>> {
+        Ok(self.open_as_left(self.look_at_all())?.ok())
+    }
+
+    /// Looks, asks the clock and reads the index, all at once: either takes as long.
+    fn look_at_all(&self) -> Sight {
+        let (look, now, index) = std::thread::scope(|scope| {
+            let now = scope.spawn(|| self.now().ok());
+            let index = scope.spawn(|| Index::read(&self.index_file()));
+            let look = self.survey();
+            (look, now.join().ok().flatten(), index.join().ok())
+        });
+        self.kept
+            .note_folders(look.folders_below(&self.git.path().join("refs")));
+        Sight { look, now, index }
+    }
+
+    /// All that [`put_right`](Self::put_right) looks at, and nothing that it would write.
+    fn survey(&self) -> Look {
+        let git = self.git.path();
+        let (branch, known) = self.references();
+        let seen = self.kept.folders();
+        let mut wanted: Vec<_> = seen.into_iter().map(Wanted::Folder).collect();
+        // libgit2 and we write to these, so that no folder on the way may lead elsewhere.
+        for reference in [&branch, &known] {
+            let folders = Path::new(reference).ancestors().skip(1);
+            let folders: Vec<_> = folders
+                .filter(|folder| folder.starts_with("refs"))
+                .collect();
+            for folder in folders {
+                wanted.push(Wanted::Folder(git.join(folder)));
+                if *reference == branch {
+                    wanted.push(Wanted::Folder(git.join("logs").join(folder)));
+                }
+            }
+            wanted.push(Wanted::File(git.join(reference)));
+        }
+        wanted.extend([self.admin.clone(), self.admin.join("logs")].map(Wanted::Folder));
+        let linked = self.links();
+        wanted.extend(linked.into_iter().map(|(file, _)| Wanted::File(file)));
+        wanted.push(Wanted::Kind(self.path.clone()));
+        self.git.look(wanted)
+    }
+
+    /// Opens the worktree if all stands as we left it, so that there is nothing to be put right:
+    /// that is so in front of nearly every turn and after it, and can be seen without a write.
+    fn open_as_left(&self, sight: Sight) -> Result<Result<Opened, Look>> {
+        let kept = self.kept.take();
+        let Some(head) = self.is_as_left(&sight.look) else {
+            return Ok(Err(sight.look));
+        };
+        let repo = match kept {
+            Some(repo) => repo,
+            None => self.git.open_seen(&self.admin, &self.path)?,
+        };
+        if repo.find_commit(head).is_err() {
+            return Ok(Err(sight.look));
+        }
+        Ok(Ok(Opened {
+            repo,
+            head,
+            now: sight.now,
+            index: sight.index,
+            is_as_left: true,
+            repairs: Vec::new(),
+        }))
+    }
+
+    /// The branch's commit, if everything stands as we left it.
+    fn is_as_left(&self, look: &Look) -> Option<Oid> {
+        let git = self.git.path();
+        let (branch, known) = self.references();
+        let is_there = |path: &Path| !matches!(look.kind_of(path), Ok(None));
+        let tip = refs::parse(look.content_of(&git.join(&branch))?)?;
+        let is_noted = refs::parse(look.content_of(&git.join(&known))?)? == tip;
+        let is_locked = self.locks().iter().any(|lock| is_there(lock));
+        let is_plain = |path: PathBuf| {
+            let kind = look.kind_of(&path);
+            matches!(kind, Ok(None))
+                || matches!(kind, Ok(Some(kind)) if kind.is_dir() || kind.is_file())
+        };
+        let logs = git.join("logs");
+        let mut ways = Path::new(&branch).ancestors();
+        let is_log_plain = ways
+            .by_ref()
+            .take_while(|way| way.starts_with("refs"))
+            .all(|way| is_plain(logs.join(way)))
+            // There is no log of a note of ours.
+            && !is_there(&logs.join("refs/greenroom"));
+        let mut names = look.names_in(&self.admin);
+        let is_under_way = names.any(|name| OPERATIONS.iter().any(|(paper, _)| name == *paper));
+        let is_linked = (self.links().iter())
+            .all(|(file, content)| look.content_of(file) == Some(content.as_slice()));
+        let is_folder = matches!(look.kind_of(&self.path), Ok(Some(kind)) if kind.is_dir());
+        let is_as_left = is_noted
+            && !is_locked
+            && is_log_plain
+            && !is_under_way
+            && is_linked
+            && is_folder
+            && self.git.check_entry(look, &self.admin).is_ok()
+            && self.git.is_right(look);
+        is_as_left.then_some(tip)
     }
 
     /// Puts the branch where greenroom left it, or takes over where others put it.
@@ -288,6 +411,11 @@ impl Worktree {
         Ok((known, Some(repair)))
     }
 
+    /// The branch, and our note of it, by their full names.
+    pub(super) fn references(&self) -> (String, String) {
+        (format!("refs/heads/{}", self.branch), self.known())
+    }
+
     /// The ref that says where greenroom left the branch.
     fn known(&self) -> String {
         format!("refs/greenroom/heads/{}", self.branch)
@@ -336,17 +464,20 @@ impl Worktree {
         Ok(())
     }
 
-    fn clear_locks(&self) -> Result<bool> {
+    fn locks(&self) -> [PathBuf; 5] {
         let shared = |name: String| self.git.path().join(name);
-        let locks = [
+        [
             self.admin.join("index.lock"),
             self.admin.join("HEAD.lock"),
             shared(format!("refs/heads/{}.lock", self.branch)),
             shared(format!("{}.lock", self.known())),
             shared("packed-refs.lock".into()),
-        ];
+        ]
+    }
+
+    fn clear_locks(&self) -> Result<bool> {
         let mut any = false;
-        for lock in locks {
+        for lock in self.locks() {
             any |= gitdir::clear_lock(&lock, &self.path)?;
         }
         Ok(any)

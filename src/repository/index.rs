@@ -16,7 +16,7 @@ use std::{
     fs::{self, File},
     io::{self, Write as _},
     os::unix::fs::MetadataExt as _,
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use git2::{ObjectType, Oid, Repository, Tree};
@@ -135,6 +135,32 @@ pub(super) struct Index {
 }
 
 /// Why an index cannot be read; it is made anew then.
+/// An index that was written and is not yet the one. Dropped, nothing has changed.
+pub(super) struct NextIndex {
+    lock: Option<PathBuf>,
+    file: PathBuf,
+}
+
+impl NextIndex {
+    /// Puts it in place.
+    pub(super) fn finish(mut self) -> io::Result<()> {
+        let Some(lock) = &self.lock else {
+            return Ok(());
+        };
+        fs::rename(lock, &self.file)?;
+        self.lock = None;
+        Ok(())
+    }
+}
+
+impl Drop for NextIndex {
+    fn drop(&mut self) {
+        if let Some(lock) = &self.lock {
+            fs::remove_file(lock).ok();
+        }
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Damaged(&'static str);
 
@@ -152,7 +178,16 @@ impl Index {
         repo: &Repository,
         tree: &Tree<'_>,
     ) -> Result<(Self, Option<Damaged>), git2::Error> {
-        let (known, damage) = match Self::read(file) {
+        Self::of_known(Self::read(file), repo, tree)
+    }
+
+    /// As [`load`](Self::load), of what [`read`](Self::read) has found.
+    pub(super) fn of_known(
+        known: Result<Self, Damaged>,
+        repo: &Repository,
+        tree: &Tree<'_>,
+    ) -> Result<(Self, Option<Damaged>), git2::Error> {
+        let (known, damage) = match known {
             Ok(known) => (known, None),
             Err(damage) => (Self::default(), Some(damage)),
         };
@@ -292,7 +327,7 @@ impl Index {
         low
     }
 
-    fn read(file: &Path) -> Result<Self, Damaged> {
+    pub(super) fn read(file: &Path) -> Result<Self, Damaged> {
         let opened = match File::open(file) {
             Ok(opened) => opened,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
@@ -453,18 +488,28 @@ impl Index {
         tree: Oid,
         changes: &BTreeMap<Vec<u8>, Option<Entry>>,
     ) -> io::Result<()> {
+        self.prepare(file, tree, changes)?.finish()
+    }
+
+    /// The same up to the last step, which takes a reader from the old one to the new one.
+    pub(super) fn prepare(
+        &self,
+        file: &Path,
+        tree: Oid,
+        changes: &BTreeMap<Vec<u8>, Option<Entry>>,
+    ) -> io::Result<NextIndex> {
         let bytes = self.serialize(tree, changes);
         let mut lock = file.as_os_str().to_owned();
         lock.push(".lock");
-        let lock = Path::new(&lock);
-        let mut opened = File::options().write(true).create_new(true).open(lock)?;
-        let written = opened
-            .write_all(&bytes)
-            .and_then(|()| fs::rename(lock, file));
-        if written.is_err() {
-            fs::remove_file(lock).ok();
-        }
-        written
+        let lock = PathBuf::from(lock);
+        let mut opened = File::options().write(true).create_new(true).open(&lock)?;
+        let next = NextIndex {
+            lock: Some(lock),
+            file: file.to_owned(),
+        };
+        // Closed before it is renamed: on a network disk it is there for others by then.
+        opened.write_all(&bytes)?;
+        Ok(next)
     }
 
     fn serialize(&self, tree: Oid, changes: &BTreeMap<Vec<u8>, Option<Entry>>) -> Vec<u8> {

@@ -30,6 +30,7 @@ use super::{
     draft::find_commit,
     files::{self, Found, Root},
     index::{Entry, Index, LINK_MODE, Moment, SUBMODULE_MODE, Stat},
+    objects::NewObjects,
     stage::{canonical_mode, raw_entry, write_blob},
     tree,
     worktree::{Worktree, summarise},
@@ -465,8 +466,10 @@ impl<'a> Landing<'a> {
         self.incoming.remove(path).during("write a merged file")?;
         let mode = i32::try_from(mode).expect("git's modes have 16 bits");
         let edit = [(path.as_os_str().as_bytes().to_vec(), Some((id, mode)))];
+        let mut new = NewObjects::of(self.repo);
+        let tree = tree::edit(self.repo, &mut new, None, &edit.into())?;
+        new.write()?;
         let write = || -> Result<_, git2::Error> {
-            let tree = tree::edit(self.repo, None, &edit.into())?;
             let tree = self.repo.find_tree(tree)?;
             self.fill(&tree, &[&path.to_owned()])
         };

@@ -16,6 +16,7 @@
 //! in neither.
 
 mod checkout;
+mod commit;
 mod diff;
 mod draft;
 mod files;
@@ -28,7 +29,9 @@ mod landing;
 mod loss;
 mod merge;
 mod message;
+mod objects;
 mod publish;
+mod refs;
 mod remote;
 mod scan;
 mod site;
@@ -59,7 +62,7 @@ pub use publish::{Destination, Mover, Origin, PublishRequest, Published, PushedB
 pub use remote::{RemoteError, RemoteErrorKind, RemoteUse, Remotes};
 pub use site::SiteFiles;
 pub use source::{Source, SourceError, TemplateFile, parse_source};
-pub use user::{ThreadState, UserRepository};
+pub use user::{ThreadState, UserRepository, Workshop};
 pub use watch::Watch;
 pub use worktree::{CommitRequest, CommitText, Committed, LogEntry, Scope, Worktree};
 
@@ -192,6 +195,9 @@ fn set_up() -> std::result::Result<(), git2::Error> {
         opts::set_cache_max_size(32 << 20)?;
         opts::set_mwindow_size(16 << 20)?;
         opts::set_mwindow_mapped_limit(256 << 20)?;
+        // Each object that a new one names would be looked for on the disk. We name what we have just
+        // read, or written, or are about to write (see `objects`).
+        opts::strict_object_creation(false);
     }
     remote::register_transports()
 }

@@ -294,6 +294,14 @@ impl UserRepository {
     /// Ends what a publication or sync that was cut off had begun in `project/`. The caller holds the
     /// lease on the repository.
     pub fn finish_publication(&self, key: &UserKey, fence: &Fence) -> Result<()> {
+        // Nearly always there is nothing, and to find that out should take one look.
+        let place = self.git.path().join("landing");
+        if super::files::kind_of(&place)
+            .during("look for a publication")?
+            .is_none()
+        {
+            return Ok(());
+        }
         let repo = self.git.open(&self.project)?;
         match self.checked_out(&repo, key)? {
             Some(project) => project.finish_following(fence),

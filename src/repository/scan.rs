@@ -34,6 +34,7 @@ use super::{
     vet,
     watch::Changed,
 };
+use crate::task;
 
 /// Most paths that a scan takes up. A turn that leaves more untracked files than this is
 /// installing something, not editing a site.
@@ -41,6 +42,9 @@ const MAX_PATHS: usize = 500_000;
 /// Most threads that look at files at once, and for how many files each.
 const MAX_THREADS: usize = 8;
 const FILES_PER_THREAD: usize = 250;
+/// The same where the disk is slow: it is waited for, once for each folder.
+const SLOW_MAX_THREADS: usize = 24;
+const SLOW_FILES_PER_THREAD: usize = 10;
 
 /// What a scan found.
 #[derive(Debug, Default)]
@@ -95,7 +99,10 @@ pub(super) fn scan(
         changed: Condvar::new(),
     };
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = (index.len() / FILES_PER_THREAD).clamp(1, cores.min(MAX_THREADS));
+    let threads = match task::is_disk_slow() {
+        true => (index.len() / SLOW_FILES_PER_THREAD).clamp(1, SLOW_MAX_THREADS),
+        false => (index.len() / FILES_PER_THREAD).clamp(1, cores.min(MAX_THREADS)),
+    };
     let mut scan = std::thread::scope(|scope| {
         let others: Vec<_> = (1..threads).map(|_| scope.spawn(|| crew.work())).collect();
         let mut scan = crew.work();

@@ -16,6 +16,7 @@ use super::{
     draft::{Draft, Snapshot},
     gate,
     index::LINK_MODE,
+    objects::NewObjects,
     stage::{canonical_mode, in_tree},
     tree, vet,
     worktree::Worktree,
@@ -112,6 +113,7 @@ impl Worktree {
         let repo = self.open()?;
         let before = repo.find_tree(base.tree_id()).during("read the tree")?;
         let mut edits = tree::Edits::new();
+        let mut new = NewObjects::of(&repo);
         for (path, content) in files {
             let unfit = |reason: String| RepositoryError::Unfit {
                 path: path.clone(),
@@ -125,7 +127,7 @@ impl Worktree {
                 None => None,
                 Some(content) => {
                     check(&repo, &before, path, content, present).map_err(unfit)?;
-                    let id = repo.blob(content).during("store a file")?;
+                    let id = new.add(ObjectType::Blob, content.clone())?;
                     let mode = present.map_or(0o100_644, |(_, mode)| canonical_mode(mode));
                     let mode = i32::try_from(mode).expect("git's modes have 16 bits");
                     Some((id, mode))
@@ -133,7 +135,8 @@ impl Worktree {
             };
             edits.insert(path.as_bytes().to_vec(), edit);
         }
-        let after = tree::edit(&repo, Some(&before), &edits).during("write the tree")?;
+        let after = tree::edit(&repo, &mut new, Some(&before), &edits)?;
+        new.write()?;
         self.draft(&repo, base, after, Vec::new())
     }
 }

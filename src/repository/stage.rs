@@ -3,7 +3,8 @@
 
 use std::{
     cell::OnceCell,
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
+    ffi::OsStr,
     fs::File,
     io::{self, Read as _, Seek as _},
     os::unix::ffi::OsStrExt as _,
@@ -14,13 +15,17 @@ use git2::{ErrorCode, IndexEntry, IndexTime, ObjectType, Oid, Repository, Tree};
 use nix::sys::stat::FileStat;
 
 use super::{
-    Operation as _, Result,
+    Operation as _, Result, diff,
     files::{Found, Root},
     gate::{self, Keeper},
-    index::{Entry, LINK_MODE, Moment, Stat},
+    index::{self, Entry, LINK_MODE, Moment, Stat},
+    objects::NewObjects,
     tree, vet,
 };
-use crate::domain::HeldBack;
+use crate::{
+    domain::{FileChange, FileStatus, HeldBack},
+    task,
+};
 
 /// A file that holds secrets is compared with so many deleted ones, to find out if it was renamed.
 const MAX_GONE: usize = 100;
@@ -38,6 +43,9 @@ pub(super) struct Stage<'a> {
     /// The file system's time before anything was read.
     now: Moment,
     keeper: Keeper<'a>,
+    new: NewObjects,
+    /// Of folders: may lines of a file there change on the way to git?
+    converting: HashMap<PathBuf, bool>,
     /// Every path that was taken up.
     paths: Vec<PathBuf>,
     gone: OnceCell<Vec<Oid>>,
@@ -66,6 +74,8 @@ impl<'a> Stage<'a> {
             names: empty().during("begin a commit")?,
             now,
             keeper,
+            new: NewObjects::of(repo),
+            converting: HashMap::new(),
             paths: Vec::new(),
             gone: OnceCell::new(),
             edits: BTreeMap::new(),
@@ -86,9 +96,58 @@ impl<'a> Stage<'a> {
         Ok(())
     }
 
-    /// Writes the tree as it is by now.
-    pub(super) fn tree(&self) -> Result<Oid> {
-        tree::edit(self.repo, Some(self.head), &self.edits).during("write the tree")
+    /// The tree as it is by now, with the objects that are new in it: they have to be written before
+    /// anything refers to it.
+    pub(super) fn tree(&mut self) -> Result<(Oid, NewObjects)> {
+        let mut new = std::mem::replace(&mut self.new, NewObjects::of(self.repo));
+        if self.edits.is_empty() {
+            return Ok((self.head.id(), new));
+        }
+        let tree = tree::edit(self.repo, &mut new, Some(self.head), &self.edits)?;
+        Ok((tree, new))
+    }
+
+    /// What differs from the commit, from what is in memory still. `None` where git would look at more
+    /// than the contents: attributes that say what text is, files that may have been renamed.
+    pub(super) fn summary(&self, new: &NewObjects) -> Result<Option<Vec<FileChange>>> {
+        const MOST: usize = 20;
+        if self.edits.len() > MOST || self.converting.values().any(|is_there| *is_there) {
+            return Ok(None);
+        }
+        let mut files = Vec::new();
+        let (mut added, mut deleted) = (false, false);
+        for (name, edit) in &self.edits {
+            let path = Path::new(OsStr::from_bytes(name));
+            let old = in_tree(self.head, path)?;
+            let present = edit.map(|(id, mode)| (id, index::mode_of(mode)));
+            let is_link =
+                |blob: &Option<(Oid, u32)>| matches!(blob, Some((_, mode)) if *mode == LINK_MODE);
+            if is_link(&old) || is_link(&present) {
+                return Ok(None);
+            }
+            let earlier = match old {
+                Some((id, _)) => Some(self.repo.find_blob(id).during("read a committed file")?),
+                None => None,
+            };
+            let before = earlier.as_ref().map_or(&[][..], git2::Blob::content);
+            let after = match present {
+                None => Some(&[][..]),
+                Some((id, _)) if old.is_some_and(|(old, _)| old == id) => Some(before),
+                Some((id, _)) => new.content(id),
+            };
+            let (status, Some(after)) = (diff::status_of(old.is_some(), edit.is_some()), after)
+            else {
+                return Ok(None);
+            };
+            added |= status == FileStatus::Added;
+            deleted |= status == FileStatus::Deleted;
+            let change = diff::between(path, status, before, after).during("compare a file")?;
+            let Some(change) = change else {
+                return Ok(None);
+            };
+            files.push(change);
+        }
+        Ok((!added || !deleted).then_some(files))
     }
 
     /// What the index has to be told.
@@ -134,7 +193,7 @@ impl<'a> Stage<'a> {
                     Ok(())
                 }
                 None => {
-                    let id = self.repo.blob(&target).during("store a symlink")?;
+                    let id = self.new.add(ObjectType::Blob, target)?;
                     if self.is_allowed(path, id, LINK_MODE) {
                         self.stage(path, committed, id, &stat);
                     } else {
@@ -171,12 +230,11 @@ impl<'a> Stage<'a> {
             self.hold_back(path, committed, &mut file, reason);
             return Ok(());
         }
-        let earlier = committed.and_then(|(id, _)| self.repo.find_blob(id).ok());
+        // Read only where it has a say: on a slow disk that takes a while.
+        let earlier = || committed.and_then(|(id, _)| self.repo.find_blob(id).ok());
         let limit = gate::MAX_FILE_BYTES;
         if u64::try_from(stat.st_size).unwrap_or(0) > limit
-            && earlier
-                .as_ref()
-                .is_none_or(|blob| blob.size() as u64 <= limit)
+            && earlier().is_none_or(|blob| blob.size() as u64 <= limit)
         {
             self.hold_back(path, committed, &mut file, gate::TOO_LARGE);
             return Ok(());
@@ -189,8 +247,20 @@ impl<'a> Stage<'a> {
             self.leave_out(path, committed, "it could not be read");
             return Ok(());
         }
-        if let Some(reason) = self.judge(path, &content, earlier.as_ref())? {
+        if gate::judge_content(path, &content, None).is_some()
+            && let Some(reason) = self.judge(path, &content, earlier().as_ref())?
+        {
             self.hold_back(path, committed, &mut file, &reason);
+            return Ok(());
+        }
+        let is_whole = (content.len() as u64) < limit;
+        if is_whole && !self.is_converting(path)? {
+            let id = self.new.add(ObjectType::Blob, content)?;
+            if self.is_allowed(path, id, mode_of(stat)) {
+                self.stage(path, committed, id, stat);
+            } else {
+                self.hold_back(path, committed, &mut file, BAD_NAME);
+            }
             return Ok(());
         }
         if let Some((id, mode)) = committed {
@@ -200,7 +270,6 @@ impl<'a> Stage<'a> {
                 .ok();
         }
         // Of a file that has always been larger than is judged, the rest.
-        let is_whole = (content.len() as u64) < limit;
         let rest = (&mut file).take(if is_whole { 0 } else { u64::MAX });
         let written = write_blob(self.repo, path, &mut content.as_slice().chain(rest));
         match written {
@@ -214,6 +283,24 @@ impl<'a> Stage<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Is there, in its folder or above, what may make git change the lines of a file?
+    fn is_converting(&mut self, path: &Path) -> Result<bool> {
+        let above: Vec<_> = path.ancestors().skip(1).collect();
+        let unknown: Vec<_> = above
+            .iter()
+            .filter(|folder| !self.converting.contains_key(**folder))
+            .map(|folder| (folder.to_path_buf(), folder.join(".gitattributes")))
+            .collect();
+        let there = task::side_by_side(&unknown, |(_, file)| self.root.stat(file));
+        for ((folder, file), there) in unknown.into_iter().zip(there) {
+            // What cannot be looked at may be there.
+            let is_there = there.map_or(true, |stat| stat.is_some());
+            let is_there = is_there || in_tree(self.head, &file)?.is_some();
+            self.converting.insert(folder, is_there);
+        }
+        Ok(above.iter().any(|folder| self.converting[*folder]))
     }
 
     /// Why this content must not be committed, unless the history already holds the like.

@@ -118,7 +118,11 @@ impl Place {
         let project = home.join("project");
         UserRepository::create(
             &project,
-            &scratch,
+            Workshop {
+                scratch: &scratch,
+                local: None,
+                with_spare: false,
+            },
             source,
             &remotes,
             &key,

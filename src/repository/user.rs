@@ -2,13 +2,15 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
+    fs::{self, DirBuilder},
+    os::unix::fs::DirBuilderExt as _,
     path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use git2::{
-    AutotagOption, BranchType, ErrorCode, FetchOptions, Oid, Repository, RepositoryInitOptions,
-    RepositoryOpenFlags,
+    AutotagOption, BranchType, ErrorCode, FetchOptions, ObjectType, Oid, Repository,
+    RepositoryInitOptions, RepositoryOpenFlags,
 };
 
 use super::{
@@ -17,6 +19,7 @@ use super::{
     gitdir::{self, GitDir},
     guard::Strangers,
     message,
+    objects::{self, NewObjects, commit_text},
     remote::{Link, RemoteUse},
     spare::Spare,
     tree, vet,
@@ -40,6 +43,20 @@ pub struct UserRepository {
     pub(super) owner: Option<Owner>,
 }
 
+/// Where a repository is made, before it is put in its place.
+#[derive(Debug, Clone, Copy)]
+pub struct Workshop<'a> {
+    /// On the file system where it will be; what is there is removed.
+    pub scratch: &'a Path,
+    /// A name that is free, of this call alone, on this machine's own disk; `None` where there is none.
+    pub local: Option<&'a Path>,
+    /// The files of the first thread are to be written along with the repository's.
+    pub with_spare: bool,
+}
+
+/// Making a folder takes a network disk longer than that, and a local one a twentieth.
+const SLOW: Duration = Duration::from_millis(1);
+
 /// A thread's branch after [`UserRepository::ensure_thread`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ThreadState {
@@ -55,8 +72,9 @@ impl UserRepository {
     /// the user's checked out. If there is one already it is opened and `source` is not looked
     /// at.
     ///
-    /// It is built at `scratch` (on the same file system; what is there is removed) and then
-    /// renamed, so `project` is never seen half made and a crash costs nothing but time.
+    /// It is built in the workshop and then renamed, so `project` is never seen half made and a crash
+    /// costs nothing but time. libgit2 does one thing after the other, so where the workspace is on
+    /// a slow disk it works on the local one, and what it made is copied, all files at once.
     /// `base_branch` is what the client's branch starts from where the remote has none of that
     /// name; the remote's default branch otherwise.
     ///
@@ -65,25 +83,46 @@ impl UserRepository {
     /// about the source; nothing is left behind then.
     pub fn create(
         project: &Path,
-        scratch: &Path,
+        workshop: Workshop<'_>,
         source: &Source,
         remotes: &Remotes,
         key: &UserKey,
         base_branch: Option<&str>,
         committer: &Signature,
     ) -> Result<Self> {
-        match Self::open(project) {
-            Ok(repository) => {
-                let repo = repository.git.open(project)?;
-                repository.ensure_user_branch(&repo, key)?;
-                return Ok(repository);
-            }
-            Err(RepositoryError::Missing) => {}
-            Err(error) => return Err(error),
+        let repository = Self {
+            project: project.to_owned(),
+            git: GitDir::of_project(project),
+            owner: None,
+        };
+        let present = files::kind_of(repository.git.path()).during("look for the repository")?;
+        if present.is_some() {
+            let repo = repository.git.open(project)?;
+            repository.ensure_user_branch(&repo, key)?;
+            return Ok(repository);
         }
-        files::remove_all(scratch).during("remove the leftovers of an earlier attempt")?;
-        fs::create_dir_all(scratch).during("make the repository's folder")?;
-        let built = build(scratch, source, remotes, key, base_branch, committer);
+        const LEFTOVERS: &str = "remove the leftovers of an earlier attempt";
+        const MAKE: &str = "make the repository's folder";
+        let scratch = workshop.scratch;
+        files::remove_all(scratch).during(LEFTOVERS)?;
+        if let Some(above) = scratch.parent() {
+            fs::create_dir_all(above).during(MAKE)?;
+        }
+        let begun = Instant::now();
+        fs::create_dir(scratch).during(MAKE)?;
+        let built = match workshop.local.filter(|_| begun.elapsed() > SLOW) {
+            None => build(scratch, source, remotes, key, base_branch, committer)
+                .and_then(|(repo, tip)| fill(&repo, tip, scratch)),
+            Some(local) => {
+                sweep(local);
+                let private = || DirBuilder::new().recursive(true).mode(0o700).create(local);
+                private().during(MAKE)?;
+                let built = build(local, source, remotes, key, base_branch, committer);
+                let moved = built.and_then(|(_, tip)| move_over(local, tip, workshop));
+                files::remove_all(local).ok();
+                moved
+            }
+        };
         // The rename replaces an empty folder, and fails on anything else.
         let outcome =
             built.and_then(|()| fs::rename(scratch, project).during("put the repository in place"));
@@ -91,7 +130,7 @@ impl UserRepository {
             files::remove_all(scratch).ok();
             return Err(error);
         }
-        Self::open(project)
+        Ok(repository)
     }
 
     /// Opens what [`UserRepository::create`] made.
@@ -136,9 +175,28 @@ impl UserRepository {
         worktree: &Path,
         fence: &Fence,
     ) -> Result<ThreadState> {
-        let repo = self.git.open(&self.project)?;
+        self.ensure_worktree(key, &self.worktree(key, worktree), fence)
+    }
+
+    /// The same of a worktree that goes on being used: it keeps what it had to read.
+    ///
+    /// # Errors
+    /// As [`ensure_thread`](Self::ensure_thread).
+    pub fn ensure_worktree(
+        &self,
+        key: &ThreadKey,
+        worktree: &Worktree,
+        fence: &Fence,
+    ) -> Result<ThreadState> {
         let branch = key.branch();
-        let worktree = self.worktree(key, worktree);
+        if let Some(head) = worktree.ensure_as_left()? {
+            return Ok(ThreadState {
+                resumed: true,
+                branch,
+                head: head.to_string(),
+            });
+        }
+        let repo = self.git.open(&self.project)?;
         let (head, resumed) = match worktree.settle_branch(&repo, Strangers::Keep, fence) {
             Ok((head, _)) => (head, true),
             Err(RepositoryError::NoSuchBranch { .. }) => {
@@ -166,7 +224,8 @@ impl UserRepository {
         })
     }
 
-    /// Keeps the files of the user's branch ready for the next thread: with them [`ensure_thread`]
+    /// What is done ahead, while nobody waits: the folders of git's objects, on a slow disk, and the
+    /// files of the user's branch for the next thread. With those [`ensure_thread`]
     /// renames a folder instead of writing each file. They take as much disk as one more thread.
     /// Nothing happens where they are there already, nor where threads have owners: the files would
     /// be ours. Needs no lease.
@@ -176,6 +235,7 @@ impl UserRepository {
     ///
     /// [`ensure_thread`]: Self::ensure_thread
     pub fn keep_spare(&self, key: &UserKey) -> Result<()> {
+        objects::make_folders(self.git.path()).during("make the folders of objects")?;
         if self.project.parent().and_then(Owner::of_user).is_some() {
             return Ok(());
         }
@@ -239,7 +299,8 @@ impl UserRepository {
     }
 }
 
-/// Makes a whole repository in the empty folder `project`.
+/// Makes a whole repository in the empty folder `project`, but for its files. Answers the commit that
+/// those are of.
 fn build(
     project: &Path,
     source: &Source,
@@ -247,7 +308,7 @@ fn build(
     key: &UserKey,
     base_branch: Option<&str>,
     committer: &Signature,
-) -> Result<()> {
+) -> Result<(Repository, Oid)> {
     super::init();
     let mut options = RepositoryInitOptions::new();
     options
@@ -276,14 +337,65 @@ fn build(
     };
     make_branch(&repo, &key.client_branch(), start)?;
     make_branch(&repo, &key.user_branch(), start)?;
-    let tree = repo
-        .find_commit(start)
-        .and_then(|c| c.tree())
-        .during("read the first commit")?;
-    let index = checkout::fill(&repo, &tree, project)?;
+    Ok((repo, start))
+}
+
+/// Removes what killed processes have left beside this folder.
+fn sweep(local: &Path) {
+    const LEFT: Duration = Duration::from_secs(60 * 60);
+    let entries = local.parent().and_then(|above| fs::read_dir(above).ok());
+    for entry in entries.into_iter().flatten().flatten() {
+        let changed = entry.metadata().and_then(|about| about.modified());
+        let age = changed.ok().and_then(|changed| changed.elapsed().ok());
+        if age.is_some_and(|age| age > LEFT) {
+            files::remove_all(&entry.path()).ok();
+        }
+    }
+}
+
+/// Writes a commit's files into `project`, and their index.
+fn fill(repo: &Repository, commit: Oid, project: &Path) -> Result<()> {
+    let tree = first_tree(repo, commit)?;
+    let index = checkout::fill(repo, &tree, project)?;
     index
-        .write(&git.path().join("index"), tree.id(), &BTreeMap::new())
+        .write(&project.join(".git/index"), tree.id(), &BTreeMap::new())
         .during("write the index")
+}
+
+fn first_tree(repo: &Repository, commit: Oid) -> Result<git2::Tree<'_>> {
+    repo.find_commit(commit)
+        .and_then(|commit| commit.tree())
+        .during("read the first commit")
+}
+
+/// Brings a repository that was built at `local` to its scratch folder, and its files with it; all of
+/// it at the same time.
+fn move_over(local: &Path, commit: Oid, workshop: Workshop<'_>) -> Result<()> {
+    let git = GitDir::of_project(local);
+    let to = workshop.scratch.join(".git");
+    fs::create_dir(&to).during("make the repository's folder")?;
+    let copy = || files::copy_all(git.path(), &to).during("copy the repository");
+    let ahead = || -> Result<()> {
+        let repo = git.open(local)?;
+        Spare::of(&to).make(&repo, &first_tree(&repo, commit)?)
+    };
+    std::thread::scope(|scope| {
+        let copied = scope.spawn(copy);
+        let spare = workshop.with_spare.then(|| scope.spawn(ahead));
+        let filled = git
+            .open(local)
+            .and_then(|repo| fill(&repo, commit, workshop.scratch));
+        let end = |thread: std::thread::ScopedJoinHandle<'_, Result<()>>| {
+            thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        if let Some(Err(error)) = spare.map(end) {
+            // The first thread's are written when it is made.
+            tracing::warn!(%error, "no worktree is kept ready");
+        }
+        end(copied).and(filled)
+    })
 }
 
 /// Brings all branches of an address here as `origin`'s, and notes which is the default one. Into
@@ -360,22 +472,21 @@ fn vetted(repo: &Repository, commit: Oid, known: Option<Oid>) -> Result<Oid> {
 
 /// The built-in site as the first commit of a branch of its own.
 fn commit_template(repo: &Repository, site: &[TemplateFile], committer: &Signature) -> Result<Oid> {
-    let commit = || -> Result<_, git2::Error> {
-        let mut edits = BTreeMap::new();
-        for file in site {
-            let mode = if file.executable { 0o100755 } else { 0o100644 };
-            edits.insert(
-                file.path.clone().into_bytes(),
-                Some((repo.blob(&file.content)?, mode)),
-            );
-        }
-        let tree = repo.find_tree(tree::edit(repo, None, &edits)?)?;
-        let who = message::signature(committer)?;
-        let text = message::compose("Start from the built-in template", &[]);
-        let branch = format!("refs/heads/{TEMPLATE_BRANCH}");
-        repo.commit(Some(&branch), &who, &who, &text, &tree, &[])
-    };
-    commit().during("commit the template")
+    let mut new = NewObjects::of(repo);
+    let mut edits = BTreeMap::new();
+    for file in site {
+        let mode = if file.executable { 0o100755 } else { 0o100644 };
+        let id = new.add(ObjectType::Blob, file.content.to_vec())?;
+        edits.insert(file.path.clone().into_bytes(), Some((id, mode)));
+    }
+    let tree = tree::edit(repo, &mut new, None, &edits)?;
+    let who = message::signature(committer).during("commit the template")?;
+    let text = message::compose("Start from the built-in template", &[]);
+    let content = commit_text(tree, &[], &who, &who, &text);
+    let commit = new.add(ObjectType::Commit, content)?;
+    new.write()?;
+    make_branch(repo, TEMPLATE_BRANCH, commit)?;
+    Ok(commit)
 }
 
 /// The commit of a local branch.

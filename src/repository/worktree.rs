@@ -10,17 +10,21 @@ use std::{
     time::Duration,
 };
 
-use git2::{ErrorCode, Oid, Repository, Tree};
+use git2::{ErrorCode, ObjectType, Oid, Repository, Tree};
 use nix::sys::time::TimeSpec;
 
 use super::{
-    Operation as _, RepositoryError, Result, checkout, diff,
+    Operation as _, RepositoryError, Result, checkout,
+    commit::{Kept, Opened},
+    diff,
     files::{self, Root},
     gate::Keeper,
     gitdir::GitDir,
     guard::{Repair, Strangers},
-    index::{Entry, Index, LINK_MODE, Moment},
+    index::{Damaged, Entry, Index, LINK_MODE, Moment},
     message,
+    objects::{NewObjects, commit_text},
+    refs,
     scan::{look, scan},
     spare::Spare,
     stage::{Stage, in_tree},
@@ -32,6 +36,7 @@ use crate::{
     identity::{ThreadKey, UserKey},
     lease::Fence,
     owner::Owner,
+    task,
 };
 
 /// The worktree of one thread, on its branch. Plain paths: each call opens what it needs and
@@ -47,6 +52,7 @@ pub struct Worktree {
     pub(super) is_main: bool,
     /// For whom the folder is made, if it has to be.
     owner: Option<Owner>,
+    pub(super) kept: Kept,
 }
 
 /// What a commit is to say.
@@ -120,6 +126,7 @@ impl Worktree {
             branch: key.branch(),
             is_main: false,
             owner,
+            kept: Kept::default(),
         }
     }
 
@@ -132,6 +139,7 @@ impl Worktree {
             branch: key.user_branch(),
             is_main: true,
             owner: None,
+            kept: Kept::default(),
         }
     }
 
@@ -142,6 +150,11 @@ impl Worktree {
 
     /// Full id of the branch's commit.
     pub fn head(&self) -> Result<String> {
+        // Nearly always it is in a file of its own, which is as good as asking libgit2.
+        let (branch, _) = self.references();
+        if let Some(head) = refs::read(&self.git.path().join(branch)) {
+            return Ok(head.to_string());
+        }
         let repo = self.read()?;
         self.tip(&repo).map(|id| id.to_string())
     }
@@ -153,14 +166,34 @@ impl Worktree {
     /// [`RepositoryError::HeadMoved`] if the branch moved meanwhile: nothing was committed.
     /// [`RepositoryError::Locked`] and [`RepositoryError::Tampered`] for what the guard refuses.
     pub fn commit(&self, request: &CommitRequest<'_>) -> Result<Committed> {
-        let (repo, repairs) = match self.is_main {
-            true => (self.open()?, Vec::new()),
+        let mut opened = match self.is_main {
+            true => self.open_anew(None)?,
             false => self.put_right(request.strangers, request.fence)?,
         };
-        let head = self.tip(&repo)?;
-        let mut committed = self.commit_onto(&repo, head, request)?;
+        let repairs = std::mem::take(&mut opened.repairs);
+        let mut committed = self.commit_onto(&mut opened, request)?;
         committed.repairs.splice(0..0, repairs);
+        if !self.is_main {
+            self.kept.put(opened.repo);
+        }
         Ok(committed)
+    }
+
+    /// Opens the repository, for a commit onto `head` or the branch's own.
+    fn open_anew(&self, head: Option<Oid>) -> Result<Opened> {
+        let repo = self.open()?;
+        let head = match head {
+            Some(head) => head,
+            None => self.tip(&repo)?,
+        };
+        Ok(Opened {
+            repo,
+            head,
+            now: None,
+            index: None,
+            is_as_left: false,
+            repairs: Vec::new(),
+        })
     }
 
     /// As [`Worktree::commit`], but from a head that was read earlier.
@@ -182,58 +215,12 @@ impl Worktree {
             held_dir: &self.path.with_file_name("held"),
             fence: &Fence::open(),
         };
-        self.commit_onto(&self.open()?, head, &request)
-    }
-
-    fn commit_onto(
-        &self,
-        repo: &Repository,
-        head: Oid,
-        request: &CommitRequest<'_>,
-    ) -> Result<Committed> {
-        let head_tree = self.tree(repo, head)?;
-        let keeper = Keeper::new(request.held_dir);
-        let mut found = self.stage_in(repo, &head_tree, keeper, request.scope)?;
-        let tree = found.stage.tree()?;
-        let commit = if tree == head_tree.id() {
-            None
-        } else {
-            let id = write_commit(repo, tree, &[head], &request.text)?;
-            self.move_branch(repo, head, id, request.fence)?;
-            Some(summarise(repo, id)?)
-        };
-        if let Scope::AllAndWatch(watch) = request.scope {
-            watch.count_from(tree);
-        }
-        // After the branch: an index that is behind is mended by the next commit, one that is
-        // ahead would show work that is in no commit.
-        let changes = found.stage.changes();
-        self.adopt(changes);
-        match found.index {
-            Some(index) if !changes.is_empty() || !index.is_of(tree) => {
-                self.write_index(&index, tree, changes);
-            }
-            None if !changes.is_empty() => {
-                // The commit stands by now: nothing here may make it look as if it had failed.
-                match Index::load(&self.index_file(), repo, &head_tree) {
-                    Ok((index, _)) => self.write_index(&index, tree, changes),
-                    Err(error) => {
-                        tracing::warn!(%error, branch = self.branch, "the index could not be read");
-                    }
-                }
-            }
-            _ => {}
-        }
-        Ok(Committed {
-            commit,
-            held_back: found.stage.held_back(),
-            repairs: found.repairs,
-        })
+        self.commit_onto(&mut self.open_anew(Some(head))?, &request)
     }
 
     /// What somebody else put there (an operator at a shell, say) becomes the owner's: the agent could
     /// not change it.
-    fn adopt(&self, changes: &BTreeMap<Vec<u8>, Option<Entry>>) {
+    pub(super) fn adopt(&self, changes: &BTreeMap<Vec<u8>, Option<Entry>>) {
         if self.owner.is_none() {
             return;
         }
@@ -254,18 +241,20 @@ impl Worktree {
         head: &'a Tree<'a>,
         keeper: Keeper<'a>,
     ) -> Result<Staged<'a>> {
-        self.stage_in(repo, head, keeper, Scope::All)
+        self.stage_in(repo, head, keeper, Scope::All, self.now()?, &mut None)
     }
 
-    fn stage_in<'a>(
+    pub(super) fn stage_in<'a>(
         &self,
         repo: &'a Repository,
         head: &'a Tree<'a>,
         keeper: Keeper<'a>,
         scope: Scope<'_>,
+        now: Moment,
+        known: &mut Option<Result<Index, Damaged>>,
     ) -> Result<Staged<'a>> {
         const WHAT: &str = "scan the worktree";
-        let mut stage = Stage::new(repo, head, &self.path, self.now()?, keeper)?;
+        let mut stage = Stage::new(repo, head, &self.path, now, keeper)?;
         if let Scope::Since(watch) = scope
             && let Some(changed) = watch.take(head.id())
             && let Some(scan) = look(&self.path, repo, head, changed)?
@@ -279,8 +268,10 @@ impl Worktree {
                 repairs: Vec::new(),
             });
         }
-        let (index, damage) =
-            Index::load(&self.index_file(), repo, head).during("read the index")?;
+        let known = known
+            .take()
+            .unwrap_or_else(|| Index::read(&self.index_file()));
+        let (index, damage) = Index::of_known(known, repo, head).during("read the index")?;
         if let Scope::AllAndWatch(watch) = scope {
             watch.begin(&self.path, &index);
         }
@@ -333,7 +324,7 @@ impl Worktree {
         })
     }
 
-    fn index_file(&self) -> PathBuf {
+    pub(super) fn index_file(&self) -> PathBuf {
         self.admin.join("index")
     }
 
@@ -405,16 +396,26 @@ impl Worktree {
 
     /// At most the first `max_bytes` bytes of a regular file as it is committed.
     pub fn read_at_head(&self, path: &str, max_bytes: usize) -> Result<Option<Vec<u8>>> {
-        let repo = self.read()?;
+        let kept = self.kept.take();
+        let is_kept = kept.is_some();
+        let repo = match kept {
+            Some(repo) => repo,
+            None => self.read()?,
+        };
         let tree = self.tree(&repo, self.tip(&repo)?)?;
-        match in_tree(&tree, Path::new(path))? {
+        let read = match in_tree(&tree, Path::new(path))? {
             Some((id, mode)) if mode != LINK_MODE => {
                 let blob = repo.find_blob(id).during("read a committed file")?;
                 let content = blob.content();
-                Ok(Some(content[..content.len().min(max_bytes)].to_vec()))
+                Some(content[..content.len().min(max_bytes)].to_vec())
             }
-            _ => Ok(None),
+            _ => None,
+        };
+        drop(tree);
+        if is_kept {
+            self.kept.put(repo);
         }
+        Ok(read)
     }
 
     /// Writes the committed files into `to`, an empty or missing folder.
@@ -459,11 +460,23 @@ impl Worktree {
 
     /// Makes the worktree, or mends it; see `UserRepository::ensure_thread`.
     pub(super) fn ensure(&self, fence: &Fence) -> Result<()> {
-        let (repo, _) = self.put_right(Strangers::Keep, fence)?;
-        if self.mend_index(&repo)? {
+        let opened = self.put_right(Strangers::Keep, fence)?;
+        if self.mend_index(&opened.repo, opened.head)? {
             tracing::warn!(branch = self.branch, "an index was damaged; made anew");
         }
+        self.kept.put(opened.repo);
         Ok(())
+    }
+
+    /// Ensures a worktree that is there and as we left it, which takes a look; answers its commit. `None`
+    /// for any other.
+    pub(super) fn ensure_as_left(&self) -> Result<Option<Oid>> {
+        let Some(opened) = self.open_if_right()? else {
+            return Ok(None);
+        };
+        self.mend_index(&opened.repo, opened.head)?;
+        self.kept.put(opened.repo);
+        Ok(Some(opened.head))
     }
 
     /// First checkout, under another name until it is whole: a half made worktree would look
@@ -587,8 +600,8 @@ impl Worktree {
 
     /// Makes the index agree with the branch's commit: it is behind after a crash, and missing
     /// after the loss of the worktree's entry. Says whether it was damaged.
-    pub(super) fn mend_index(&self, repo: &Repository) -> Result<bool> {
-        let tree = self.tree(repo, self.tip(repo)?)?;
+    pub(super) fn mend_index(&self, repo: &Repository, head: Oid) -> Result<bool> {
+        let tree = self.tree(repo, head)?;
         let (index, damage) =
             Index::load(&self.index_file(), repo, &tree).during("read the index")?;
         if damage.is_some() || !index.is_of(tree.id()) {
@@ -622,19 +635,29 @@ impl Worktree {
     /// it is on.
     pub(super) fn put_right_entry(&self) -> Result<()> {
         fs::create_dir_all(&self.admin).during("make the worktree's entry")?;
+        let [_, entry @ ..] = self.links();
+        let put = task::side_by_side(&entry, |(file, content)| files::put(file, content));
+        put.into_iter()
+            .collect::<io::Result<()>>()
+            .during("link the worktree")
+    }
+
+    /// The files that link worktree and git directory, the worktree's own first, and what they hold.
+    pub(super) fn links(&self) -> [(PathBuf, Vec<u8>); 5] {
+        // Relative, so that it survives a move of the workspace.
+        let way = files::relative(&self.path, &self.admin);
+        let link = [b"gitdir: ", way.as_os_str().as_bytes(), b"\n"].concat();
         let head = format!("ref: refs/heads/{}\n", self.branch);
         // Absolute, because the git program would prune a relative one; so it is written anew
         // wherever the workspace is mounted.
         let back = [self.path.join(".git").as_os_str().as_bytes(), b"\n"].concat();
-        for (file, content) in [
-            ("commondir", b"../..\n".as_slice()),
-            ("HEAD", head.as_bytes()),
-            ("gitdir", &back),
-            ("locked", b"kept by greenroom\n"),
-        ] {
-            files::put(&self.admin.join(file), content).during("link the worktree")?;
-        }
-        Ok(())
+        [
+            (self.path.join(".git"), link),
+            (self.admin.join("commondir"), b"../..\n".to_vec()),
+            (self.admin.join("HEAD"), head.into_bytes()),
+            (self.admin.join("gitdir"), back),
+            (self.admin.join("locked"), b"kept by greenroom\n".to_vec()),
+        ]
     }
 
     /// The worktree's side: its `.git` file. A git directory that somebody put there is moved
@@ -652,14 +675,7 @@ impl Worktree {
             let aside = format!("replaced-{}", uuid::Uuid::now_v7().simple());
             fs::rename(&link, self.admin.join(aside)).during("move a foreign .git aside")?;
         }
-        // Relative, so that it survives a move of the workspace.
-        let mut content = b"gitdir: ".to_vec();
-        content.extend(
-            files::relative(&self.path, &self.admin)
-                .as_os_str()
-                .as_bytes(),
-        );
-        content.push(b'\n');
+        let [(link, content), ..] = self.links();
         files::put(&link, &content).during("link the worktree")
     }
 
@@ -684,8 +700,8 @@ impl Worktree {
 pub(super) struct Staged<'a> {
     pub(super) stage: Stage<'a>,
     /// Of the commit's tree, if it was needed.
-    index: Option<Index>,
-    repairs: Vec<Repair>,
+    pub(super) index: Option<Index>,
+    pub(super) repairs: Vec<Repair>,
 }
 
 /// Makes a commit that no branch has yet.
@@ -695,19 +711,14 @@ pub(super) fn write_commit(
     parents: &[Oid],
     text: &CommitText<'_>,
 ) -> Result<Oid> {
-    let write = || -> Result<_, git2::Error> {
-        let tree = repo.find_tree(tree)?;
-        let parents: Vec<_> = parents
-            .iter()
-            .map(|id| repo.find_commit(*id))
-            .collect::<Result<_, _>>()?;
-        let message = message::compose(text.instruction, text.trailers);
-        let author = message::signature(text.author)?;
-        let committer = message::signature(text.committer)?;
-        let parents: Vec<_> = parents.iter().collect();
-        repo.commit(None, &author, &committer, &message, &tree, &parents)
-    };
-    write().during("commit")
+    let message = message::compose(text.instruction, text.trailers);
+    let author = message::signature(text.author).during("commit")?;
+    let committer = message::signature(text.committer).during("commit")?;
+    let mut new = NewObjects::of(repo);
+    let content = commit_text(tree, parents, &author, &committer, &message);
+    let id = new.add(ObjectType::Commit, content)?;
+    new.write()?;
+    Ok(id)
 }
 
 fn log_entry(commit: &git2::Commit<'_>) -> Result<LogEntry, git2::Error> {

@@ -558,7 +558,8 @@ impl Supervisor {
 
     /// Prepares a thread that was initialised earlier, perhaps by another process.
     async fn revive(&self, key: &ThreadKey) -> Result<(), SupervisorError> {
-        if !self.is_initialised(key).await? {
+        let handle = lock(&self.0.threads).get(key).cloned();
+        if !handle.is_some_and(|handle| handle.is_prepared()) && !self.is_initialised(key).await? {
             return Err(SupervisorError::NotFound(
                 "there is no such thread; call /api/init for it first",
             ));

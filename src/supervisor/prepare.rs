@@ -25,7 +25,7 @@ use crate::{
     lease::{Fence, Lease, Patience},
     owner::{Owner, make_folder},
     preview::{PreviewSite, pick_port},
-    repository::{self, Source, ThreadState, UserRepository, Watch, Worktree},
+    repository::{self, Source, ThreadState, UserRepository, Watch, Workshop, Worktree},
     task,
     turn::{Accepted, Journal, StoredContext, TurnFile, TurnSite},
     workspace::{
@@ -157,11 +157,8 @@ pub(super) async fn prepare(
         None
     };
     let attach = Attach::start(inner.clone(), site.clone(), place, lease.clone());
-    // A thread's files are its own user's where it has one: they cannot be made for anybody.
-    if !inner.launcher.runs_as_owners() {
-        let spare = keep_spare(inner.clone(), key.clone(), paths, attach.clone());
-        inner.tasks.spawn("spare worktree", spare);
-    }
+    let spare = keep_spare(inner.clone(), key.clone(), paths, attach.clone());
+    inner.tasks.spawn("spare worktree", spare);
     Ok(Preparation {
         lease,
         prepared: Prepared {
@@ -214,9 +211,14 @@ fn check_out(
             Some(url) => repository::parse_source(url, settings.allowed_local_repos.as_deref())?,
             None => Source::Template(template_files()),
         };
+        let workshop = Workshop {
+            scratch: &paths.user.scratch(),
+            local: Some(&inner.cache().scratch()),
+            with_spare: owner.is_none(),
+        };
         let created = UserRepository::create(
             &project,
-            &paths.user.scratch(),
+            workshop,
             &source,
             &settings.remotes,
             &user,
@@ -232,20 +234,32 @@ fn check_out(
         Some(metadata) => (metadata.created, metadata.base_branch),
         None => (now, base.map(str::to_owned)),
     };
-    Metadata {
+    let metadata = Metadata {
         created,
         last_accessed: now,
         repo_url: repo_url.clone(),
         base_branch,
-    }
-    .save(&paths.user.metadata())?;
-    repository.finish_publication(&user, fence)?;
-    let state = repository.ensure_thread(key, &paths.worktree(), fence)?;
-    lap(&mut timings, "worktreeMs");
+    };
     let worktree = repository.worktree(key, &paths.worktree());
+    // Small files and git's, side by side: either is some waits for a slow disk.
+    let (small, state) = std::thread::scope(|scope| {
+        let small = scope.spawn(|| {
+            metadata.save(&paths.user.metadata())?;
+            let context = StoredContext::load(&paths.context(), key)?;
+            context.save(&paths.context())?;
+            Ok::<_, WorkspaceError>(context)
+        });
+        let state = repository
+            .finish_publication(&user, fence)
+            .and_then(|()| repository.ensure_worktree(key, &worktree, fence));
+        let small = small
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        (small, state)
+    });
+    let (context, state) = (small?, state?);
+    lap(&mut timings, "worktreeMs");
     let notes = read_notes(&worktree);
-    let context = StoredContext::load(&paths.context(), key)?;
-    context.save(&paths.context())?;
     let place = place(inner, key, paths)?;
     lap(&mut timings, "contextMs");
     Ok(CheckedOut {

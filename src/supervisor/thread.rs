@@ -2,7 +2,14 @@
 //! slow work runs beside it in a set of its own and comes back as a value, so that the driver
 //! always answers.
 
-use std::{collections::VecDeque, sync::Arc, time::Duration};
+use std::{
+    collections::VecDeque,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use tokio::{
     sync::{mpsc, oneshot},
@@ -61,11 +68,20 @@ pub(super) enum Request {
 
 /// Sends to a driver. Cheap to clone.
 #[derive(Debug, Clone)]
-pub(super) struct ThreadHandle(mpsc::Sender<Request>);
+pub(super) struct ThreadHandle {
+    requests: mpsc::Sender<Request>,
+    /// Is the thread prepared, as far as its driver has come?
+    is_prepared: Arc<AtomicBool>,
+}
 
 impl ThreadHandle {
+    /// Was the thread ready a moment ago? Then there is no need to look for it on the disk.
+    pub(super) fn is_prepared(&self) -> bool {
+        self.is_prepared.load(Ordering::Relaxed)
+    }
+
     pub(super) async fn send(&self, request: Request) -> Result<(), SupervisorError> {
-        self.0
+        self.requests
             .send(request)
             .await
             .map_err(|_| SupervisorError::Draining)
@@ -73,14 +89,14 @@ impl ThreadHandle {
 
     pub(super) fn try_rest(&self) {
         // A full mailbox means that the thread is busy, so that its agent is not idle.
-        self.0.try_send(Request::RestAgent).ok();
+        self.requests.try_send(Request::RestAgent).ok();
     }
 
     /// Waits for the running turn's outcome (it has to be cancelled before, if it should end
     /// early) and ends the agent.
     pub(super) async fn stop(self) {
         let (reply, stopped) = oneshot::channel();
-        if self.0.send(Request::Stop(reply)).await.is_ok() {
+        if self.requests.send(Request::Stop(reply)).await.is_ok() {
             stopped.await.ok();
         }
     }
@@ -90,9 +106,11 @@ pub(super) fn start(inner: Arc<Inner>, key: ThreadKey) -> ThreadHandle {
     let (sender, inbox) = mpsc::channel(MAILBOX);
     let span = tracing::info_span!(parent: None, "thread", thread = %key);
     let tasks = inner.tasks.clone();
+    let is_prepared = Arc::new(AtomicBool::new(false));
     let driver = Driver {
         inner,
         key,
+        is_prepared: is_prepared.clone(),
         prepared: None,
         lease: None,
         context: None,
@@ -106,7 +124,10 @@ pub(super) fn start(inner: Arc<Inner>, key: ThreadKey) -> ThreadHandle {
         work: JoinSet::new(),
     };
     tasks.spawn("thread", driver.drive(inbox).instrument(span));
-    ThreadHandle(sender)
+    ThreadHandle {
+        requests: sender,
+        is_prepared,
+    }
 }
 
 /// A turn that was accepted and waits.
@@ -181,6 +202,8 @@ enum Done {
 struct Driver {
     inner: Arc<Inner>,
     key: ThreadKey,
+    /// Told to whoever holds a handle.
+    is_prepared: Arc<AtomicBool>,
     prepared: Option<Prepared>,
     /// Held as long as anything of ours may write.
     lease: Option<Arc<Lease>>,
@@ -200,6 +223,8 @@ struct Driver {
 impl Driver {
     async fn drive(mut self, mut inbox: mpsc::Receiver<Request>) {
         loop {
+            self.is_prepared
+                .store(self.prepared.is_some(), Ordering::Relaxed);
             let agent_idle_at = self.agent_idle_since + AGENT_IDLE;
             tokio::select! {
                 biased;

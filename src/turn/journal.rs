@@ -9,7 +9,7 @@ use std::{
     io::{self, BufRead, BufReader, Read, Seek, SeekFrom},
     os::unix::fs::OpenOptionsExt,
     path::PathBuf,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     time::Duration,
 };
 
@@ -23,7 +23,7 @@ use crate::{
     identity::TurnId,
     lease::{Fence, LeaseLost},
     task::{self, BlockingError, Tasks},
-    workspace::{ThreadPaths, WorkspaceError, make_private_dir},
+    workspace::{ThreadPaths, WorkspaceError, create_in},
 };
 
 /// How long one append may take before the disk counts as stuck.
@@ -184,7 +184,11 @@ pub struct Journal {
     turn: TurnFile,
     sender: mpsc::Sender<Command>,
     committed: watch::Receiver<Committed>,
+    told: Told,
 }
+
+/// The outcome once it is in the file, so that whoever waited need not read it there.
+type Told = Arc<OnceLock<TurnResult>>;
 
 impl std::fmt::Debug for Command {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -247,14 +251,16 @@ impl Journal {
     ) -> Self {
         let (sender, receiver) = mpsc::channel(QUEUE);
         let (publish, watch) = watch::channel(committed);
+        let told = Told::default();
         tasks.spawn(
             "journal",
-            write_events(turn.clone(), file, fence, receiver, publish),
+            write_events(turn.clone(), file, fence, receiver, publish, told.clone()),
         );
         Self {
             turn,
             sender,
             committed: watch,
+            told,
         }
     }
 
@@ -293,6 +299,7 @@ impl Journal {
         TurnRecord {
             turn: self.turn.clone(),
             live: Some(self.committed.clone()),
+            told: Some(self.told.clone()),
         }
     }
 }
@@ -312,7 +319,9 @@ async fn write_events(
     fence: Fence,
     mut commands: mpsc::Receiver<Command>,
     publish: watch::Sender<Committed>,
+    told: Told,
 ) {
+    let mut outcome = None;
     let file = Arc::new(file);
     let mut committed = *publish.borrow();
     let mut batch = Vec::new();
@@ -344,7 +353,8 @@ async fn write_events(
                     };
                     committed.has_started |= matches!(line.event, TurnEvent::Started {});
                     committed.has_commit |= matches!(line.event, TurnEvent::CommitCreated { .. });
-                    committed.is_done = line.outcome().is_some();
+                    outcome = line.outcome().cloned();
+                    committed.is_done = outcome.is_some();
                     serde_json::to_writer(&mut text, &line).expect("our own plain data serialises");
                     text.push(b'\n');
                 }
@@ -380,6 +390,10 @@ async fn write_events(
                 }
             }
         }
+        if let Some(outcome) = outcome.take() {
+            // Set once: nothing follows an outcome.
+            told.set(outcome).ok();
+        }
         publish.send_replace(committed);
         for done in flushed {
             // Nobody waits any more: fine.
@@ -414,17 +428,32 @@ impl TurnFile {
     }
 
     fn create(&self, accepted: Accepted) -> Result<(File, u64), WorkspaceError> {
-        for path in [&self.journal, &self.open_mark] {
-            make_private_dir(path.parent().expect("both lie in a folder"))?;
-        }
-        // The mark first: a mark without a journal is swept, a journal without a mark is lost.
-        File::create(&self.open_mark).map_err(WorkspaceError::io("create", &self.open_mark))?;
-        let file = OpenOptions::new()
-            .append(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&self.journal)
-            .map_err(WorkspaceError::io("create", &self.journal))?;
+        // Mark and journal at once, each is some waits for a slow disk; the mark first where that is
+        // one after the other. Before both are there nothing is in the journal and nobody was told of
+        // the turn: a mark without a journal is swept, a journal without a line is nobody's.
+        let both = [&self.open_mark, &self.journal];
+        let made = task::side_by_side(&both, |path| {
+            let is_journal = **path == self.journal;
+            let mut options = OpenOptions::new();
+            match is_journal {
+                true => options.append(true).create_new(true).mode(0o600),
+                false => options.write(true).create(true).truncate(true),
+            };
+            let folder = path.parent().expect("both lie in a folder");
+            create_in(folder, || options.open(path))
+                .map(|file| is_journal.then_some(file))
+                .map_err(WorkspaceError::io("create", path))
+        });
+        let made: Result<Vec<_>, _> = made.into_iter().collect();
+        let made = made.inspect_err(|_| {
+            // Of one alone nothing is left that would count.
+            fs::remove_file(&self.open_mark).ok();
+        })?;
+        let file = made
+            .into_iter()
+            .flatten()
+            .next()
+            .expect("the journal is one of both");
         let mut line =
             serde_json::to_vec(&AcceptedLine { accepted }).expect("our own plain data serialises");
         line.push(b'\n');
@@ -615,12 +644,17 @@ impl TurnFile {
 pub struct TurnRecord {
     turn: TurnFile,
     live: Option<watch::Receiver<Committed>>,
+    told: Option<Told>,
 }
 
 impl TurnRecord {
     /// A turn that no writer here works on.
     pub fn at_rest(turn: TurnFile) -> Self {
-        Self { turn, live: None }
+        Self {
+            turn,
+            live: None,
+            told: None,
+        }
     }
 
     /// A turn that another process works on: its file is looked at again and again, as long as
@@ -637,6 +671,7 @@ impl TurnRecord {
         Ok(Self {
             turn,
             live: Some(live),
+            told: None,
         })
     }
 
@@ -679,6 +714,9 @@ impl TurnRecord {
             if !over.is_done {
                 return Err(LeaseLost.into());
             }
+        }
+        if let Some(outcome) = self.told.as_ref().and_then(|told| told.get()) {
+            return Ok(outcome.clone());
         }
         let turn = self.turn.clone();
         task::blocking("reading a turn's outcome", DISK_DEADLINE, move || {

@@ -16,16 +16,14 @@ use super::WorkspaceError;
 /// [`WorkspaceError::Io`]; the old content is then untouched.
 pub fn write_atomic(path: &Path, content: &[u8]) -> Result<(), WorkspaceError> {
     let folder = path.parent().unwrap_or(Path::new("."));
-    make_private_dir(folder)?;
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let temporary = folder.join(format!(".{name}.{}", uuid::Uuid::new_v4().simple()));
+    let mut options = OpenOptions::new();
+    options.write(true).create_new(true).mode(0o600);
+    let file = create_in(folder, || options.open(&temporary))
+        .map_err(WorkspaceError::io("create", &temporary))?;
     let write = || -> io::Result<()> {
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(&temporary)?;
-        file.write_all(content)?;
+        (&file).write_all(content)?;
         file.sync_data()?;
         fs::rename(&temporary, path)
     };
@@ -45,16 +43,28 @@ pub fn append_line(mut file: &File, lines: &[u8], durable: bool) -> io::Result<(
     if durable { file.sync_data() } else { Ok(()) }
 }
 
+/// Makes something in a folder, which is made where it is missing. (To look for it first would be a wait
+/// for a slow disk each time.)
+pub(crate) fn create_in<T>(folder: &Path, create: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    match create() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            private_dir(folder)?;
+            create()
+        }
+        created => created,
+    }
+}
+
+fn private_dir(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o700).create(path)
+}
+
 /// Makes a folder and its parents, readable by their owner alone.
 ///
 /// # Errors
 /// [`WorkspaceError::Io`].
 pub fn make_private_dir(path: &Path) -> Result<(), WorkspaceError> {
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(path)
-        .map_err(WorkspaceError::io("make the folder", path))
+    private_dir(path).map_err(WorkspaceError::io("make the folder", path))
 }
 
 /// Reads a file of at most `limit` bytes; `None` if there is none.

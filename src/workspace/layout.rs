@@ -168,4 +168,11 @@ impl Cache {
     pub fn user(&self, key: &UserKey) -> PathBuf {
         self.root.join(key.client.as_str()).join(key.user.as_str())
     }
+
+    /// For something half made, of this call alone; no program of anybody's may come here. (No client's
+    /// name begins with a dot.)
+    pub fn scratch(&self) -> PathBuf {
+        let name = uuid::Uuid::now_v7().simple().to_string();
+        self.root.join(".scratch").join(name)
+    }
 }

@@ -16,6 +16,7 @@ pub use dependencies::{
     Attached, AttachedKind, Dependencies, DependencyRequest, InstallError, NodeTools, Unkept,
     linked_folder,
 };
+pub(crate) use files::create_in;
 pub use files::{append_line, make_private_dir, read_bounded, write_atomic};
 pub use layout::{Cache, ThreadPaths, UserPaths};
 pub use metadata::{Metadata, PreviewPlace};

@@ -32,11 +32,13 @@ const ARROWS: &[(&str, &[&str])] = &[
             "egress",
             "figures",
             "gateway",
+            "hub",
             "label",
             "lifecycle",
             "preview",
             "process",
             "rehearsal",
+            "replicate",
             "repository",
             "service",
             "supervisor",
@@ -53,8 +55,10 @@ const ARROWS: &[(&str, &[&str])] = &[
             "api",
             "app",
             "config",
+            "hub",
             "label",
             "process", // hides its own environment, first of all
+            "replicate",
             "telemetry",
             "usage",
         ],
@@ -120,7 +124,15 @@ const ARROWS: &[(&str, &[&str])] = &[
             "workspace", // small files
         ],
     ),
+    (
+        "hub",
+        &[
+            "config",    // `Secret`
+            "telemetry", // a server's words in a sentence
+        ],
+    ),
     ("picture", &[]),
+    ("replicate", &["config"]), // `Secret`
     (
         "turn",
         &[
@@ -175,6 +187,7 @@ const ARROWS: &[(&str, &[&str])] = &[
 const CRATES: &[(&str, &[&str])] = &[
     ("axum", &["api", "gateway", "rehearsal"]),
     ("clap", &["cli"]),
+    ("flate2", &["repository", "telemetry"]),
     ("git2", &["repository"]),
     ("glob", &["cli"]),
     ("governor", &["api"]),
@@ -202,7 +215,9 @@ const CRATES: &[(&str, &[&str])] = &[
             "control_plane",
             "ecs",
             "gateway",
+            "hub",
             "outbound",
+            "replicate",
             "repository", // git's transport over HTTPS
         ],
     ),

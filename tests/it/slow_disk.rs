@@ -1,4 +1,4 @@
-//! The workspace on a disk as slow and as forgetful as a network's (`slow_disk.py`, a FUSE stand-in for
+//! The workspace on a disk as slow and as forgetful as a network's (`slow_disk.c`, a FUSE stand-in for
 //! EFS): one container, two, and one whose disk does not answer for a while. Skipped, with a word on
 //! why, where no such disk can be made.
 #![expect(
@@ -7,9 +7,11 @@
 )]
 
 use std::{
+    collections::BTreeMap,
     fs,
+    io::{BufRead as _, BufReader},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Child, ChildStdout, Command, Stdio},
     time::{Duration, Instant},
 };
 
@@ -20,13 +22,14 @@ use nix::{
 use serde_json::{Value, json};
 
 use crate::support::{
-    Answer, Folders, Options, PATIENCE, SITE, Sent, TestGreenroom, Who, git, mfusepy, request,
-    wait_for, wait_for_async, who,
+    Answer, Folders, Options, PATIENCE, SITE, Sent, TestGreenroom, Who, git, request, wait_for,
+    wait_for_async, who,
 };
 
 /// A mount of the folder that all of a test's disks show.
 struct Disk {
     server: Child,
+    told: BufReader<ChildStdout>,
     point: PathBuf,
     source: PathBuf,
 }
@@ -35,34 +38,48 @@ impl Disk {
     /// `None` where it cannot be had.
     fn mount(folders: &Folders, name: &str, options: &[&str]) -> Option<Self> {
         let skip = |why: &str| eprintln!("skipped: no slow disk can be made: {why}");
-        let Some(packages) = mfusepy() else {
-            skip("PyPI's mfusepy is missing; scripts/test brings it, or set MFUSEPY");
-            return None;
-        };
         if !Path::new("/dev/fuse").exists() {
             skip("there is no /dev/fuse");
             return None;
         }
+        if !nix::unistd::geteuid().is_root() {
+            skip("only root may mount it");
+            return None;
+        }
+        let program = folders.join("tmp/slow_disk");
+        if !program.exists() {
+            let text = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/slow_disk.c");
+            #[expect(clippy::disallowed_methods, reason = "builds the disk's server")]
+            let built = Command::new("cc")
+                .args(["-O2", "-pthread", "-o"])
+                .args([&program, &text])
+                .output();
+            let why = match built {
+                Ok(built) if built.status.success() => None,
+                Ok(built) => Some(String::from_utf8_lossy(&built.stderr).into_owned()),
+                Err(_) => Some("there is no C compiler".to_owned()),
+            };
+            if let Some(why) = why {
+                skip(&why);
+                return None;
+            }
+        }
         let (source, point) = (folders.join("source"), folders.join(name));
         fs::create_dir_all(&source).unwrap();
         fs::create_dir_all(&point).unwrap();
-        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/slow_disk.py");
         #[expect(clippy::disallowed_methods, reason = "the disk's server")]
-        let server = Command::new("python3")
-            .arg(script)
+        let mut server = Command::new(program)
             .args([&source, &point])
             .args(options)
-            .env("PYTHONPATH", packages)
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdout(Stdio::piped())
             .stderr(fs::File::create(folders.join("tmp/disk.log")).unwrap())
-            .spawn();
-        let Ok(server) = server else {
-            skip("there is no python3");
-            return None;
-        };
+            .spawn()
+            .unwrap();
+        let told = BufReader::new(server.stdout.take().unwrap());
         let mut disk = Self {
             server,
+            told,
             point,
             source,
         };
@@ -81,6 +98,14 @@ impl Disk {
             std::thread::sleep(Duration::from_millis(20));
         }
         Some(disk)
+    }
+
+    /// What it was called for since it was last asked, by name.
+    fn calls(&mut self) -> Calls {
+        self.signal(Signal::SIGUSR1);
+        let mut line = String::new();
+        self.told.read_line(&mut line).unwrap();
+        Calls(serde_json::from_str(&line).unwrap())
     }
 
     fn is_mounted(&self) -> bool {
@@ -130,6 +155,29 @@ impl Drop for Disk {
         unmounted.ok();
         self.server.kill().ok();
         self.server.wait().ok();
+    }
+}
+
+/// Calls of the file system that reached the disk.
+struct Calls(BTreeMap<String, u64>);
+
+impl Calls {
+    fn count(&self) -> u64 {
+        self.0.values().sum()
+    }
+}
+
+impl std::fmt::Display for Calls {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let mut calls: Vec<_> = self.0.iter().filter(|(_, count)| **count > 0).collect();
+        calls.sort_by_key(|(_, count)| std::cmp::Reverse(**count));
+        let calls = calls.iter().map(|(name, count)| format!("{name} {count}"));
+        write!(
+            f,
+            "{} ({})",
+            self.count(),
+            calls.collect::<Vec<_>>().join(", ")
+        )
     }
 }
 
@@ -329,8 +377,9 @@ fn median(mut times: Vec<Duration>) -> Duration {
 #[tokio::test]
 #[ignore = "measures"]
 async fn what_work_takes_on_a_slow_disk() {
+    const TURNS: u64 = 21;
     let folders = Folders::new();
-    let Some(disk) = Disk::mount(&folders, "one", &[]) else {
+    let Some(mut disk) = Disk::mount(&folders, "one", &[]) else {
         return;
     };
     let mut files = SITE.to_vec();
@@ -345,46 +394,108 @@ async fn what_work_takes_on_a_slow_disk() {
     let site = folders.site("site", &files);
     git(&site, &["repack", "-adq"]);
 
-    // By the git program, one file after another.
+    // By the git program, one file after another; greenroom's first init does all three.
     let clone = disk.point.join("clone");
     let clone = clone.to_str().unwrap();
-    git(&site, &["clone", "--quiet", "--no-checkout", &site, clone]);
-    let begun = Instant::now();
-    git(
-        clone,
-        &["-c", "checkout.workers=1", "checkout", "--quiet", "main"],
-    );
-    let alone = begun.elapsed();
+    let origin = format!("file://{site}");
+    let alone = ["-c", "checkout.workers=1"];
+    let steps: [(&str, &str, Vec<&str>); 3] = [
+        (
+            "git clone --no-checkout",
+            &site,
+            vec!["clone", "-q", "-n", &origin, clone],
+        ),
+        (
+            "git checkout",
+            clone,
+            [&alone[..], &["checkout", "-q", "main"]].concat(),
+        ),
+        (
+            "git worktree add",
+            clone,
+            [&alone[..], &["worktree", "add", "-q", "../thread"]].concat(),
+        ),
+    ];
+    let mut by_git = Vec::new();
+    disk.calls();
+    for (what, at, args) in steps {
+        let begun = Instant::now();
+        git(at, &args);
+        by_git.push(begun.elapsed());
+        println!("{what}: {:?}, calls {}", begun.elapsed(), disk.calls());
+    }
 
     let options = options(&folders, &disk, "one").env("ASTRO_DEV_MODE", "false");
     let greenroom = TestGreenroom::start(options).await;
     let mut inits = Vec::new();
     for user in ["a", "b", "c", "d", "e"] {
+        // A thread of the one before is written ahead, which is not this one's.
+        settled(&mut disk).await;
         let begun = Instant::now();
-        greenroom
+        let answer = greenroom
             .init(&who("acme", user, "main"), json!({"repoUrl": site}))
             .await
             .ok();
         inits.push(begun.elapsed());
+        println!(
+            "first init: {:?}, calls {}, {}",
+            begun.elapsed(),
+            disk.calls(),
+            answer["timings"]
+        );
     }
+    settled(&mut disk).await;
+    let begun = Instant::now();
+    greenroom
+        .init(&who("acme", "a", "second"), json!({"repoUrl": site}))
+        .await
+        .ok();
+    println!(
+        "second thread: {:?}, calls {}",
+        begun.elapsed(),
+        disk.calls()
+    );
+
     let alice = who("acme", "a", "main");
     let mut turns = Vec::new();
-    for turn in 0..21 {
+    settled(&mut disk).await;
+    for turn in 0..TURNS {
+        // The first ones start the CLI and warm the caches.
+        if turn == 3 {
+            settled(&mut disk).await;
+        }
         let begun = Instant::now();
         greenroom
             .execute(&alice, &format!("write src/content/0/0.md {turn}"))
             .await
             .ok();
-        // The first ones start the CLI and warm the caches.
         if turn > 2 {
             turns.push(begun.elapsed());
         }
     }
-    println!("checkout by one thread {alone:?}; first inits {inits:?}; warm turns {turns:?}");
-    let init = median(inits);
+    let mut calls = disk.calls();
+    calls.0.values_mut().for_each(|count| *count /= TURNS - 3);
+    println!("calls of a turn: {calls}");
+    println!("first inits {inits:?}; warm turns {turns:?}");
+    let (init, turn) = (median(inits), median(turns));
     println!(
-        "first init {init:?}: {:.1} times as fast; a warm turn {:?}",
-        alone.as_secs_f64() / init.as_secs_f64(),
-        median(turns)
+        "first init {init:?}: {:.1} times as fast as one checkout by one thread, {:.1} times as fast as clone, \
+         checkout and worktree; a warm turn {turn:?}",
+        by_git[1].as_secs_f64() / init.as_secs_f64(),
+        by_git.iter().sum::<Duration>().as_secs_f64() / init.as_secs_f64(),
     );
+}
+
+/// Waits until nothing but beats of leases reaches the disk.
+async fn settled(disk: &mut Disk) {
+    let begun = Instant::now();
+    let mut quiet = 0;
+    while quiet < 4 && begun.elapsed() < PATIENCE {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        quiet = if disk.calls().count() < 20 {
+            quiet + 1
+        } else {
+            0
+        };
+    }
 }

@@ -22,7 +22,9 @@ mod folders;
 mod greenroom;
 mod hosting;
 mod http;
+mod hub;
 mod processes;
+mod replicate;
 mod tools;
 
 use std::time::{Duration, Instant};
@@ -37,10 +39,12 @@ pub(crate) use folders::{Folders, SITE, files_below, git, holds};
 pub(crate) use greenroom::{Options, TestGreenroom};
 pub(crate) use hosting::{GIT_TOKEN, Hosting};
 pub(crate) use http::{Answer, Events, Sent, ServerEvent, request, request_at, stream, try_stream};
+pub(crate) use hub::{Content, HF_TOKEN, HF_TOKEN_READ, HubStandIn, Repository};
 pub(crate) use processes::processes_below;
+pub(crate) use replicate::{REPLICATE_TOKEN, StandInReplicate};
 pub(crate) use tools::{
-    acting_claude, ccusage, has_uid_road, mfusepy, package_managers, promtool, tools,
-    websocket_peers,
+    acting_claude, ccusage, has_uid_road, hub_client, package_managers, promtool, replicate_client,
+    tools, websocket_peers,
 };
 
 /// What anything may take on a slow and busy machine.

@@ -104,12 +104,27 @@ pub(crate) fn websocket_peers() -> PathBuf {
         .expect("no WebSocket peers: scripts/test installs them, or set WEBSOCKET_PEERS")
 }
 
-/// A folder with PyPI's `mfusepy` (`MFUSEPY`, else where scripts/test puts it). There may be none: it needs
-/// libfuse too.
-pub(crate) fn mfusepy() -> Option<PathBuf> {
-    let named = env::var_os("MFUSEPY").map(PathBuf::from);
+/// A folder with PyPI's `replicate`, Replicate's official client (`REPLICATE_CLIENT`, else where
+/// scripts/test puts it). Fails in one line where there is none.
+pub(crate) fn replicate_client() -> PathBuf {
+    let named = env::var_os("REPLICATE_CLIENT").map(PathBuf::from);
     let mut found = named.into_iter().chain(brought_tools());
-    found.find(|folder| folder.join("mfusepy.py").is_file())
+    found
+        .find(|folder| folder.join("replicate/__init__.py").is_file())
+        .expect("no Python client of Replicate: scripts/test installs it, or set REPLICATE_CLIENT")
+}
+
+/// A folder with PyPI's `huggingface_hub` (`HUB_CLIENT`, else where scripts/test puts it). There may be none.
+pub(crate) fn hub_client() -> Option<PathBuf> {
+    let named = env::var_os("HUB_CLIENT").map(PathBuf::from);
+    let mut all = named.into_iter().chain(brought_tools());
+    let found = all.find(|folder| folder.join("huggingface_hub").is_dir());
+    if found.is_none() {
+        eprintln!(
+            "skipped: there is no huggingface_hub; scripts/test brings it, or set HUB_CLIENT"
+        );
+    }
+    found
 }
 
 /// A folder with pnpm and yarn in `node_modules` (`PACKAGE_MANAGERS`, else where scripts/test puts
