@@ -206,6 +206,8 @@ impl Site {
         git(&self.dir, &["fsck", "--strict"]);
         let summary = committed.commit.expect("something changed");
         assert_eq!(git(&self.dir, &["rev-parse", "HEAD"]).trim(), summary.id);
+        // What is told from memory is what the objects on the disk say.
+        assert_eq!(self.worktree.summary(&summary.id).unwrap(), summary);
         // The tree is the one that git itself writes of these files.
         let ours = git(&self.dir, &["rev-parse", "HEAD^{tree}"]);
         git(&self.dir, &["read-tree", "--empty"]);
