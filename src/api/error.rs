@@ -556,7 +556,8 @@ impl ApiError {
             BlockingError::TimedOut { .. } => {
                 tracing::error!(%error, "the disk does not answer");
                 Self::new(
-                    StatusCode::SERVICE_UNAVAILABLE,
+                    // What the contract has with this code.
+                    StatusCode::INTERNAL_SERVER_ERROR,
                     "internal",
                     "the workspace's disk does not answer at the moment; ask again once it does",
                 )
