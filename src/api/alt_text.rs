@@ -94,8 +94,11 @@ pub(super) async fn write(
     });
     let news = stream::unfold(news, async |mut news| Some((news.recv().await?, news)));
     // The work ends with its reader: it is done by the answer's own body.
-    let events = stream::select(news, stream::once(end)).map(Ok::<_, Infallible>);
-    Ok(Sse::new(events)
+    let events = stream::select(news, stream::once(end));
+    let numbered = events
+        .enumerate()
+        .map(|(at, event)| Ok::<_, Infallible>(event.id((at + 1).to_string())));
+    Ok(Sse::new(numbered)
         .keep_alive(KeepAlive::new().interval(COMMENT_EVERY))
         .into_response())
 }

@@ -349,7 +349,6 @@ async fn what_is_edited_meanwhile_is_kept_and_nobody_s_turn_waits() {
 }
 
 #[tokio::test]
-#[ignore = "its events need numbers, which come next"]
 async fn killed_or_left_in_the_midst_nothing_is_half_done_and_nothing_paid_twice() {
     let stage = Stage::new(vec![
         says("kiln.png", "Ein Ofen.", "SAFE"),

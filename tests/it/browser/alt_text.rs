@@ -69,8 +69,10 @@ async fn the_template_s_images_are_heard_again() {
         fs::write(&at, format!("{start}alt=\"\"{end}")).unwrap();
         before.push((at, text, format!("{url}{path}")));
     }
+    // A drawing of the home page has a label of its own.
+    let mut others = Vec::new();
     for (_, _, page) in &before {
-        assert_eq!(hears_on(&room, page).await, Vec::<String>::new(), "{page}");
+        others.push(hears_on(&room, page).await);
     }
     let turn = describe(&room, &main).await;
     assert_eq!(
@@ -79,9 +81,12 @@ async fn the_template_s_images_are_heard_again() {
         "{turn}"
     );
     assert_eq!(turn["preview"]["errors"], json!([]), "{turn}");
-    let texts = ["Glazed pots on a shelf.", "A stack of plates."];
-    for ((_, _, page), text) in before.iter().zip(texts) {
-        assert_eq!(hears_on(&room, page).await, [text], "{page}");
+    let texts = ["A stack of plates.", "Glazed pots on a shelf."];
+    for (((_, _, page), text), others) in before.iter().zip(texts).zip(&others) {
+        assert!(!others.iter().any(|name| name == text || name.is_empty()));
+        let mut heard = hears_on(&room, page).await;
+        heard.retain(|name| !others.contains(name));
+        assert_eq!(heard, [text], "{page}");
     }
     // Not a byte besides.
     for ((at, text, _), new) in before.iter().zip(texts) {
