@@ -6,10 +6,12 @@
 //! takes its time for each.
 
 use std::{
+    collections::HashMap,
     future::Future,
+    hash::Hash,
     net::SocketAddr,
     sync::{
-        Arc, LazyLock,
+        Arc, LazyLock, Mutex, PoisonError, Weak,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::{Duration, Instant},
@@ -17,7 +19,7 @@ use std::{
 
 use tokio::{
     net::{TcpListener, TcpStream},
-    sync::{OwnedSemaphorePermit, Semaphore},
+    sync::{Mutex as AsyncMutex, OwnedMutexGuard, OwnedSemaphorePermit, Semaphore},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
@@ -161,6 +163,39 @@ struct AbortOnDrop(tokio::task::AbortHandle);
 impl Drop for AbortOnDrop {
     fn drop(&mut self) {
         self.0.abort();
+    }
+}
+
+/// Locks by name: one holder of a name at a time, any number of names. Cheap to clone.
+#[derive(Debug)]
+pub struct NamedLocks<K>(Arc<Mutex<HashMap<K, Weak<AsyncMutex<()>>>>>);
+
+impl<K> Clone for NamedLocks<K> {
+    fn clone(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<K> Default for NamedLocks<K> {
+    fn default() -> Self {
+        Self(Arc::default())
+    }
+}
+
+impl<K: Eq + Hash> NamedLocks<K> {
+    /// Waits for whoever has this name. Names that nobody holds or waits for are forgotten.
+    pub async fn lock(&self, name: K) -> OwnedMutexGuard<()> {
+        let lock = {
+            let mut locks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            locks.retain(|_, lock| lock.strong_count() > 0);
+            let known = locks.get(&name).and_then(Weak::upgrade);
+            known.unwrap_or_else(|| {
+                let lock = Arc::new(AsyncMutex::new(()));
+                locks.insert(name, Arc::downgrade(&lock));
+                lock
+            })
+        };
+        lock.lock_owned().await
     }
 }
 

@@ -422,7 +422,11 @@ impl From<ImageError> for ApiError {
             }
             ImageError::NoImage | ImageError::Picture(_) => failed(StatusCode::BAD_GATEWAY),
             ImageError::Supervisor(error) => error.into(),
-            ImageError::Note(_) => Self::internal(&error),
+            ImageError::OverBudget(breach) => Self {
+                retry_after: breach.resets.map(seconds_until),
+                ..Self::new(StatusCode::TOO_MANY_REQUESTS, "budget_exceeded", said)
+            },
+            ImageError::Note(_) | ImageError::Budgets(_) => Self::internal(&error),
             ImageError::Replicate(error) => match error {
                 R::BadName { .. } | R::Input(_) | R::NotFound { .. } | R::Refused { .. } => {
                     Self::invalid(said)

@@ -150,7 +150,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         rate: RateLimit::per_minute(settings.service_rate_per_minute),
         activity: activity.clone(),
         service: service.clone(),
-        ledger,
+        ledger: ledger.clone(),
         figures: Figures::start(&tasks, settings.metrics_tenants),
         pins: pins.clone(),
         facts: Facts {
@@ -176,7 +176,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         batches: batches.clone(),
         alt_texts: alt_texts(settings, &labels, &activity, &runtime),
         labels: labels.clone(),
-        images: images(&loaded, &supervisor, &labels, &tasks)?,
+        images: images(&loaded, &supervisor, &labels, &ledger, &tasks)?,
     });
     // The first line of the log says where it listens.
     announce(&loaded, mode, &listeners, is_rehearsal, &launcher);
@@ -769,6 +769,7 @@ fn images(
     loaded: &Loaded,
     supervisor: &Supervisor,
     labels: &Labels,
+    ledger: &Ledger,
     tasks: &Tasks,
 ) -> anyhow::Result<Images> {
     let settings = &loaded.settings;
@@ -785,6 +786,7 @@ fn images(
         settings,
         supervisor.clone(),
         labels.clone(),
+        ledger.clone(),
         tasks.clone(),
     ))
 }

@@ -19,7 +19,7 @@ use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use serde_json::{Map, Value, json};
-use tokio::sync::{Mutex, OnceCell, Semaphore};
+use tokio::sync::{OnceCell, Semaphore};
 
 use crate::{
     config::Secret,
@@ -35,9 +35,10 @@ use crate::{
         Brought, ExecuteRequest, Operation, OperationAnswer, OperationRequest, SiteChange,
         SiteEdit, Supervisor, SupervisorError,
     },
-    task::Tasks,
+    task::{NamedLocks, Tasks},
     text,
     turn::TurnRecord,
+    usage::{Breach, Denied, Ledger},
 };
 use job::Note;
 
@@ -89,10 +90,11 @@ struct Inner {
     settings: ImageSettings,
     supervisor: Supervisor,
     labels: Labels,
+    ledger: Ledger,
     replicate: OnceCell<Replicate>,
     at_once: Semaphore,
-    /// Of calls with a key one at a time, so that two of one key pay once.
-    keyed: Mutex<()>,
+    /// So that two calls of one thread's key pay once.
+    keyed: NamedLocks<(ThreadKey, String)>,
     tasks: Tasks,
 }
 
@@ -146,6 +148,10 @@ pub enum ImageError {
     Picture(#[from] PictureError),
     #[error(transparent)]
     Supervisor(#[from] SupervisorError),
+    #[error("{0}")]
+    OverBudget(Breach),
+    #[error("what is left of the budgets cannot be read")]
+    Budgets(#[source] Denied),
     #[error("failed to write down what was paid")]
     Note(#[source] io::Error),
 }
@@ -177,21 +183,32 @@ struct Made {
     cost_usd: Option<f64>,
 }
 
+fn account(key: &ThreadKey, kind: &'static str) -> Account {
+    Account {
+        client: Some(key.client.clone()),
+        user: Some(key.user.clone()),
+        thread: Some(key.thread.clone()),
+        ..Account::of_kind(kind)
+    }
+}
+
 impl Images {
     /// See [`ImageSettings`].
     pub fn new(
         settings: ImageSettings,
         supervisor: Supervisor,
         labels: Labels,
+        ledger: Ledger,
         tasks: Tasks,
     ) -> Self {
         Self(Arc::new(Inner {
             settings,
             supervisor,
             labels,
+            ledger,
             replicate: OnceCell::new(),
             at_once: Semaphore::new(AT_ONCE),
-            keyed: Mutex::default(),
+            keyed: NamedLocks::default(),
             tasks,
         }))
     }
@@ -209,7 +226,7 @@ impl Images {
         }
         let call = wish.idempotency_key.as_deref();
         let _turn = match call {
-            Some(_) => Some(inner.keyed.lock().await),
+            Some(call) => Some(inner.keyed.lock((wish.key.clone(), call.to_owned())).await),
             None => None,
         };
         let _slot = inner.at_once.acquire().await.expect("it is never closed");
@@ -226,7 +243,7 @@ impl Images {
         let folder = wish.folder.clone().unwrap_or(usual);
         let brand = inner.settings.configs.brand(&wish.key.client)?;
         let plan = self.plan(&wish, &brand).await?;
-        let made = self.pay(&plan, &mut note).await?;
+        let made = self.pay(&wish.key, &plan, &mut note).await?;
         if made.files.is_empty() {
             return Err(ImageError::NoImage);
         }
@@ -338,7 +355,7 @@ impl Images {
     }
 
     /// Runs the model, or goes on with what an earlier call of the same key has begun.
-    async fn pay(&self, plan: &Plan, note: &mut Note) -> Result<Made, ImageError> {
+    async fn pay(&self, key: &ThreadKey, plan: &Plan, note: &mut Note) -> Result<Made, ImageError> {
         let replicate = self.replicate().await?;
         let limit = plan.settings.timeout.unwrap_or(self.0.settings.timeout);
         let stop = self.0.supervisor.draining();
@@ -350,6 +367,7 @@ impl Images {
             let begun = match self.noted(replicate, note, run).await? {
                 Some(begun) => begun,
                 None => {
+                    self.check_budgets(key).await?;
                     // By itself, so that a caller who goes away leaves nothing of unknown fate.
                     let begun = self.begin(replicate, plan, limit).await?;
                     note.known.predictions.push(begun.id.clone());
@@ -384,6 +402,15 @@ impl Images {
             self.take(replicate, plan, &prediction, &mut made).await?;
         }
         Ok(made)
+    }
+
+    /// Whoever has used up a budget makes no images either.
+    async fn check_budgets(&self, key: &ThreadKey) -> Result<(), ImageError> {
+        let meter = self.0.ledger.meter(account(key, "images"));
+        meter.check().await.map_err(|denied| match denied {
+            Denied::OverBudget(breach) | Denied::Held(breach) => ImageError::OverBudget(breach),
+            other => ImageError::Budgets(other),
+        })
     }
 
     /// What an earlier call of the same key has begun and what still may give something.
@@ -488,12 +515,7 @@ impl Images {
         let question = prompt.map(|prompt| Question {
             prompt,
             model: None,
-            account: Account {
-                client: Some(wish.key.client.clone()),
-                user: Some(wish.key.user.clone()),
-                thread: Some(wish.key.thread.clone()),
-                ..Account::of_kind(Account::LABEL)
-            },
+            account: account(&wish.key, Account::LABEL),
             timeout: None,
         });
         let labelled = match question {

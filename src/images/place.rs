@@ -139,7 +139,7 @@ mod tests {
                 "A red shoe, on a white table at noon!",
                 "a-red-shoe-on-a-white-7f",
             ),
-            ("../../etc/passwd", "etc-passwd-7f"),
+            ("../../etc/hosts", "etc-hosts-7f"),
             ("日本", "image-7f"),
         ] {
             assert_eq!(name(prompt, "7f"), said);

@@ -20,11 +20,10 @@ mod missing;
 mod tree;
 
 use std::{
-    collections::HashMap,
     ffi::OsString,
     fmt, io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, Weak},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -36,7 +35,7 @@ use crate::{
     egress::Door,
     owner::{Owner, make_folder, take_over},
     process::{Exit, Launcher, Peers, ProcessError, Profile, Spec, Stdin},
-    task::{BlockingError, blocking},
+    task::{BlockingError, NamedLocks, blocking},
     text::Tail,
 };
 
@@ -202,7 +201,7 @@ pub struct Dependencies {
     /// The way out leads to npm's registries; seen to once.
     registries: Arc<OnceCell<()>>,
     /// One installation at a time for each master.
-    locks: Arc<Mutex<HashMap<PathBuf, Weak<tokio::sync::Mutex<()>>>>>,
+    locks: NamedLocks<PathBuf>,
 }
 
 impl Dependencies {
@@ -213,7 +212,7 @@ impl Dependencies {
             tools: Arc::new(tools),
             node_major: Arc::default(),
             registries: Arc::default(),
-            locks: Arc::default(),
+            locks: NamedLocks::default(),
         }
     }
 
@@ -260,8 +259,7 @@ impl Dependencies {
         }
         let master = cache.join("masters").join(&need.key);
         let archive = archives.map(|folder| folder.join(format!("{}.zst", need.key)));
-        let lock = self.lock_of(&master);
-        let held = lock.lock().await;
+        let held = self.locks.lock(master.clone()).await;
         let mut kind = AttachedKind::Cached;
         let (at, key) = (master.clone(), need.key.clone());
         let is_whole = move || tree::is_whole(&at, &key);
@@ -299,8 +297,7 @@ impl Dependencies {
     /// Packs what was installed for other containers, where it is not yet. That it could not costs
     /// the next container time, and is logged.
     pub async fn keep(&self, unkept: Unkept) {
-        let lock = self.lock_of(&unkept.master);
-        let _held = lock.lock().await;
+        let _held = self.locks.lock(unkept.master.clone()).await;
         let pack = move || tree::pack(&unkept.master, &unkept.key, &unkept.archive);
         let packed = blocking("keeping the dependencies for others", DISK_DEADLINE, pack);
         if let Err(error) = packed.await {
@@ -343,20 +340,6 @@ impl Dependencies {
                 .ok_or_else(|| InstallError::Site("node does not tell its version".to_owned()))
         };
         self.node_major.get_or_try_init(ask).await.copied()
-    }
-
-    fn lock_of(&self, master: &Path) -> Arc<tokio::sync::Mutex<()>> {
-        let mut locks = self
-            .locks
-            .lock()
-            .expect("no panic while the locks are held");
-        locks.retain(|_, lock| lock.strong_count() > 0);
-        if let Some(lock) = locks.get(master).and_then(Weak::upgrade) {
-            return lock;
-        }
-        let lock = Arc::new(tokio::sync::Mutex::new(()));
-        locks.insert(master.to_owned(), Arc::downgrade(&lock));
-        lock
     }
 
     /// Fills a master by way of a staging folder.

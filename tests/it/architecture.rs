@@ -146,6 +146,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "repository", // where a site keeps its images
             "supervisor", // their turns
             "turn",
+            "usage", // whoever has used up a budget makes none
         ],
     ),
     (

@@ -31,6 +31,10 @@ struct Stage {
 
 impl Stage {
     async fn new(rules: &[Value]) -> Self {
+        Self::with(rules, |options| options).await
+    }
+
+    async fn with(rules: &[Value], more: impl FnOnce(Options) -> Options) -> Self {
         let api = StandIn::start(json!({"rules": rules})).await;
         // A picture that is scaled down, with a note of its maker.
         let replicate = StandInReplicate::start(picture_of(1, 3000, 1500)).await;
@@ -51,7 +55,7 @@ impl Stage {
             .env("REPLICATE_API_TOKEN", REPLICATE_TOKEN)
             .env("REPLICATE_BASE_URL", replicate.url())
             .env("MODEL_CONFIGS_FILE", configs);
-        let greenroom = TestGreenroom::start(options).await;
+        let greenroom = TestGreenroom::start(more(options)).await;
         let alice = who("acme", "alice", "main");
         greenroom.init(&alice, json!({"repoUrl": site})).await.ok();
         Self {
@@ -175,6 +179,19 @@ async fn with_an_instruction_image_and_reference_are_one_turn() {
     let path = format!("{}/undo", stage.alice.path());
     stage.greenroom.api("POST", &path, json!({})).await.ok();
     assert_eq!(stage.git(&["diff", "--stat", before.trim(), "HEAD"]), "");
+}
+
+#[tokio::test]
+async fn who_has_used_a_budget_up_makes_no_images() {
+    let stage = Stage::with(&[], |options| {
+        options.env("BUDGET_CLIENT_DAY_USD", "0.000001")
+    })
+    .await;
+    // Its description is what costs.
+    stage.make(json!({"prompt": "A red shoe"})).await.ok();
+    let refused = stage.make(json!({"prompt": "A blue shoe"})).await;
+    refused.error(429, "budget_exceeded");
+    assert_eq!(stage.replicate.predictions().len(), 1, "nothing was paid");
 }
 
 #[tokio::test]
