@@ -15,12 +15,12 @@ use std::{
     collections::BTreeMap,
     fs::{self, File},
     io::{self, Write as _},
-    os::unix::fs::MetadataExt as _,
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
 
 use git2::{ObjectType, Oid, Repository, Tree};
-use nix::sys::stat::FileStat;
+use nix::{fcntl::OFlag, sys::stat::FileStat};
 use sha1::{Digest as _, Sha1};
 
 /// A file's mode in git: a symlink.
@@ -328,7 +328,16 @@ impl Index {
     }
 
     pub(super) fn read(file: &Path) -> Result<Self, Damaged> {
-        let opened = match File::open(file) {
+        // Looked at before it is known what stands there: a link is not followed, and opening a pipe
+        // must not wait for a writer.
+        let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+        let open = || {
+            File::options()
+                .read(true)
+                .custom_flags(flags.bits())
+                .open(file)
+        };
+        let opened = match open() {
             Ok(opened) => opened,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Self::default()),
             Err(_) => return Err(Damaged("it cannot be opened")),
