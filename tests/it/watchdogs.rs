@@ -226,6 +226,11 @@ async fn a_turn_that_nobody_asked_for_is_stopped_and_is_not_the_next_one() {
         let result = stage.play("write mine.txt x\ntext Mine.").await;
         assert_eq!(result["status"], "completed", "{result}");
         assert_eq!(result["text"], "Mine.");
+        // It may have begun after ours was over, and is ended then as above.
+        wait_for("its command ends", || {
+            stage.commands().is_empty().then_some(())
+        })
+        .await;
         stage.is_settled("a turn of its own");
     }
     stage.goes_on("turns of its own").await;
