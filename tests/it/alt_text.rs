@@ -368,6 +368,10 @@ async fn killed_or_left_in_the_midst_nothing_is_half_done_and_nothing_paid_twice
         (&json!(2), &json!(1)),
         "{progress}"
     );
+    wait_for("it asks about the cup", || {
+        (stage.api.requests_about("cup.png").len() == 1).then_some(())
+    })
+    .await;
     drop(events);
     assert_eq!(
         (stage.git(&["rev-parse", "HEAD"]), stage.page()),
