@@ -33,19 +33,8 @@ pub(super) fn command() -> Command {
                 .value_name("TAG")
                 .help("Language of all texts, as de or pt-BR; else what the site says"),
         )
-        .arg(
-            Arg::new("model")
-                .long("model")
-                .value_name("NAME")
-                .help("Model; else LABEL_MODEL, else CLAUDE_MODEL, else the CLI's choice"),
-        )
-        .arg(
-            Arg::new("max-usd")
-                .long("max-usd")
-                .value_name("USD")
-                .value_parser(value_parser!(f64))
-                .help("Stop before more than this could be spent"),
-        )
+        .arg(super::label_model())
+        .arg(super::max_usd())
         .arg(
             Arg::new("dry-run")
                 .long("dry-run")

@@ -70,12 +70,7 @@ pub(super) fn command() -> Command {
                 .value_parser(value_parser!(PathBuf))
                 .help("A prompt of your own, as text; or several by name, as .yaml"),
         )
-        .arg(
-            Arg::new("model")
-                .long("model")
-                .value_name("NAME")
-                .help("Model; else LABEL_MODEL, else CLAUDE_MODEL, else the CLI's choice"),
-        )
+        .arg(super::label_model())
         .arg(
             Arg::new("workers")
                 .long("workers")
@@ -84,13 +79,7 @@ pub(super) fn command() -> Command {
                 .default_value("3")
                 .help("Images at once"),
         )
-        .arg(
-            Arg::new("max-usd")
-                .long("max-usd")
-                .value_name("USD")
-                .value_parser(value_parser!(f64))
-                .help("Stop before more than this could be spent"),
-        )
+        .arg(super::max_usd())
         .arg(
             Arg::new("journal")
                 .long("journal")

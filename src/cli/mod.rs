@@ -303,6 +303,22 @@ fn rehearsal() -> Arg {
         .help("Play the model by a script: nothing is asked of the model API")
 }
 
+/// Who describes images.
+fn label_model() -> Arg {
+    Arg::new("model")
+        .long("model")
+        .value_name("NAME")
+        .help("Model; else LABEL_MODEL, else CLAUDE_MODEL, else the CLI's choice")
+}
+
+fn max_usd() -> Arg {
+    Arg::new("max-usd")
+        .long("max-usd")
+        .value_name("USD")
+        .value_parser(clap::value_parser!(f64))
+        .help("Stop before more than this could be spent")
+}
+
 /// Adds a flag for every setting. Those of secrets are there to be refused with a reason.
 fn with_settings(command: Command) -> Command {
     command

@@ -257,7 +257,12 @@ fn unknown(key: &str, origin: &Source) -> ConfigError {
     // Spellings that differ in underscores alone (`apiURL`, `Api_Port`) are the nearest.
     let nearest = TABLE
         .iter()
-        .map(|spec| (distance(&squeezed(&normal), &squeezed(spec.name)), spec))
+        .map(|spec| {
+            (
+                crate::text::distance(&squeezed(&normal), &squeezed(spec.name)),
+                spec,
+            )
+        })
         .min_by_key(|(distance, _)| *distance)
         .filter(|(distance, _)| *distance <= 2);
     ConfigError::UnknownKey {
@@ -270,24 +275,6 @@ fn unknown(key: &str, origin: &Source) -> ConfigError {
             format!(", did you mean {}?", spec.name)
         }),
     }
-}
-
-/// How many letters to add, drop or change (Levenshtein), for keys of a sane length.
-fn distance(a: &str, b: &str) -> usize {
-    if a.len().abs_diff(b.len()) > 2 {
-        return usize::MAX;
-    }
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.bytes().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.bytes().enumerate() {
-            let changed = diagonal + usize::from(x != y);
-            diagonal = row[j + 1];
-            row[j + 1] = changed.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
 }
 
 /// Longest settings file. Nobody writes one by hand; it bounds what a wrong file costs.

@@ -184,7 +184,7 @@ impl Schema {
         let names = self.inputs.iter().map(|input| input.name.as_str());
         let nearest = names
             .clone()
-            .map(|known| (distance(name, known), known))
+            .map(|known| (crate::text::distance(name, known), known))
             .min()
             .filter(|(distance, _)| *distance <= 2)
             .map(|(_, known)| format!(", did you mean {}?", shown(known)));
@@ -417,24 +417,6 @@ fn listed(names: impl Iterator<Item = String>) -> String {
         many if many > MAX_LISTED => format!("{}, …", names[..MAX_LISTED].join(", ")),
         _ => names.join(", "),
     }
-}
-
-/// How many letters to add, drop or change (Levenshtein); names of a sane length.
-fn distance(a: &str, b: &str) -> usize {
-    if a.len().abs_diff(b.len()) > 2 || a.len() > 100 {
-        return usize::MAX;
-    }
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.bytes().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.bytes().enumerate() {
-            let changed = diagonal + usize::from(x != y);
-            diagonal = row[j + 1];
-            row[j + 1] = changed.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
 }
 
 #[cfg(test)]
