@@ -297,6 +297,9 @@ struct Bare {
     name: String,
     /// The id of the last message.
     asked: String,
+    /// A result that came while something else was waited for: it may overtake the answer to what ended
+    /// its turn.
+    result: Option<Value>,
     child: Child,
     input: ChildStdin,
     output: Lines<BufReader<ChildStdout>>,
@@ -344,6 +347,7 @@ impl Bare {
         Self {
             name: format!("{} {more:?}", program.display()),
             asked: String::new(),
+            result: None,
             input: child.stdin.take().unwrap(),
             output: BufReader::new(child.stdout.take().unwrap()).lines(),
             child,
@@ -360,6 +364,7 @@ impl Bare {
     async fn ask(&mut self, words: &str) {
         // The real one passes over a message whose id it has seen in this conversation.
         self.asked = uuid::Uuid::new_v4().to_string();
+        self.result = None;
         let line = json!({"type": "user", "uuid": self.asked,
             "message": {"role": "user", "content": [{"type": "text", "text": words}]}});
         self.send(&line.to_string()).await;
@@ -367,6 +372,11 @@ impl Bare {
 
     /// The next line of this type, as far as greenroom relies on it.
     async fn until(&mut self, kind: &str) -> Value {
+        if kind == "result"
+            && let Some(result) = self.result.take()
+        {
+            return result;
+        }
         let read = async {
             while let Some(line) = self.output.next_line().await.unwrap() {
                 // Ids are random; what matters is whose it is.
@@ -378,6 +388,9 @@ impl Bare {
                 let value: Value = serde_json::from_str(&line).unwrap();
                 if value["type"] == kind {
                     return value;
+                }
+                if value["type"] == "result" {
+                    self.result = Some(value);
                 }
             }
             Value::Null
