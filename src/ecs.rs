@@ -141,6 +141,13 @@ impl Ecs {
                         tracing::info!("this task is of no service: nothing scales it in");
                         return;
                     }
+                    Err(Refusal::Denied) => {
+                        tracing::info!(
+                            "this task may not protect itself from being scaled in; if it is of a service, give \
+                             its role ecs:UpdateTaskProtection"
+                        );
+                        return;
+                    }
                     Err(Refusal::Other(reason)) => {
                         // Said once for each spell of refusals.
                         if not_before.is_none() {
@@ -191,6 +198,7 @@ impl Ecs {
             .unwrap_or("no answer that is known");
         match reason {
             "TASK_NOT_VALID" => Err(Refusal::NotOfAService),
+            "AccessDeniedException" => Err(Refusal::Denied),
             reason => Err(Refusal::Other(reason.to_owned())),
         }
     }
@@ -199,6 +207,8 @@ impl Ecs {
 enum Refusal {
     /// A task that was started alone: nobody scales it in.
     NotOfAService,
+    /// The task's role has no right to it, as those of tasks that are started alone.
+    Denied,
     Other(String),
 }
 
