@@ -8,8 +8,11 @@ use sha2::{Digest, Sha256};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    agent_settings, labels, ledger_settings, programs::Programs, runtime_folder, start_gateway,
-    start_launcher, tell_closed,
+    announce::tell_closed,
+    programs::Programs,
+    rooms::{
+        agent_settings, labels, ledger_settings, runtime_folder, start_gateway, start_launcher,
+    },
 };
 use crate::{
     config::{CredentialSource, Loaded, Settings},

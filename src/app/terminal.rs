@@ -11,7 +11,10 @@ use tokio::{
     time::timeout,
 };
 
-use super::{ledger_settings, programs::Programs, start_gateway};
+use super::{
+    programs::Programs,
+    rooms::{ledger_settings, start_gateway},
+};
 use crate::{
     client,
     config::{self, Kind, Loaded, TABLE},
