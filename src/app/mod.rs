@@ -49,7 +49,7 @@ use crate::{
     lifecycle::{Activity, Guard, HolderKind, Shares, Signals, StopReason, wait_for_reason},
     owner,
     preview::{self, ActivityGuard, ActivitySink, PreviewSettings, Previews, Proxy, ProxyKind},
-    process::{self, Bash, ConfinementMode, Launcher},
+    process::{self, Allowance, Bash, ConfinementMode, Launcher},
     rehearsal::{Rehearsal, Script},
     repository::{self, GitHub, Remotes},
     service::{Service, ServiceSettings},
@@ -718,6 +718,7 @@ fn one_shots(
         agent,
         max_concurrent: settings.service_max_concurrent,
         scratch: runtime.join("runs"),
+        allowance: None,
         mask: |text| telemetry::masked(text).into_owned(),
     };
     Service::new(settings, launcher.clone(), gateway.clone(), tasks.clone())
@@ -755,6 +756,11 @@ async fn labels(
         agent,
         max_concurrent: settings.label_max_concurrent,
         scratch: runtime.join("labels"),
+        allowance: Some(Allowance {
+            memory: settings.label_memory_mb << 20,
+            processor: settings.label_cpu,
+            processes: settings.label_max_processes,
+        }),
         mask: |text| telemetry::masked(text).into_owned(),
     };
     Ok(Labels::new(LabelSettings {
