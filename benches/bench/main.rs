@@ -16,6 +16,7 @@ mod gateway;
 mod history;
 mod hmr;
 mod init;
+mod label;
 mod proxies;
 mod proxy;
 mod report;
@@ -54,7 +55,7 @@ macro_rules! parts {
     };
 }
 
-const PARTS: [Part; 12] = parts! {
+const PARTS: [Part; 13] = parts! {
     start 60,
     rest 60,
     init 90,
@@ -67,6 +68,7 @@ const PARTS: [Part; 12] = parts! {
     dependencies 420,
     first_page 900,
     gateway 90,
+    label 1500,
 };
 
 fn main() -> ExitCode {

@@ -13,6 +13,7 @@ pub(crate) enum Unit {
     Us,
     Mb,
     PerSecond,
+    PerMinute,
 }
 
 impl Unit {
@@ -22,6 +23,7 @@ impl Unit {
             Self::Ms => format!("{value:.0} ms"),
             Self::Us => format!("{value:.1} µs"),
             Self::Mb => format!("{value:.1} MB"),
+            Self::PerMinute => format!("{value:.0}"),
             Self::PerSecond => format!("{:.0}", (value / 100.0).round() * 100.0),
         }
     }

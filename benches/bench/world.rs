@@ -39,6 +39,8 @@ pub(crate) struct World {
     claude: Option<PathBuf>,
     /// A copy of the template with its dependencies.
     site: Option<PathBuf>,
+    /// A client whose engine has greenroom's image.
+    docker: Option<PathBuf>,
     machine: String,
 }
 
@@ -56,6 +58,7 @@ impl World {
             rivals: var("BENCH_RIVALS"),
             claude: var("BENCH_CLAUDE"),
             site: var("BENCH_SITE"),
+            docker: var("BENCH_DOCKER"),
             machine,
         })
     }
@@ -100,6 +103,10 @@ impl World {
         self.site
             .as_deref()
             .context("the site's dependencies are missing")
+    }
+
+    pub(crate) fn docker(&self) -> Option<&Path> {
+        self.docker.as_deref()
     }
 
     /// A command with an environment of its own.

@@ -185,7 +185,7 @@ impl Agent {
             return Some("age");
         }
         let process = self.process.clone();
-        let look = move || process.memory();
+        let look = move || process.load().memory;
         let held = task::blocking("looking at the agent's memory", MEMORY_DEADLINE, look).await;
         (held.ok()? > self.ceiling.memory).then_some("memory")
     }

@@ -1,18 +1,14 @@
 //! `/api/label/batches`: many images, as a job with a journal.
 
-use std::{collections::HashSet, convert::Infallible, time::Duration};
+use std::collections::HashSet;
 
 use axum::{
     Json as Answer,
     body::Bytes,
     extract::{FromRequest, Path, Request, State},
     http::{HeaderMap, StatusCode},
-    response::{
-        IntoResponse, Response,
-        sse::{Event, KeepAlive, Sse},
-    },
+    response::{IntoResponse, Response},
 };
-use futures_util::{StreamExt, stream};
 use serde::Deserialize;
 use serde_json::json;
 use utoipa::ToSchema;
@@ -21,11 +17,12 @@ use super::{
     ApiError, Pins, Shared,
     body::{self, JsonOrNothing, success},
     label::{Asked, ImageBody, decoded, is_form, read_form},
+    sse,
     turns::last_event_id,
 };
 use crate::{
     domain::Account,
-    label::{BatchView, Job, MAX_UPLOADED},
+    label::{BatchView, BatchesError, Job, MAX_UPLOADED},
 };
 
 /// Largest body: so many images as are in it.
@@ -35,8 +32,6 @@ const WORKERS: usize = 3;
 const MAX_WORKERS: u64 = 64;
 /// Longest name of an image, in characters.
 const MAX_NAME: usize = 200;
-/// By the contract.
-const COMMENT_EVERY: Duration = Duration::from_secs(15);
 
 /// One image of a batch.
 #[derive(Debug, Deserialize, ToSchema)]
@@ -244,32 +239,16 @@ pub(super) async fn events(
 ) -> Result<Response, ApiError> {
     check(&state, &id).await?;
     let events = state.batches.events(&id, last_event_id(&headers)).await?;
-    let batches = stream::unfold(events, move |mut events| {
-        let id = id.clone();
-        async move {
-            let lines = match events.next().await {
-                Ok(lines) if lines.is_empty() => return None,
-                Ok(lines) => lines,
-                Err(error) => {
-                    tracing::warn!(%error, "failed to read a batch's events");
-                    return None;
-                }
-            };
-            let events_of: Vec<Result<Event, Infallible>> = lines
-                .iter()
-                .map(|line| {
-                    Ok(Event::default()
-                        .id(line.id.to_string())
-                        .event(line.event.name())
-                        .data(line.data(&id)))
-                })
-                .collect();
-            Some((stream::iter(events_of), events))
-        }
-    });
-    Ok(Sse::new(batches.flatten())
-        .keep_alive(KeepAlive::new().interval(COMMENT_EVERY))
-        .into_response())
+    Ok(sse::follow((id, events), |(id, events)| {
+        Box::pin(async move {
+            let lines = events.next().await?;
+            let told = lines.iter().map(|line| {
+                let id = ("batchId", id.clone());
+                sse::told(line.id, line.event.name(), &line.event, id)
+            });
+            Ok::<_, BatchesError>(told.collect())
+        })
+    }))
 }
 
 /// Stops a batch for good; what is under way ends first. Idempotent.

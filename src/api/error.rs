@@ -331,7 +331,7 @@ impl From<ServiceError> for ApiError {
                 retry_after: breach.resets.map(seconds_until),
                 ..Self::new(StatusCode::TOO_MANY_REQUESTS, "budget_exceeded", said)
             },
-            E::NotInstalled | E::Start(_) | E::TooMuchOutput => {
+            E::NotInstalled | E::Start(_) | E::TooMuchOutput | E::Exceeded { .. } => {
                 Self::new(StatusCode::BAD_GATEWAY, "agent_failed", said)
             }
             E::CredentialRefused(remains) | E::Failed { remains, .. } => {

@@ -29,7 +29,7 @@ use crate::{
     },
     lifecycle::{Activity, HolderKind},
     owner, preview,
-    process::{Bash, ConfinementMode, Launcher},
+    process::{Allowance, Bash, ConfinementMode, Launcher},
     rehearsal::{Rehearsal, Script},
     repository::{GitHub, Remotes},
     service::{Service, ServiceSettings},
@@ -285,6 +285,7 @@ pub(super) fn one_shots(
         agent,
         max_concurrent: settings.service_max_concurrent,
         scratch: runtime.join("runs"),
+        allowance: None,
         mask: |text| telemetry::masked(text).into_owned(),
     };
     Service::new(settings, launcher.clone(), gateway.clone(), tasks.clone())
@@ -322,6 +323,11 @@ pub(super) async fn labels(
         agent,
         max_concurrent: settings.label_max_concurrent,
         scratch: runtime.join("labels"),
+        allowance: Some(Allowance {
+            memory: settings.label_memory_mb << 20,
+            processor: settings.label_cpu,
+            processes: settings.label_max_processes,
+        }),
         mask: |text| telemetry::masked(text).into_owned(),
     };
     Ok(Labels::new(LabelSettings {

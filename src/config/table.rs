@@ -236,6 +236,14 @@ settings! {
         "Images labelled at once, apart from turns and other one-shot runs";
     CLAUDE_CLI_TIMEOUT, label_timeout: Duration, Number, value::some_seconds, Is("120"),
         "Longest run about one image, in seconds";
+    LABEL_MEMORY_MB, label_memory_mb: u64, Number,
+        |text, _| value::count(text, 64, 1_000_000), Is("1024"),
+        "A run about one image that holds more is ended";
+    LABEL_CPU_SECONDS, label_cpu: Duration, Number, value::some_seconds, Is("60"),
+        "The same for one that uses more processor time";
+    LABEL_MAX_PROCESSES, label_max_processes: usize, Number,
+        |text, _| value::count(text, 3, 1000), Is("32"),
+        "The same for one that has more processes, greenroom's own two among them";
     GATEWAY_PORT, gateway_port: Option<u16>, Number, value::port, Unset,
         "One more listener, with the gateway for other containers";
     GATEWAY_TOKENS_FILE, gateway_tokens_file: Option<PathBuf>, Text, value::path, Unset,

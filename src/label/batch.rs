@@ -24,26 +24,25 @@ use std::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicUsize, Ordering},
     },
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use bytes::Bytes;
 use futures_util::{StreamExt, future::BoxFuture, stream};
-use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
-use utoipa::ToSchema;
 
 use super::{
-    Failure, Label, LabelError, Labels, Prompt, Question, Status,
+    Labels, Prompt, Question,
     cache::Cache,
-    journal::{Done, Event, Journal, JournalError, Known, Past, sum},
+    journal::{Done, Event, Journal, JournalError, Known, Past},
+    outcome::{Code, Entry, Failed, Outcome, Progress, Summary},
+    retry::{Next, next},
+    tally::Tally,
 };
 use crate::{
-    domain::Usage,
     picture::{self, PictureError},
-    service::{Remains, ServiceError},
     task,
     workspace::{WorkspaceError, read_bounded, write_atomic},
 };
@@ -112,123 +111,6 @@ pub struct Plan {
     pub busy: Busy,
 }
 
-/// An image's name and outcome.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct Entry {
-    pub image: String,
-    #[serde(flatten)]
-    pub outcome: Outcome,
-}
-
-/// What came of an image.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(untagged)]
-pub enum Outcome {
-    Labelled {
-        #[serde(flatten)]
-        label: Box<Label>,
-        /// The label of the same bytes, from before: nothing was asked.
-        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-        cached: bool,
-    },
-    Failed(Failed),
-}
-
-/// An image without a label.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
-pub struct Failed {
-    /// Always `error`.
-    pub status: Status,
-    pub code: Code,
-    pub message: String,
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub raw_response: Option<String>,
-    /// Asking again costs, or may cost, again.
-    pub paid: bool,
-    pub usage: Usage,
-}
-
-/// Why, for programs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Code {
-    InvalidImage,
-    /// The file could not be read.
-    NotFound,
-    AgentFailed,
-    TurnTimeout,
-    /// It was asked about when the batch was killed.
-    Interrupted,
-    /// Something else is in the way that is not the image's.
-    Internal,
-    /// Of a newer version.
-    #[serde(other)]
-    Unknown,
-}
-
-impl Code {
-    /// As in answers.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::InvalidImage => "invalid_image",
-            Self::NotFound => "not_found",
-            Self::AgentFailed => "agent_failed",
-            Self::TurnTimeout => "turn_timeout",
-            Self::Interrupted => "interrupted",
-            Self::Internal => "internal",
-            Self::Unknown => "unknown",
-        }
-    }
-}
-
-/// How far a batch is.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct Progress {
-    pub total: usize,
-    /// Of them with an outcome.
-    pub done: usize,
-    pub success: usize,
-    pub failed: usize,
-    /// Of the successful ones: labelled without a request.
-    pub cached: usize,
-    /// US dollars, on all its starts together.
-    pub cost_usd: f64,
-    pub elapsed_ms: u64,
-    /// Images a minute, of this start.
-    pub per_minute: f64,
-    /// At that rate.
-    pub remaining_ms: Option<u64>,
-}
-
-/// What came of a batch.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct Summary {
-    pub batch_id: String,
-    pub total: usize,
-    pub success: usize,
-    pub failed: usize,
-    /// Of the successful ones: labelled without a request.
-    pub cached: usize,
-    /// Of the failed ones: asked about when the batch was killed.
-    pub interrupted: usize,
-    /// Without an outcome: it stopped before.
-    pub left: usize,
-    pub usage: Usage,
-    pub duration_ms: u64,
-    /// Why it stopped before its end.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub reason: Option<String>,
-}
-
-impl Summary {
-    /// Has every image an outcome?
-    pub fn is_complete(&self) -> bool {
-        self.left == 0
-    }
-}
-
 /// A batch that could not go on.
 #[derive(Debug, thiserror::Error)]
 pub enum BatchError {
@@ -250,19 +132,6 @@ struct Run<'a> {
     under_way: AtomicUsize,
     tally: Mutex<Tally>,
     stop: CancellationToken,
-    begun: Instant,
-}
-
-#[derive(Debug, Default)]
-struct Tally {
-    success: usize,
-    failed: usize,
-    cached: usize,
-    interrupted: usize,
-    /// Labelled by this start, and not known before.
-    labelled: usize,
-    usage: Usage,
-    reason: Option<String>,
 }
 
 /// Why an image has no outcome yet.
@@ -304,12 +173,8 @@ pub(super) async fn run(
         twins: Mutex::new(twins_of(&past, plan.asks_again)),
         past: past.images,
         under_way: AtomicUsize::new(0),
-        tally: Mutex::new(Tally {
-            usage: past.usage,
-            ..Tally::default()
-        }),
+        tally: Mutex::new(Tally::new(plan.images.len(), past.usage)),
         stop: stop.child_token(),
-        begun: Instant::now(),
     };
     let done = plan
         .images
@@ -335,7 +200,7 @@ pub(super) async fn run(
                     }
                 }
                 Err(Pause::Stop(reason)) => {
-                    lock(&run.tally).reason.get_or_insert(reason);
+                    lock(&run.tally).stopped(reason);
                     run.stop.cancel();
                 }
                 Err(Pause::Journal(error)) => {
@@ -347,7 +212,7 @@ pub(super) async fn run(
         ended
     };
     ended?;
-    let summary = run.summary();
+    let summary = lock(&run.tally).summary(&plan.id);
     journal
         .append(match summary.is_complete() {
             true => Event::Completed(summary.clone()),
@@ -362,7 +227,7 @@ fn twins_of(past: &Past, asks_again: bool) -> HashMap<String, Twin> {
     let mut known: HashMap<&str, Outcome> = HashMap::new();
     for image in past.images.values() {
         let (digest, outcome) = match image {
-            Known::Sent { digest } => (digest, Outcome::Failed(interrupted())),
+            Known::Sent { digest } => (digest, Outcome::Failed(Failed::interrupted())),
             Known::Done {
                 digest: Some(digest),
                 entry,
@@ -403,25 +268,26 @@ impl Run<'_> {
                     let progress = self.count(&entry.outcome, false);
                     return Ok((entry.clone(), progress));
                 }
-                let failed = not_read("there is no such file");
+                let failed = Failed::not_read("there is no such file");
                 return self.fail(image, None, failed).await;
             }
             Ok(Err(WorkspaceError::TooLarge { .. })) => {
-                let failed = failed_of(
-                    &PictureError::TooLarge {
-                        bytes: picture::MAX_BYTES + 1,
-                        most: picture::MAX_BYTES,
-                    }
-                    .into(),
-                );
-                return self.fail(image, None, failed).await;
+                let too_large = PictureError::TooLarge {
+                    bytes: picture::MAX_BYTES + 1,
+                    most: picture::MAX_BYTES,
+                };
+                return self.fail(image, None, too_large.into()).await;
             }
             Ok(Err(error)) => {
                 let cause = std::error::Error::source(&error).map(ToString::to_string);
                 let said = cause.unwrap_or_else(|| error.to_string());
-                return self.fail(image, None, not_read(&said)).await;
+                return self.fail(image, None, Failed::not_read(&said)).await;
             }
-            Err(error) => return self.fail(image, None, not_read(&error.to_string())).await,
+            Err(error) => {
+                return self
+                    .fail(image, None, Failed::not_read(&error.to_string()))
+                    .await;
+            }
         };
         let digest = hex::encode(Sha256::digest(&bytes));
         if let Some(known) = self.known(image, &digest) {
@@ -440,7 +306,7 @@ impl Run<'_> {
         let twin = lock(&self.twins).entry(alike).or_default().clone();
         let mut twin = twin.lock().await;
         let outcome = match &*twin {
-            Some(known) => free(known.clone()),
+            Some(known) => known.clone().free(),
             None => match cache.get(&digest, &question, &self.model).await {
                 Some(label) => Outcome::Labelled {
                     label: Box::new(label),
@@ -491,7 +357,7 @@ impl Run<'_> {
                 }
             },
             Known::Sent { digest: then } if then == digest && !self.plan.asks_again => {
-                Some(Outcome::Failed(interrupted()))
+                Some(Outcome::Failed(Failed::interrupted()))
             }
             // Another file by now, or never asked.
             Known::Done { .. } | Known::Sent { .. } => None,
@@ -586,7 +452,7 @@ impl Run<'_> {
     async fn ask(&self, image: &Image, digest: &str, bytes: Bytes) -> Result<Outcome, Pause> {
         let picture = match picture::develop(bytes).await {
             Ok(picture) => picture,
-            Err(error) => return Ok(Outcome::Failed(failed_of(&error.into()))),
+            Err(error) => return Ok(Outcome::Failed(error.into())),
         };
         let mut pause = PAUSE;
         for attempt in 1.. {
@@ -619,13 +485,13 @@ impl Run<'_> {
                 Err(failure) => failure,
             };
             if failure.is_paid {
-                return Ok(Outcome::Failed(failed_of(&failure)));
+                return Ok(Outcome::Failed(failure.into()));
             }
             let wait = match next(&failure.error) {
-                Next::GiveUp => return Ok(Outcome::Failed(failed_of(&failure))),
+                Next::GiveUp => return Ok(Outcome::Failed(failure.into())),
                 Next::Stop => return Err(Pause::Stop(failure.to_string())),
                 Next::Again(_) if attempt >= TRIES => {
-                    return Ok(Outcome::Failed(failed_of(&failure)));
+                    return Ok(Outcome::Failed(failure.into()));
                 }
                 Next::Again(wait) => wait.unwrap_or(pause),
             };
@@ -653,7 +519,7 @@ impl Run<'_> {
                 return Err(Pause::Stop(STOPPED.to_owned()));
             }
             let others = self.under_way.load(Ordering::Acquire);
-            let spent = lock(&self.tally).usage.cost_usd;
+            let spent = lock(&self.tally).usage().cost_usd;
             let is_over = |under_way: usize| {
                 let held = worst * under_way as f64;
                 self.plan.most_usd.is_some_and(|most| spent + held > most)
@@ -684,58 +550,7 @@ impl Run<'_> {
     }
 
     fn count(&self, outcome: &Outcome, is_new: bool) -> Progress {
-        let mut tally = lock(&self.tally);
-        match outcome {
-            Outcome::Labelled { cached, .. } => {
-                tally.success += 1;
-                tally.cached += usize::from(*cached);
-                tally.labelled += usize::from(is_new && !cached);
-            }
-            Outcome::Failed(failed) => {
-                tally.failed += 1;
-                tally.interrupted += usize::from(failed.code == Code::Interrupted);
-            }
-        }
-        if is_new {
-            tally.usage = sum(tally.usage, outcome.usage());
-        }
-        let total = self.plan.images.len();
-        let done = tally.success + tally.failed;
-        let elapsed = self.begun.elapsed();
-        let per_minute = match elapsed.as_secs_f64() {
-            seconds if seconds > 0.0 => tally.labelled as f64 * 60.0 / seconds,
-            _ => 0.0,
-        };
-        let left = (total - done.min(total)) as f64;
-        Progress {
-            total,
-            done,
-            success: tally.success,
-            failed: tally.failed,
-            cached: tally.cached,
-            cost_usd: tally.usage.cost_usd,
-            elapsed_ms: elapsed.as_millis() as u64,
-            per_minute: (per_minute * 100.0).round() / 100.0,
-            remaining_ms: (per_minute > 0.0).then(|| (left / per_minute * 60e3) as u64),
-        }
-    }
-
-    fn summary(&self) -> Summary {
-        let tally = lock(&self.tally);
-        let total = self.plan.images.len();
-        let left = total - (tally.success + tally.failed).min(total);
-        Summary {
-            batch_id: self.plan.id.clone(),
-            total,
-            success: tally.success,
-            failed: tally.failed,
-            cached: tally.cached,
-            interrupted: tally.interrupted,
-            left,
-            usage: tally.usage,
-            duration_ms: self.begun.elapsed().as_millis() as u64,
-            reason: tally.reason.clone().filter(|_| left > 0),
-        }
+        lock(&self.tally).count(outcome, is_new)
     }
 }
 
@@ -749,186 +564,3 @@ impl Drop for UnderWay<'_> {
 }
 
 const STOPPED: &str = "it was stopped before its end, and goes on when it is started again";
-
-/// The same for a twin: it costs nothing.
-fn free(outcome: Outcome) -> Outcome {
-    match outcome {
-        Outcome::Labelled { mut label, .. } => {
-            label.usage = Usage::default();
-            Outcome::Labelled {
-                label,
-                cached: true,
-            }
-        }
-        Outcome::Failed(failed) => Outcome::Failed(Failed {
-            usage: Usage::default(),
-            ..failed
-        }),
-    }
-}
-
-/// What to do about a failure that cost nothing.
-enum Next {
-    GiveUp,
-    /// It would be the same with every other image.
-    Stop,
-    /// After this pause, if it says one.
-    Again(Option<Duration>),
-}
-
-fn next(error: &LabelError) -> Next {
-    let LabelError::Service(error) = error else {
-        return Next::GiveUp;
-    };
-    match error {
-        ServiceError::Draining
-        | ServiceError::Cancelled
-        | ServiceError::NotInstalled
-        | ServiceError::OverBudget { .. }
-        | ServiceError::CredentialRefused(_) => Next::Stop,
-        ServiceError::CircuitOpen { retry_after } => Next::Again(Some(*retry_after)),
-        ServiceError::QueueFull
-        | ServiceError::Start(_)
-        | ServiceError::Folder(_)
-        | ServiceError::TimedOut { .. } => Next::Again(None),
-        ServiceError::Failed { remains, .. } => match refused_with(remains) {
-            // The request itself is wrong: the image, mostly.
-            Some(status) if (400..500).contains(&status) && status != 429 && status != 408 => {
-                Next::GiveUp
-            }
-            _ => Next::Again(None),
-        },
-        ServiceError::TooMuchOutput => Next::GiveUp,
-    }
-}
-
-/// The API's status, as the CLI tells it at its end.
-fn refused_with(remains: &Remains) -> Option<u64> {
-    let last = remains.output.trim().lines().next_back()?;
-    let result: serde_json::Value = serde_json::from_str(last).ok()?;
-    result["api_error_status"].as_u64()
-}
-
-fn failed_of(failure: &Failure) -> Failed {
-    let (code, raw_response) = match &failure.error {
-        LabelError::Picture(PictureError::Blocking(_)) => (Code::Internal, None),
-        LabelError::Picture(_) => (Code::InvalidImage, None),
-        LabelError::Unreadable { raw, .. } => (Code::AgentFailed, Some(raw.clone())),
-        LabelError::Service(ServiceError::TimedOut { .. }) => (Code::TurnTimeout, None),
-        LabelError::Service(ServiceError::Folder(_)) => (Code::Internal, None),
-        LabelError::Service(_) => (Code::AgentFailed, None),
-    };
-    Failed {
-        status: Status::Error,
-        code,
-        message: failure.to_string(),
-        raw_response,
-        paid: failure.is_paid,
-        usage: failure.usage,
-    }
-}
-
-/// Of an image whose request was under way when the batch was killed.
-fn interrupted() -> Failed {
-    Failed {
-        status: Status::Error,
-        code: Code::Interrupted,
-        message:
-            "it was asked about when the batch was killed, and may have been paid; it is asked \
-                  about again on request alone (--retry-failed, retryFailed)"
-                .to_owned(),
-        raw_response: None,
-        paid: true,
-        usage: Usage::default(),
-    }
-}
-
-fn not_read(why: &str) -> Failed {
-    Failed {
-        status: Status::Error,
-        code: Code::NotFound,
-        message: format!("the file cannot be read: {why}"),
-        raw_response: None,
-        paid: false,
-        usage: Usage::default(),
-    }
-}
-
-#[cfg(test)]
-pub(super) mod tests {
-    use super::*;
-    use crate::{label::Rating, process::Exit};
-
-    pub(in crate::label) fn labelled(image: &str) -> Entry {
-        let label = Label {
-            status: Status::Success,
-            description: "A shoe.".into(),
-            nsfw_rating: Rating::Safe,
-            tags: vec!["shoe".into()],
-            raw_response: "…".into(),
-            model: "m".into(),
-            usage: Usage {
-                cost_usd: 0.25,
-                ..Usage::default()
-            },
-            duration_ms: 7,
-        };
-        Entry {
-            image: image.into(),
-            outcome: Outcome::Labelled {
-                label: Box::new(label),
-                cached: false,
-            },
-        }
-    }
-
-    #[test]
-    fn an_entry_is_read_as_it_is_written() {
-        let failed = Entry {
-            image: "b".into(),
-            outcome: Outcome::Failed(not_read("gone")),
-        };
-        for entry in [labelled("a"), failed] {
-            let text = serde_json::to_string(&entry).unwrap();
-            assert_eq!(
-                serde_json::from_str::<Entry>(&text).unwrap(),
-                entry,
-                "{text}"
-            );
-        }
-    }
-
-    #[test]
-    fn what_costs_nothing_is_tried_again_where_that_helps() {
-        let failed = |status: u64| {
-            let result = serde_json::json!({"type": "result", "api_error_status": status});
-            LabelError::Service(ServiceError::Failed {
-                exit: Exit {
-                    code: Some(1),
-                    signal: None,
-                },
-                remains: Remains {
-                    output: format!("{{}}\n{result}\n"),
-                    ..Remains::default()
-                },
-            })
-        };
-        for (status, again) in [
-            (400, false),
-            (403, false),
-            (413, false),
-            (429, true),
-            (500, true),
-            (529, true),
-        ] {
-            let goes_on = matches!(next(&failed(status)), Next::Again(_));
-            assert_eq!(goes_on, again, "{status}");
-        }
-        let full = LabelError::Service(ServiceError::QueueFull);
-        assert!(matches!(next(&full), Next::Again(None)));
-        let draining = LabelError::Service(ServiceError::Draining);
-        assert!(matches!(next(&draining), Next::Stop));
-        let picture = LabelError::Picture(PictureError::Empty);
-        assert!(matches!(next(&picture), Next::GiveUp));
-    }
-}

@@ -13,7 +13,7 @@ use std::{
     any::Any,
     collections::HashMap,
     fmt, fs, io,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -26,28 +26,27 @@ use tokio_util::sync::CancellationToken;
 use utoipa::ToSchema;
 
 use super::{
-    Busy, Cache, Code, Entry, EventLine, Image, JournalError, Labels, Outcome, Plan, Prompt,
-    Question, Summary,
+    Busy, Cache, Entry, EventLine, JournalError, Labels, Outcome, Plan, Prompt, Question, Summary,
     journal::{self, Known},
+    kept::{
+        CANCELLED, JOURNAL, Kept, find_open, images, keep, read_job, remove_needless, write_job,
+    },
 };
 use crate::{
     domain::{Account, Usage},
     lease::{Lease, LeaseError, Patience},
     task::{self, BlockingError, Tasks},
-    workspace::{WorkspaceError, make_private_dir, read_bounded, write_atomic},
+    workspace::{WorkspaceError, write_atomic},
 };
 
 /// Images of one batch that come in one request.
 pub const MAX_UPLOADED: usize = 1000;
 /// Batches that wait for their turn, with the one that runs.
 const MAX_OPEN: usize = 20;
-/// What is older is removed at the next start.
-const KEPT: Duration = Duration::from_secs(30 * 24 * 60 * 60);
 /// For a batch's files to be written or removed on a slow disk.
 const DISK_DEADLINE: Duration = Duration::from_secs(120);
 /// How often somebody who follows is told.
 const LOOK: Duration = Duration::from_millis(250);
-const MAX_JOB: u64 = 8 << 20;
 
 /// What somebody who needs us holds.
 pub type Awake = Arc<dyn Fn() -> Box<dyn Any + Send + Sync> + Send + Sync>;
@@ -84,21 +83,6 @@ pub struct Job {
     pub workers: usize,
     pub uses_cache: bool,
     pub most_usd: Option<f64>,
-}
-
-/// A job as it is kept.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-struct Kept {
-    batch_id: String,
-    created_at: Timestamp,
-    /// In the order of their files.
-    names: Vec<String>,
-    #[serde(flatten)]
-    job: Job,
-    /// Also about what failed and was paid.
-    #[serde(default)]
-    asks_again: bool,
 }
 
 /// How a batch stands.
@@ -523,10 +507,6 @@ impl BatchEvents {
     }
 }
 
-const JOB: &str = "job.json";
-const JOURNAL: &str = "journal.jsonl";
-const CANCELLED: &str = "cancelled";
-
 fn tell(id: &str, summary: &Summary) {
     tracing::info!(
         batch = id,
@@ -538,102 +518,4 @@ fn tell(id: &str, summary: &Summary) {
         elapsed_ms = summary.duration_ms,
         "a batch of images ended"
     );
-}
-
-fn images(folder: &Path, names: &[String]) -> Vec<Image> {
-    let images = names.iter().enumerate().map(|(at, name)| Image {
-        name: name.clone(),
-        path: file(folder, at),
-        caption: None,
-        prompt: None,
-    });
-    images.collect()
-}
-
-/// Names of files are ours: those of images are whatever somebody wrote.
-fn file(folder: &Path, at: usize) -> PathBuf {
-    folder.join("images").join(format!("{at:06}"))
-}
-
-/// Blocking.
-fn keep(folder: &Path, kept: &Kept, files: &[Bytes]) -> Result<(), WorkspaceError> {
-    make_private_dir(&folder.join("images"))?;
-    for (at, bytes) in files.iter().enumerate() {
-        write_atomic(&file(folder, at), bytes)?;
-    }
-    write_job(folder, kept)
-}
-
-fn write_job(folder: &Path, kept: &Kept) -> Result<(), WorkspaceError> {
-    let job = serde_json::to_vec(kept).expect("our own plain data serialises");
-    write_atomic(&folder.join(JOB), &job)
-}
-
-fn read_job(folder: &Path) -> Result<Option<Kept>, WorkspaceError> {
-    let path = folder.join(JOB);
-    let Some(bytes) = read_bounded(&path, MAX_JOB)? else {
-        return Ok(None);
-    };
-    let kept = serde_json::from_slice(&bytes);
-    kept.map(Some)
-        .map_err(|source| WorkspaceError::Malformed { path, source })
-}
-
-/// The batches that have not ended. What is old, or was never wholly taken, is removed.
-fn find_open(folder: &Path, is_ours: impl Fn(&Account) -> bool) -> io::Result<Vec<String>> {
-    let entries = match fs::read_dir(folder) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(error),
-    };
-    let mut ids = Vec::new();
-    for entry in entries {
-        let entry = entry?;
-        let folder = entry.path();
-        if !entry.file_type()?.is_dir() {
-            continue;
-        }
-        let age = entry.metadata()?.modified()?.elapsed().unwrap_or_default();
-        let Ok(Some(kept)) = read_job(&folder) else {
-            if age > KEPT {
-                fs::remove_dir_all(&folder).ok();
-            }
-            continue;
-        };
-        if !is_ours(&kept.job.account) {
-            continue;
-        }
-        let past = journal::look(&folder.join(JOURNAL)).ok().flatten();
-        let is_over = past
-            .and_then(|past| past.summary)
-            .is_some_and(|summary| summary.is_complete());
-        if is_over || folder.join(CANCELLED).exists() {
-            if age > KEPT {
-                fs::remove_dir_all(&folder).ok();
-            }
-            continue;
-        }
-        ids.push(kept.batch_id);
-    }
-    // They carry the time of their making.
-    ids.sort();
-    Ok(ids)
-}
-
-/// Removes the files that nobody will be asked about again.
-fn remove_needless(folder: &Path, images: &[Image]) {
-    let past = journal::look(&folder.join(JOURNAL)).ok().flatten();
-    let known = past.unwrap_or_default().images;
-    for image in images {
-        let is_needless = match known.get(&image.name) {
-            Some(Known::Done { entry, .. }) => match &entry.outcome {
-                Outcome::Labelled { .. } => true,
-                Outcome::Failed(failed) => failed.code == Code::InvalidImage,
-            },
-            _ => false,
-        };
-        if is_needless {
-            fs::remove_file(&image.path).ok();
-        }
-    }
 }

@@ -19,7 +19,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
 
-use super::batch::{Entry, Outcome, Progress, Summary};
+use super::outcome::{Entry, Progress, Summary};
 use crate::{
     domain::Usage,
     lease::{Fence, LeaseLost},
@@ -112,21 +112,6 @@ pub struct EventLine {
     pub at: Timestamp,
     #[serde(flatten)]
     pub event: Event,
-}
-
-impl EventLine {
-    /// The event's data with the batch's id, as JSON text.
-    pub fn data(&self, batch: &str) -> String {
-        let value = serde_json::to_value(&self.event).expect("our own plain data serialises");
-        let mut data = value
-            .get("data")
-            .cloned()
-            .unwrap_or_else(|| serde_json::json!({}));
-        if let Some(object) = data.as_object_mut() {
-            object.insert("batchId".into(), batch.into());
-        }
-        data.to_string()
-    }
 }
 
 /// What a journal tells of one image.
@@ -322,20 +307,10 @@ fn io_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> J
     }
 }
 
-impl Outcome {
-    /// What it cost.
-    pub fn usage(&self) -> Usage {
-        match self {
-            Self::Labelled { label, .. } => label.usage,
-            Self::Failed(failed) => failed.usage,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::label::batch::tests::labelled;
+    use crate::label::outcome::tests::labelled;
 
     fn done(image: &str) -> Event {
         Event::Labelled(Box::new(Done {

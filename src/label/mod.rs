@@ -6,7 +6,8 @@
 //!
 //! Each image has a run of its own: a fresh process with no tools and no session, confined like
 //! any other, that gets the image by its standard input. Nothing of an image touches a disk, and
-//! two images share nothing. The [`Gate`] of a run lets one request with one image through: the
+//! two images share nothing; in a batch the next ones are started while a model thinks ([`Series`]).
+//! The [`Gate`] of a run lets one request with one image through: the
 //! CLI drops an image that it cannot read and asks about nothing, and it asks again by itself when
 //! an answer has not the form that was asked for.
 //!
@@ -18,7 +19,11 @@ mod batch;
 mod batches;
 mod cache;
 mod journal;
+mod kept;
+mod outcome;
 mod prompt;
+mod retry;
+mod tally;
 
 use std::{
     path::PathBuf,
@@ -38,15 +43,14 @@ use tokio_util::sync::CancellationToken;
 use utoipa::ToSchema;
 
 pub use answer::Rating;
-pub use batch::{
-    BatchError, Busy, Code, Entry, Failed, Image, MAX_IMAGES, Outcome, Plan, Progress, Summary,
-};
+pub use batch::{BatchError, Busy, Image, MAX_IMAGES, Plan};
 pub use batches::{
     Awake, BatchEvents, BatchSettings, BatchView, Batches, BatchesError, Job, MAX_UPLOADED,
     Standing,
 };
 pub use cache::Cache;
 pub use journal::{Done, Event, EventLine, JournalError};
+pub use outcome::{Code, Entry, Failed, Outcome, Progress, Summary};
 pub use prompt::{DEFAULT, MAX_PROMPT, Prompt, PromptError, Prompts};
 
 use answer::Said;
@@ -57,7 +61,7 @@ use crate::{
     gateway::Gate,
     lease::Fence,
     picture::{self, Picture, PictureError},
-    service::{Args, Lean, RunSite, Service, ServiceError, Shot},
+    service::{Args, Lean, RunSite, Series, Service, ServiceError, Shot},
 };
 
 pub use crate::service::is_model_name;
@@ -83,7 +87,11 @@ pub struct LabelSettings {
 
 /// Labels images. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Labels(Arc<LabelSettings>);
+pub struct Labels {
+    settings: Arc<LabelSettings>,
+    /// The batch that it works on.
+    series: Option<Series>,
+}
 
 /// What is asked about an image, and for whom.
 #[derive(Debug, Clone)]
@@ -160,22 +168,25 @@ type BeforeSending = dyn Fn() -> BoxFuture<'static, Result<(), &'static str>> + 
 impl Labels {
     /// See [`LabelSettings`].
     pub fn new(settings: LabelSettings) -> Self {
-        Self(Arc::new(settings))
+        Self {
+            settings: Arc::new(settings),
+            series: None,
+        }
     }
 
     /// The prompts that have a name.
     pub fn prompts(&self) -> &Prompts {
-        &self.0.prompts
+        &self.settings.prompts
     }
 
     /// The runs that label.
     pub fn service(&self) -> &Service {
-        &self.0.service
+        &self.settings.service
     }
 
     /// The most that one image may cost, in US dollars: there is one request for it.
     pub fn worst(&self, question: &Question) -> f64 {
-        let service = &self.0.service;
+        let service = &self.settings.service;
         let model = question.model.as_deref().or(service.model());
         service.ledger().worst(
             model.unwrap_or_default(),
@@ -206,10 +217,19 @@ impl Labels {
         journal: PathBuf,
         fence: Fence,
         stop: &CancellationToken,
-        tell: impl FnMut(&Entry, &Progress) -> bool,
+        mut tell: impl FnMut(&Entry, &Progress) -> bool,
     ) -> Result<Summary, BatchError> {
         let (journal, past) = Journal::open(journal, fence).await?;
-        batch::run(self, plan, Arc::new(journal), past, stop, tell).await
+        let series = self.service().series(plan.workers, plan.images.len());
+        let labels = Self {
+            series: Some(series.clone()),
+            ..self.clone()
+        };
+        let tell = |entry: &Entry, progress: &Progress| {
+            series.set_left(progress.total.saturating_sub(progress.done));
+            tell(entry, progress)
+        };
+        batch::run(&labels, plan, Arc::new(journal), past, stop, tell).await
     }
 
     /// The same of a picture that is ready; `before` is awaited before its request goes up.
@@ -226,11 +246,16 @@ impl Labels {
                 system: question.prompt.system().to_owned(),
                 schema: question.prompt.schema().map(str::to_owned),
             }),
-            timeout: question.timeout.unwrap_or(self.0.timeout),
+            timeout: question.timeout.unwrap_or(self.settings.timeout),
             account: question.account.clone(),
             gate: Some(gate(&question.prompt, before)),
+            series: self.series.clone(),
         };
-        let ran = self.0.service.run_alone(shot, RunSite::default()).await;
+        let ran = self
+            .settings
+            .service
+            .run_alone(shot, RunSite::default())
+            .await;
         let usage = ran.usage;
         let failure = |error: LabelError| Failure {
             is_paid: ran.answered > 0,

@@ -28,6 +28,7 @@ use tokio::{
 use super::{
     ProcessError,
     launcher::Wardens,
+    limits::Load,
     procfs,
     wire::{Command, Failure, Report, Reports, Wire},
 };
@@ -188,11 +189,11 @@ impl ProcessHandle {
         self.connection.status.borrow().exit
     }
 
-    /// What the program and its descendants hold in memory (resident), in bytes.
+    /// What the program and its descendants take.
     ///
     /// Reads `/proc`: call it through [`task::blocking`].
-    pub fn memory(&self) -> u64 {
-        procfs::memory_below(self.connection.warden)
+    pub fn load(&self) -> Load {
+        procfs::load_below(self.connection.warden)
     }
 
     /// Whether a connection to `address` reaches this program or a descendant of it.

@@ -42,6 +42,7 @@ pub use self::{
     child::{Child, Exit, ProcessHandle},
     environment::hide_environment,
     launcher::{ConfinementMode, Launcher, Output, Spec, Stdin},
+    limits::{Allowance, Excess, Load},
     sandbox::{Bash, ConfinedBy, Confinement, Peers, Ports, Profile},
 };
 

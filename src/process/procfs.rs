@@ -4,8 +4,12 @@ use std::{
     collections::{HashMap, HashSet},
     fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    time::Duration,
 };
 
+use nix::unistd::SysconfVar;
+
+use super::limits::Load;
 use crate::owner::Owner;
 
 /// A line of the process table.
@@ -50,20 +54,78 @@ pub(super) fn descendants(ancestor: i32) -> Vec<i32> {
     found
 }
 
-/// The resident memory of all that descends from `ancestor`, in bytes. Shared pages count for each
-/// that shares them.
-pub(super) fn memory_below(ancestor: i32) -> u64 {
-    let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE);
-    let page = page.ok().flatten().map_or(4096, i64::unsigned_abs);
-    descendants(ancestor)
-        .into_iter()
-        .filter_map(|pid| {
-            let statm = fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
-            // Size, resident, shared, …: in pages.
-            statm.split_ascii_whitespace().nth(1)?.parse::<u64>().ok()
-        })
-        .sum::<u64>()
-        * page
+/// What all that descends from `ancestor` takes. Shared pages count for each that shares them; the
+/// processor time is that of the living and of those whose end somebody waited for.
+pub(super) fn load_below(ancestor: i32) -> Load {
+    let page = sysconf(SysconfVar::PAGE_SIZE).unwrap_or(4096);
+    let ticks = sysconf(SysconfVar::CLK_TCK).unwrap_or(100).max(1);
+    let below = children_below(ancestor).unwrap_or_else(|| descendants(ancestor));
+    let (mut pages, mut used) = (0, times(ancestor).map_or(0, |(_, waited_for)| waited_for));
+    for pid in &below {
+        let statm = fs::read_to_string(format!("/proc/{pid}/statm")).unwrap_or_default();
+        // Size, resident, shared, …: in pages.
+        let resident = statm.split_ascii_whitespace().nth(1);
+        pages += resident.and_then(|text| text.parse().ok()).unwrap_or(0);
+        used += times(*pid).map_or(0, |(own, waited_for)| own + waited_for);
+    }
+    Load {
+        memory: pages * page,
+        processor: Duration::from_secs_f64(used as f64 / ticks as f64),
+        processes: below.len(),
+    }
+}
+
+fn sysconf(name: SysconfVar) -> Option<u64> {
+    let value = nix::unistd::sysconf(name).ok().flatten();
+    value.map(i64::unsigned_abs)
+}
+
+/// The processes below `ancestor`, ended ones that nobody has waited for among them, without a look
+/// at everybody else's. `None` where the kernel keeps no lists of children.
+fn children_below(ancestor: i32) -> Option<Vec<i32>> {
+    let mut found = children(ancestor)?;
+    // A number that is given away meanwhile must not make it a loop.
+    let mut seen: HashSet<i32> = found.iter().copied().collect();
+    let mut next = 0;
+    while let Some(pid) = found.get(next) {
+        let below = children(*pid).unwrap_or_default();
+        found.extend(below.into_iter().filter(|pid| seen.insert(*pid)));
+        next += 1;
+    }
+    Some(found)
+}
+
+/// The kernel has a list for each thread of a process.
+fn children(pid: i32) -> Option<Vec<i32>> {
+    let mut found = Vec::new();
+    for thread in fs::read_dir(format!("/proc/{pid}/task")).ok()?.flatten() {
+        let list = match fs::read_to_string(thread.path().join("children")) {
+            Ok(list) => list,
+            // Of a thread that ended meanwhile; or there is none, and then of no thread.
+            Err(_) if thread.path().exists() => return None,
+            Err(_) => continue,
+        };
+        found.extend(
+            list.split_ascii_whitespace()
+                .filter_map(|pid| pid.parse::<i32>().ok()),
+        );
+    }
+    Some(found)
+}
+
+/// The processor time of a process and of those that it waited for, in ticks.
+fn times(pid: i32) -> Option<(u64, u64)> {
+    parse_times(&fs::read(format!("/proc/{pid}/stat")).ok()?)
+}
+
+/// The 14th to 17th field of `stat`.
+fn parse_times(stat: &[u8]) -> Option<(u64, u64)> {
+    let end_of_name = stat.iter().rposition(|byte| *byte == b')')?;
+    let rest = str::from_utf8(stat.get(end_of_name + 1..)?).ok()?;
+    let mut fields = rest.split_ascii_whitespace().skip(14 - 3);
+    let mut next = || fields.next()?.parse::<u64>().ok();
+    let (user, system, waited_user, waited_system) = (next()?, next()?, next()?, next()?);
+    Some((user + system, waited_user + waited_system))
 }
 
 /// `pid (name) state parent …`; the name may hold anything, parentheses too.
@@ -205,6 +267,24 @@ mod tests {
         );
         assert!(parse_stat(7, b"7 (a) Z 42").unwrap().is_zombie);
         assert_eq!(parse_stat(7, b"7 (a"), None);
+    }
+
+    #[test]
+    fn processor_time_is_found_behind_a_name_with_blanks() {
+        let stat = b"7 (a b) c) S 42 7 7 0 -1 0 1 2 3 4 10 20 300 400 20 0 1 0 5";
+        assert_eq!(parse_times(stat), Some((30, 700)));
+        assert_eq!(parse_times(b"7 (a) S 42"), None);
+    }
+
+    #[test]
+    fn what_descends_from_us_is_counted_and_nobody_else() {
+        let parent = std::os::unix::process::parent_id().cast_signed();
+        let load = load_below(parent);
+        assert!(load.processes >= 1 && load.memory > 1 << 20, "{load:?}");
+        assert!(load.memory < 1 << 40 && load.processor < Duration::from_secs(1 << 20));
+        assert_eq!(load_below(i32::MAX), Load::default());
+        let us = std::process::id().cast_signed();
+        assert!(children_below(parent).is_none_or(|below| below.contains(&us)));
     }
 
     #[test]

@@ -10,35 +10,40 @@
 //! [`Service::execute`] runs it in a task of its own, so that it ends in order (SIGTERM, 5 s,
 //! SIGKILL) when its caller goes away. State: the slots, the [breaker](Breaker), the figures.
 
+mod ahead;
 mod args;
+mod error;
+mod figures;
 mod run;
 mod scratch;
 
 use std::{
-    io,
+    convert::Infallible,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
-use serde::Serialize;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use tokio_util::sync::CancellationToken;
-use utoipa::ToSchema;
 
+pub use ahead::Series;
 pub use args::{Args, BadArgs, Lean, is_model_name};
+pub use error::{Remains, ServiceError};
+pub use figures::Figures;
 pub use run::RunSite;
 
-use run::{End, MAX_OUTPUT};
-use scratch::Scratch;
+use ahead::{Fresh, Member};
+use figures::{Call, Calls};
+use run::End;
 
 use crate::{
     agent::AgentSettings,
     domain::{Account, Breaker, BreakerState, Pass, Usage, Verdict},
     gateway::{ActiveRun, Gate, Gateway},
-    process::{Exit, Launcher, ProcessError},
+    process::{Allowance, Exit, Launcher},
     task::Tasks,
-    usage::{Breach, Denied, Ledger, Spent},
+    usage::{Denied, Ledger, Spent},
 };
 
 /// Runs that may wait for a slot, by the contract.
@@ -47,6 +52,8 @@ const MAX_WAITING: usize = 100;
 const OUTPUT_TAIL: usize = 8 << 10;
 /// For a connection's end to be noticed.
 const LAST_COUNT: Duration = Duration::from_secs(2);
+/// How often it is looked at what a run sent.
+const LOOK: Duration = Duration::from_millis(5);
 /// The answer of [`Service::probe`] is good for so long: anybody may ask for it.
 const PROBE_LASTS: Duration = Duration::from_secs(60);
 const FAILED_PROBE_LASTS: Duration = Duration::from_secs(10);
@@ -62,6 +69,8 @@ pub struct ServiceSettings {
     pub max_concurrent: usize,
     /// Where throw-away folders are made; private, on the container's own disk.
     pub scratch: PathBuf,
+    /// What one run may take of the machine; `None`: as much as any child.
+    pub allowance: Option<Allowance>,
     /// Takes secrets out of a text.
     pub mask: fn(&str) -> String,
 }
@@ -78,6 +87,8 @@ pub struct Shot {
     /// Asked about each of its requests. A run that has one is over with its first answer: it
     /// succeeded then, however the CLI ends.
     pub gate: Option<Gate>,
+    /// The runs that this one is of, if more like it are to come.
+    pub series: Option<Series>,
 }
 
 /// What the CLI answered.
@@ -121,102 +132,6 @@ impl Answer {
     }
 }
 
-/// What a run left behind that did not succeed.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Remains {
-    /// As a shell counts: 128 and the signal's number where one ended it.
-    pub exit_code: Option<i32>,
-    /// The end of its standard error, without secrets.
-    pub stderr: String,
-    /// The same of its standard output, where the CLI says most of its errors.
-    pub output: String,
-}
-
-/// Why there is no answer.
-#[derive(Debug, thiserror::Error)]
-pub enum ServiceError {
-    #[error("greenroom is shutting down; ask again in a moment")]
-    Draining,
-    #[error("{MAX_WAITING} calls are waiting already; ask again when some are done")]
-    QueueFull,
-    #[error("most of the last runs failed, so none is tried for a moment; ask again then")]
-    CircuitOpen { retry_after: Duration },
-    #[error("the Claude Code CLI is not installed here; /ready and the log say what to do")]
-    NotInstalled,
-    #[error("the Claude Code CLI could not be started; /ready and the log say what is missing")]
-    Start(#[source] ProcessError),
-    #[error("failed to make the run's folder")]
-    Folder(#[source] io::Error),
-    #[error("{breach}; the operator can raise it")]
-    OverBudget { breach: Breach },
-    #[error(
-        "the model API refused the credential; the operator has to set a valid ANTHROPIC_API_KEY \
-         or CLAUDE_CREDENTIALS_FILE"
-    )]
-    CredentialRefused(Remains),
-    #[error("the Claude Code CLI ended with {exit}; stderr and output have its own words")]
-    Failed { exit: Exit, remains: Remains },
-    #[error("the run took longer than {} s and was stopped", timeout.as_secs_f64())]
-    TimedOut { timeout: Duration, remains: Remains },
-    #[error("the run printed more than {} MB and was stopped", MAX_OUTPUT >> 20)]
-    TooMuchOutput,
-    /// Its caller went away, or the program stops.
-    #[error("the run was stopped before its end")]
-    Cancelled,
-}
-
-impl ServiceError {
-    fn verdict(&self) -> Verdict {
-        match self {
-            Self::Draining
-            | Self::QueueFull
-            | Self::CircuitOpen { .. }
-            | Self::OverBudget { .. }
-            | Self::Cancelled => Verdict::Unknown,
-            Self::NotInstalled
-            | Self::Start(_)
-            | Self::Folder(_)
-            | Self::CredentialRefused(_)
-            | Self::Failed { .. }
-            | Self::TimedOut { .. }
-            | Self::TooMuchOutput => Verdict::Failure,
-        }
-    }
-
-    /// A label for figures.
-    fn outcome(&self) -> &'static str {
-        match self {
-            Self::Draining => "draining",
-            Self::QueueFull => "queue_full",
-            Self::CircuitOpen { .. } => "circuit_open",
-            Self::OverBudget { .. } => "over_budget",
-            Self::TimedOut { .. } => "timed_out",
-            Self::Cancelled => "cancelled",
-            _ => "failed",
-        }
-    }
-}
-
-/// What the service did so far, as its callers' monitors read it. Times in milliseconds.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, ToSchema)]
-#[serde(rename_all = "camelCase")]
-pub struct Figures {
-    /// Well-formed calls, those that were refused included.
-    pub total_requests: u64,
-    pub successful_requests: u64,
-    pub failed_requests: u64,
-    /// Of the successful ones.
-    pub average_execution_time: f64,
-    /// Under way now, those in line included.
-    pub active_requests: u64,
-}
-
-#[derive(Debug, Default)]
-struct Counts {
-    figures: Figures,
-    took: Duration,
-}
-
 #[derive(Debug)]
 struct Inner {
     settings: ServiceSettings,
@@ -229,7 +144,7 @@ struct Inner {
     breaker: Mutex<Breaker>,
     /// Where the breaker stood when a run last met it.
     circuit: watch::Sender<BreakerState>,
-    counts: Mutex<Counts>,
+    calls: Calls,
     probe: tokio::sync::Mutex<Option<(Instant, Result<String, String>)>>,
     draining: CancellationToken,
     /// Ends what runs.
@@ -249,61 +164,8 @@ pub struct Ticket {
     call: Call,
 }
 
-/// Counts a call; one that is dropped before its end was cancelled.
-#[derive(Debug)]
-struct Call {
-    service: Service,
-    began: Instant,
-    is_over: bool,
-}
-
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl Call {
-    fn begin(service: &Service) -> Self {
-        let mut counts = lock(&service.0.counts);
-        counts.figures.total_requests += 1;
-        counts.figures.active_requests += 1;
-        Self {
-            service: service.clone(),
-            began: Instant::now(),
-            is_over: false,
-        }
-    }
-
-    fn end(&mut self, outcome: &'static str, run: Option<Duration>) {
-        if std::mem::replace(&mut self.is_over, true) {
-            return;
-        }
-        let mut counts = lock(&self.service.0.counts);
-        counts.figures.active_requests -= 1;
-        match run {
-            Some(took) => {
-                counts.figures.successful_requests += 1;
-                counts.took += took;
-            }
-            None => counts.figures.failed_requests += 1,
-        }
-        drop(counts);
-        metrics::counter!("greenroom_service_calls_total", "outcome" => outcome).increment(1);
-        if let Some(took) = run {
-            metrics::histogram!("greenroom_service_run_duration_seconds")
-                .record(took.as_secs_f64());
-        }
-        tracing::info!(
-            outcome,
-            elapsed_ms = self.began.elapsed().as_millis() as u64,
-            "a one-shot call ended"
-        );
-    }
-}
-
-impl Drop for Call {
-    fn drop(&mut self) {
-        self.end("cancelled", None);
-    }
 }
 
 /// A run's place in the breaker's count.
@@ -342,7 +204,7 @@ impl Service {
             line: Arc::new(Semaphore::new(line)),
             breaker: Mutex::new(Breaker::new()),
             circuit: watch::Sender::new(BreakerState::Closed),
-            counts: Mutex::default(),
+            calls: Calls::default(),
             probe: tokio::sync::Mutex::default(),
             draining: CancellationToken::new(),
             stop: CancellationToken::new(),
@@ -375,13 +237,7 @@ impl Service {
 
     /// What was done so far.
     pub fn figures(&self) -> Figures {
-        let counts = lock(&self.0.counts);
-        let mut figures = counts.figures;
-        if figures.successful_requests > 0 {
-            let mean = counts.took.as_secs_f64() * 1e3 / figures.successful_requests as f64;
-            figures.average_execution_time = (mean * 100.0).round() / 100.0;
-        }
-        figures
+        self.0.calls.figures()
     }
 
     /// Where the circuit breaker stands.
@@ -433,7 +289,7 @@ impl Service {
     /// # Errors
     /// Where it is of no use to wait: see [`ServiceError`].
     pub async fn admit(&self) -> Result<Ticket, ServiceError> {
-        let mut call = Call::begin(self);
+        let mut call = self.0.calls.begin();
         let admitted = self.wait_in_line().await;
         match admitted {
             Ok((line, slot)) => Ok(Ticket {
@@ -517,6 +373,7 @@ impl Service {
             timeout: PROBE_LIMIT,
             account: Account::of_kind(Account::HEALTH),
             gate: None,
+            series: None,
         };
         let ran = self.run(&shot, &RunSite::default(), &self.0.stop).await;
         let answer = match ran.answer {
@@ -572,33 +429,43 @@ impl Service {
         spent: &mut Spent,
     ) -> Result<Answer, ServiceError> {
         let inner = &*self.0;
-        let agent = inner.settings.agent.as_ref();
-        let agent = agent.ok_or(ServiceError::NotInstalled)?;
         let meter = inner.gateway.ledger().meter(shot.account.clone());
         // Where it cannot be known now the gateway asks again, and knows what to do.
         if let Err(Denied::OverBudget(breach)) = meter.check().await {
             return Err(ServiceError::OverBudget { breach });
         }
-        let owners = inner.launcher.runs_as_owners();
-        let place = site.write.first().cloned();
-        let scratch = Scratch::make(&inner.settings.scratch, owners, place).await;
-        let scratch = scratch.map_err(ServiceError::Folder)?;
-        let token = inner.gateway.issue();
+        // One that was started ahead is in a throw-away folder.
+        let series = shot.series.as_ref().filter(|_| *site == RunSite::default());
+        let member = series.map(|series| series.enter(&shot.args));
+        let began = Instant::now();
         let deadline = tokio::time::Instant::now() + shot.timeout;
+        let taken = match &member {
+            Some(member) => member.take().await,
+            None => None,
+        };
+        let Fresh {
+            child,
+            scratch,
+            token,
+        } = match taken {
+            Some(fresh) => fresh,
+            None => Fresh::start(self, &shot.args, site).await?,
+        };
         let active = match shot.gate.clone() {
             None => token.begin_until(shot.account.clone(), deadline),
             Some(gate) => token.begin_gated(shot.account.clone(), deadline, gate),
         };
-        let spec = run::spec(agent, site, &scratch, &shot.args, token.as_str());
-        let began = Instant::now();
-        let child = match inner.launcher.spawn(spec).await {
-            Ok(child) => child,
-            Err(error) => {
-                scratch.remove().await;
-                return Err(ServiceError::Start(error));
-            }
+        let limits = run::Limits {
+            deadline,
+            ends_with_result: shot.gate.is_some(),
+            allowance: inner.settings.allowance,
+            cancel,
         };
-        let raw = run::follow(child, &shot.prompt, &active, deadline, cancel).await;
+        let follow = run::follow(child, &shot.prompt, &active, limits);
+        let raw = tokio::select! {
+            raw = follow => raw,
+            never = start_next(member.as_ref(), &active) => match never {},
+        };
         let duration = began.elapsed();
         if shot.gate.is_some() {
             settled(&active).await;
@@ -619,6 +486,7 @@ impl Service {
             duration,
         };
         let answer = match raw.end {
+            End::Told => Ok(answered()),
             End::Exited(exit) if exit.is_success() || is_answered => Ok(answered()),
             // Its one answer used the budget up.
             End::OverBudget(_) if is_answered => Ok(answered()),
@@ -636,6 +504,7 @@ impl Service {
             }),
             End::CredentialRefused(exit) => Err(ServiceError::CredentialRefused(remains(exit))),
             End::TooMuch => Err(ServiceError::TooMuchOutput),
+            End::Exceeded(excess) => Err(ServiceError::Exceeded { excess }),
         };
         scratch.remove().await;
         answer
@@ -684,11 +553,23 @@ impl Ticket {
     }
 }
 
+/// Starts the CLI of a series' next run once this one has asked its question: until then both would
+/// want the processor.
+async fn start_next(member: Option<&Member<'_>>, active: &ActiveRun) -> Infallible {
+    if let Some(member) = member {
+        while active.requests() == 0 {
+            tokio::time::sleep(LOOK).await;
+        }
+        member.start_next();
+    }
+    std::future::pending().await
+}
+
 /// Waits until what a run sent is counted: its CLI is gone, and its connections with it.
 async fn settled(active: &ActiveRun) {
     let counted = async {
         while active.under_way() > 0 {
-            tokio::time::sleep(Duration::from_millis(5)).await;
+            tokio::time::sleep(LOOK).await;
         }
     };
     tokio::time::timeout(LAST_COUNT, counted).await.ok();

@@ -14,7 +14,8 @@ use super::{Args, scratch::Scratch};
 use crate::{
     agent::AgentSettings,
     gateway::ActiveRun,
-    process::{Child, Exit, Spec, Stdin},
+    process::{Allowance, Child, Excess, Exit, ProcessHandle, Spec, Stdin},
+    task,
     usage::Breach,
 };
 
@@ -29,9 +30,13 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How often it is looked whether the upstream refuses our credential: the CLI tries that again
 /// for three minutes (measured with 2.1.329).
 const LOOK: Duration = Duration::from_millis(250);
+/// How often it is looked at what a run takes of the machine: what can be had in between is what it
+/// may get too much. A look takes a fraction of a millisecond.
+const LOAD_LOOK: Duration = Duration::from_millis(100);
+const LOAD_DEADLINE: Duration = Duration::from_secs(20);
 
 /// What a run may touch beside its own throw-away folders, as data.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct RunSite {
     /// Where it works; `None`: in a folder of its own.
     pub cwd: Option<PathBuf>,
@@ -52,6 +57,19 @@ pub(super) enum End {
     OverBudget(Breach),
     CredentialRefused(Exit),
     TooMuch,
+    Exceeded(Excess),
+    /// It told its result, and was not waited for.
+    Told,
+}
+
+/// What a run is held to.
+pub(super) struct Limits<'a> {
+    pub(super) deadline: Instant,
+    /// It is over with the line that tells its result. The CLI takes 50 ms more to tidy up what is
+    /// thrown away (measured with 2.1.329).
+    pub(super) ends_with_result: bool,
+    pub(super) allowance: Option<Allowance>,
+    pub(super) cancel: &'a CancellationToken,
 }
 
 /// What is known of a run that is over.
@@ -94,8 +112,7 @@ pub(super) async fn follow(
     child: Child,
     prompt: &str,
     active: &ActiveRun,
-    deadline: Instant,
-    cancel: &CancellationToken,
+    limits: Limits<'_>,
 ) -> Raw {
     let handle = child.handle();
     let Child {
@@ -104,28 +121,41 @@ pub(super) async fn follow(
         stderr,
         ..
     } = child;
-    let full = CancellationToken::new();
+    let (full, told) = (CancellationToken::new(), CancellationToken::new());
+    let heard = Heard {
+        full: &full,
+        told: limits.ends_with_result.then_some(&told),
+    };
     let (mut out, mut err) = (Vec::new(), Vec::new());
     let end = {
         let read = async {
             tokio::join!(
                 feed(stdin, prompt),
-                fill(stdout, &mut out, &full),
+                fill(stdout, &mut out, heard),
                 keep_tail(stderr, &mut err)
             );
         };
         let end = async {
             let why = tokio::select! {
                 exit = handle.wait() => return exited(exit, active),
-                why = reason_to_end(active, deadline, cancel, &full) => why,
+                why = reason_to_end(active, &limits, &full) => why,
+                () = told.cancelled() => Why::Told,
+                excess = excess(&handle, limits.allowance) => Why::Exceeded(excess),
             };
-            let exit = handle.terminate(GRACE).await;
+            let grace = match why {
+                // One would go on taking, the other has nothing left to do.
+                Why::Exceeded(_) | Why::Told => Duration::ZERO,
+                _ => GRACE,
+            };
+            let exit = handle.terminate(grace).await;
             match why {
                 Why::Late => End::TimedOut(exit),
                 Why::Cancelled => End::Cancelled,
                 Why::OverBudget(breach) => End::OverBudget(breach),
                 Why::Refused => End::CredentialRefused(exit),
                 Why::TooMuch => End::TooMuch,
+                Why::Exceeded(excess) => End::Exceeded(excess),
+                Why::Told => End::Told,
             }
         };
         let (mut read, mut end) = (pin!(read), pin!(end));
@@ -156,14 +186,11 @@ enum Why {
     OverBudget(Breach),
     Refused,
     TooMuch,
+    Exceeded(Excess),
+    Told,
 }
 
-async fn reason_to_end(
-    active: &ActiveRun,
-    deadline: Instant,
-    cancel: &CancellationToken,
-    full: &CancellationToken,
-) -> Why {
+async fn reason_to_end(active: &ActiveRun, limits: &Limits<'_>, full: &CancellationToken) -> Why {
     let mut budget = active.budget_news();
     let mut look = tokio::time::interval(LOOK);
     loop {
@@ -174,12 +201,31 @@ async fn reason_to_end(
             return Why::Refused;
         }
         tokio::select! {
-            () = cancel.cancelled() => return Why::Cancelled,
+            () = limits.cancel.cancelled() => return Why::Cancelled,
             () = full.cancelled() => return Why::TooMuch,
-            () = sleep_until(deadline) => return Why::Late,
+            () = sleep_until(limits.deadline) => return Why::Late,
             // The look goes on without news.
             _ = budget.changed() => {}
             _ = look.tick() => {}
+        }
+    }
+}
+
+/// Waits until it takes more than it may.
+async fn excess(process: &ProcessHandle, allowance: Option<Allowance>) -> Excess {
+    let Some(allowance) = allowance else {
+        return std::future::pending().await;
+    };
+    loop {
+        tokio::time::sleep(LOAD_LOOK).await;
+        let looked_at = process.clone();
+        let look = task::blocking("looking at a run's load", LOAD_DEADLINE, move || {
+            looked_at.load()
+        });
+        if let Ok(load) = look.await
+            && let Some(excess) = allowance.exceeded_by(&load)
+        {
+            return excess;
         }
     }
 }
@@ -208,14 +254,32 @@ async fn feed(stdin: Option<pipe::Sender>, prompt: &str) {
     }
 }
 
+/// What is said of a run's output as it comes.
+#[derive(Clone, Copy)]
+struct Heard<'a> {
+    /// There is too much of it.
+    full: &'a CancellationToken,
+    /// The result is told; `None`: nobody wants to know.
+    told: Option<&'a CancellationToken>,
+}
+
 /// Reads to the end; past the limit it says so, and passes the rest over.
-async fn fill(mut stream: impl AsyncRead + Unpin, into: &mut Vec<u8>, full: &CancellationToken) {
+async fn fill(mut stream: impl AsyncRead + Unpin, into: &mut Vec<u8>, heard: Heard<'_>) {
     let mut chunk = vec![0; 16 << 10];
+    let mut line = 0;
     while let Ok(length @ 1..) = stream.read(&mut chunk).await {
-        if into.len() + length > MAX_OUTPUT {
-            full.cancel();
-        } else {
-            into.extend_from_slice(&chunk[..length]);
+        let from = into.len();
+        if from + length > MAX_OUTPUT {
+            heard.full.cancel();
+            continue;
+        }
+        into.extend_from_slice(&chunk[..length]);
+        let Some(told) = heard.told else { continue };
+        for end in (from..into.len()).filter(|at| into[*at] == b'\n') {
+            if is_result(&into[line..end]) {
+                told.cancel();
+            }
+            line = end + 1;
         }
     }
 }
@@ -226,5 +290,56 @@ async fn keep_tail(mut stream: impl AsyncRead + Unpin, into: &mut Vec<u8>) {
         into.extend_from_slice(&chunk[..length]);
         let surplus = into.len().saturating_sub(STDERR_TAIL);
         into.drain(..surplus);
+    }
+}
+
+/// Is it the line that tells that it went well? Where it did not the CLI's exit says more.
+fn is_result(line: &[u8]) -> bool {
+    const TYPE: &[u8] = b"\"result\"";
+    let may_be = line.windows(TYPE.len()).take(40).any(|part| part == TYPE);
+    may_be
+        && serde_json::from_slice::<serde_json::Value>(line)
+            .is_ok_and(|event| event["type"] == "result" && event["is_error"] == false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn the_result_is_heard_however_its_bytes_come() {
+        let lines = concat!(
+            "{\"type\":\"assistant\",\"text\":\"{\\\"type\\\":\\\"result\\\",\\\"is_error\\\":false}\"}\n",
+            "{\"type\":\"result\",\"is_error\":true}\n",
+            "{\"type\":\"result\"\n",
+        );
+        let result = "{\"type\":\"result\",\"subtype\":\"success\",\"is_error\":false}";
+        for (text, is_told) in [
+            (lines.to_owned(), false),
+            (format!("{lines}{result}"), false),
+            (format!("{lines}{result}\n"), true),
+        ] {
+            for piece in [1, 7, 4096] {
+                let (full, told) = (CancellationToken::new(), CancellationToken::new());
+                let heard = Heard {
+                    full: &full,
+                    told: Some(&told),
+                };
+                let mut out = Vec::new();
+                let (mut writer, reader) = tokio::io::duplex(64);
+                let write = async {
+                    for bytes in text.as_bytes().chunks(piece) {
+                        writer.write_all(bytes).await.unwrap();
+                    }
+                    drop(writer);
+                };
+                tokio::join!(write, fill(reader, &mut out, heard));
+                assert_eq!(told.is_cancelled(), is_told, "{piece} {text}");
+                assert_eq!(
+                    (out, full.is_cancelled()),
+                    (text.clone().into_bytes(), false)
+                );
+            }
+        }
     }
 }

@@ -136,19 +136,6 @@ impl EventLine {
             _ => None,
         }
     }
-
-    /// The event's data with the turn's id, as JSON text.
-    pub fn data(&self, turn: &TurnId) -> String {
-        let value = serde_json::to_value(&self.event).expect("our own plain data serialises");
-        let mut data = value
-            .get("data")
-            .cloned()
-            .unwrap_or_else(|| serde_json::json!({}));
-        if let Some(object) = data.as_object_mut() {
-            object.insert("turnId".into(), turn.to_string().into());
-        }
-        data.to_string()
-    }
 }
 
 /// How far the journal has come.

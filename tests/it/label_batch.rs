@@ -32,6 +32,11 @@ use crate::{
 /// A CLI that asks what it is told to ask, and starts in a tenth of the time: the real one is tried
 /// by the tests of single images.
 pub(crate) fn quick_cli(folders: &Folders) -> PathBuf {
+    cli_that(folders, "")
+}
+
+/// The same, that does something before: JavaScript that has the `message`, and may `return`.
+pub(crate) fn cli_that(folders: &Folders, does: &str) -> PathBuf {
     let program = folders.join("cli/claude");
     fs::create_dir_all(program.parent().unwrap()).unwrap();
     let script = r#"#!/usr/bin/env node
@@ -40,6 +45,7 @@ if (process.argv.includes('--version')) { console.log('2.1.329 (Claude Code)'); 
 let text = '';
 process.stdin.on('data', data => text += data).on('end', () => {
   const { message } = JSON.parse(text);
+  DOES
   const body = JSON.stringify({ model: 'claude-haiku-5-5', max_tokens: 100, messages: [message] });
   const headers = {
     authorization: 'Bearer ' + process.env.ANTHROPIC_AUTH_TOKEN,
@@ -60,13 +66,13 @@ process.stdin.on('data', data => text += data).on('end', () => {
   request.end(body);
 });
 "#;
-    fs::write(&program, script).unwrap();
+    fs::write(&program, script.replace("DOES", does)).unwrap();
     fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
     program
 }
 
 /// `greenroom label` in a folder.
-fn command(folders: &Folders, cli: &Path, api: &StandIn, args: &[&str]) -> Command {
+pub(crate) fn command(folders: &Folders, cli: &Path, api: &StandIn, args: &[&str]) -> Command {
     #[expect(clippy::disallowed_methods, reason = "the program under test")]
     let mut command = Command::new(env!("CARGO_BIN_EXE_greenroom"));
     command
@@ -91,7 +97,7 @@ fn command(folders: &Folders, cli: &Path, api: &StandIn, args: &[&str]) -> Comma
     command
 }
 
-async fn ran(mut command: Command) -> Output {
+pub(crate) async fn ran(mut command: Command) -> Output {
     let output = timeout(PATIENCE * 2, command.output()).await;
     output.expect("it ends").unwrap()
 }

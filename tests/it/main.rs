@@ -26,6 +26,7 @@ mod images;
 mod init;
 mod label;
 mod label_batch;
+mod label_runs;
 mod lifecycle;
 mod limits;
 mod log_file;
