@@ -34,7 +34,8 @@ use crate::{
     agent::{AgentSettings, Ceiling, Limits},
     alt_text::{AltTextSettings, AltTexts},
     api::{
-        self, Access, AccessSettings, ApiState, Base, BaseState, Facts, Pins, RateLimit, Readiness,
+        self, Access, AccessSettings, ApiState, Base, BaseState, Calls, Facts, Pins, RateLimit,
+        Readiness,
     },
     config::{self, CredentialSource, Loaded, Mode, Settings},
     control_plane::Notice,
@@ -164,6 +165,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         draining: supervisor.draining(),
         supervisor: Some(supervisor.clone()),
     });
+    let images = images(&loaded, &supervisor, &labels, &ledger, &tasks)?;
     let state = Arc::new(ApiState {
         base,
         supervisor: supervisor.clone(),
@@ -176,7 +178,8 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         batches: batches.clone(),
         alt_texts: alt_texts(settings, &labels, &activity, &runtime),
         labels: labels.clone(),
-        images: images(&loaded, &supervisor, &labels, &ledger, &tasks)?,
+        calls: Calls::new(&tasks, &activity, supervisor.draining()),
+        images: images.clone(),
     });
     // The first line of the log says where it listens.
     announce(&loaded, mode, &listeners, is_rehearsal, &launcher);
@@ -195,9 +198,9 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         "readiness",
         look_at_programs(programs, launcher.clone(), readiness),
     );
-    tasks.spawn("batches", async move {
+    tasks.spawn("what was left", async move {
         let is_ours = move |account: &Account| api::is_ours(&pins, account);
-        batches.take_up(is_ours).await;
+        tokio::join!(batches.take_up(is_ours.clone()), images.take_up(is_ours));
     });
     tasks.spawn(
         "outcomes",
@@ -781,6 +784,7 @@ fn images(
         lora: settings.image_lora.clone(),
         timeout: settings.turn_timeout,
         store: settings.workspace_path.join(".greenroom/images"),
+        lease: settings.lease,
     };
     Ok(Images::new(
         settings,
