@@ -62,6 +62,8 @@ pub struct RunRequest {
     /// `None`: the default of the settings.
     pub model: Option<String>,
     pub deadline: Instant,
+    /// What its turn has cost before, in US dollars: of the turn's budget.
+    pub spent_before_usd: f64,
 }
 
 /// A running CLI. Dropping it ends the process and all that it started.
@@ -208,6 +210,7 @@ impl Agent {
         let active = self
             .token
             .begin_until(request.account.clone(), request.deadline);
+        active.spent_before(request.spent_before_usd);
         let message = uuid::Uuid::new_v4().to_string();
         let mut run = Run::new(request.mode, message, events);
         let prepared = tokio::select! {

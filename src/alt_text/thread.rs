@@ -2,6 +2,7 @@
 //! turn that writes them.
 
 use serde_json::to_value;
+use tokio_util::sync::CancellationToken;
 
 use super::{
     AltTexts, Asked, DescribeError, Files, Progress, Report, Wanted, ask::Answers, foreseen, look,
@@ -78,6 +79,9 @@ pub enum AltTextError {
         "one image may cost ${worst:.4}, more than maxCostUsd allows; raise it, or leave it out"
     )]
     TooLittle { worst: f64 },
+    /// By whoever asked for it.
+    #[error("it was cancelled before anything of the site was changed")]
+    Cancelled,
     /// Not one could be described.
     #[error("no image could be described: {0}")]
     Stopped(String),
@@ -85,7 +89,7 @@ pub enum AltTextError {
 
 impl AltTexts {
     /// Gives the images of a thread's site texts, as one turn. `tell` hears how far the
-    /// descriptions are. Dropping the future ends it, unless the turn has begun.
+    /// descriptions are. `stop` ends it as long as they are under way.
     ///
     /// # Errors
     /// [`AltTextError`]; nothing was changed then.
@@ -93,6 +97,7 @@ impl AltTexts {
         &self,
         supervisor: &Supervisor,
         wish: AltTextWish,
+        stop: &CancellationToken,
         tell: &mut (dyn FnMut(&Progress) + Send),
     ) -> Result<AltTextAnswer, AltTextError> {
         let asked = Asked {
@@ -115,7 +120,7 @@ impl AltTexts {
             });
             (sights, kept)
         });
-        let (sights, kept) = look.await?;
+        let (sights, kept) = unless(supervisor, stop, look).await??;
         if dry_run {
             let worst_usd = self
                 .worst(&sights.wanted, &asked)
@@ -129,7 +134,8 @@ impl AltTexts {
         if let Some(first) = sights.wanted.first() {
             self.check_budget(first, &asked).await?;
         }
-        let answers = self.describe(&kept, &sights.wanted, &asked, tell).await?;
+        let described = self.describe(&kept, &sights.wanted, &asked, tell);
+        let answers = unless(supervisor, stop, described).await??;
         drop(kept);
         let is_any = answers.texts.values().any(Result::is_ok);
         if let (Some(why), false) = (&answers.stopped, is_any) {
@@ -164,6 +170,26 @@ impl AltTexts {
             // The gateway asks again, and knows what to do.
             _ => Ok(()),
         }
+    }
+}
+
+/// Waits for something, unless somebody cancels it before. A stop of greenroom is none of theirs: then
+/// what is under way ends in peace.
+async fn unless<T>(
+    supervisor: &Supervisor,
+    stop: &CancellationToken,
+    work: impl Future<Output = T>,
+) -> Result<T, AltTextError> {
+    let cancelled = async {
+        stop.cancelled().await;
+        if supervisor.is_draining() {
+            std::future::pending::<()>().await;
+        }
+    };
+    tokio::select! {
+        biased;
+        () = cancelled => Err(AltTextError::Cancelled),
+        done = work => Ok(done),
     }
 }
 

@@ -1,38 +1,25 @@
 //! `…/alt-text`: texts for the images of a thread's site.
 
-use std::convert::Infallible;
-
-use axum::{
-    extract::State,
-    http::HeaderMap,
-    response::{
-        IntoResponse, Response,
-        sse::{Event, KeepAlive, Sse},
-    },
-};
-use futures_util::{StreamExt, stream};
+use axum::{extract::State, http::HeaderMap, response::Response};
 use serde::Deserialize;
 use serde_json::{Value, json, to_value};
-use tokio::sync::mpsc;
 use utoipa::ToSchema;
 
 use super::{
     ApiError, Shared,
-    body::{JsonOrNothing, success},
-    error::{REQUEST_ID, request_id},
-    operations::{Wishes, succeeded, unchanged},
-    sse::COMMENT_EVERY,
-    threads::{ThreadPath, accepts, idempotency_key, path_key},
+    body::JsonOrNothing,
+    calls::{CallKind, Ended, NewCall, Running},
+    error::request_id,
+    operations::{Wishes, unchanged},
+    threads::{ThreadPath, idempotency_key, path_key},
+    turns::succeeded,
 };
 use crate::{
-    alt_text::{AltTextAnswer, AltTextWish, Progress, is_language},
+    alt_text::{AltTextAnswer, AltTextError, AltTextWish, Progress, is_language},
     domain::Author,
     label,
     supervisor::OperationAnswer,
 };
-
-/// News that waits for a slow reader; the newest is enough.
-const MAX_NEWS: usize = 64;
 
 /// All of it may be left out, the body too.
 #[derive(Debug, Default, Deserialize, ToSchema)]
@@ -55,13 +42,15 @@ pub(super) struct AltTextBody {
 /// what was `done` (`file`, `line`, `image`, `alt`), what needs a `person` (and `why`), and how many
 /// are `decorative`. Images are described outside of the thread's queue; the pages are changed by
 /// one commit, as they are by then. Where there is nothing to change no turn is made (`commit` is
-/// null). With `Accept: text/event-stream`: `alt_text.progress` (done of total, cost so far), then
-/// `alt_text.completed` with `result`, or `alt_text.failed` with the error. A caller that goes away
-/// cancels it; what was described is known when it is asked for again, and is not paid twice.
+/// null). With `Accept: text/event-stream`: `alt_text.started` (`callId`), `alt_text.progress` (done of
+/// total, cost so far), then `alt_text.completed` or `alt_text.cancelled` with `result`, or
+/// `alt_text.failed` with the error. A caller who goes away cancels it, and so does
+/// `POST /api/calls/{callId}/cancel`; a call with an `Idempotency-Key` goes on without its caller. What
+/// was described is known when it is asked for again, and is not paid twice.
 #[utoipa::path(post, path = "/api/clients/{client}/users/{user}/threads/{thread}/alt-text",
     params(("client" = String, Path), ("user" = String, Path), ("thread" = String, Path)),
     request_body = AltTextBody,
-    responses((status = 200, description = "`{success, result}`: a turn of kind `alt-text` with `report`; without anything to change `turnId` and `commit` are null; with `dryRun` `{dryRun, images, worstCaseUsd, report}`", body = crate::domain::TurnResult),
+    responses((status = 200, description = "`{success, result}`: a turn of kind `alt-text` with `report`; without anything to change, or cancelled, `turnId` and `commit` are null; with `dryRun` `{dryRun, images, worstCaseUsd, report}`", body = crate::domain::TurnResult),
               (status = 400, description = "`invalid_request`"),
               (status = 404, description = "`not_found`: no such thread"),
               (status = 409, description = "`stale_head` with `head`, `merge_conflict` with `files`, `thread_busy_elsewhere`"),
@@ -75,36 +64,14 @@ pub(super) async fn write(
     JsonOrNothing(body): JsonOrNothing<AltTextBody>,
 ) -> Result<Response, ApiError> {
     let wish = wish(&state, &path, &headers, body)?;
-    if !accepts(&headers, "text/event-stream") {
-        return Ok(success(run(&state, wish, |_| {}).await?));
-    }
-    let (sender, news) = mpsc::channel(MAX_NEWS);
-    let id = request_id().unwrap_or_default();
-    let end = REQUEST_ID.scope(id, async move {
-        let tell = |progress: &Progress| {
-            // Who reads slowly hears of the next one.
-            sender
-                .try_send(event("alt_text.progress", &json!(progress)))
-                .ok();
-        };
-        match run(&state, wish, tell).await {
-            Ok(result) => event("alt_text.completed", &json!({ "result": result })),
-            Err(error) => event("alt_text.failed", &error.into_json()),
-        }
-    });
-    let news = stream::unfold(news, async |mut news| Some((news.recv().await?, news)));
-    // The work ends with its reader: it is done by the answer's own body.
-    let events = stream::select(news, stream::once(end));
-    let numbered = events
-        .enumerate()
-        .map(|(at, event)| Ok::<_, Infallible>(event.id((at + 1).to_string())));
-    Ok(Sse::new(numbered)
-        .keep_alive(KeepAlive::new().interval(COMMENT_EVERY))
-        .into_response())
-}
-
-fn event(name: &str, data: &Value) -> Event {
-    Event::default().event(name).data(data.to_string())
+    let call = NewCall {
+        kind: CallKind::AltText,
+        key: wish.key.clone(),
+        is_kept: wish.idempotency_key.is_some(),
+    };
+    let shared = state.clone();
+    let work = async move |call: Running| run(&shared, wish, &call).await;
+    state.calls.run(call, &headers, work).await
 }
 
 fn wish(
@@ -145,32 +112,32 @@ fn wish(
     })
 }
 
-async fn run(
-    state: &Shared,
-    wish: AltTextWish,
-    mut tell: impl FnMut(&Progress) + Send,
-) -> Result<Value, ApiError> {
-    let answer = state
-        .alt_texts
-        .write(&state.supervisor, wish, &mut tell)
-        .await?;
-    Ok(match answer {
-        AltTextAnswer::DryRun {
+async fn run(state: &Shared, wish: AltTextWish, call: &Running) -> Result<Ended, ApiError> {
+    let mut tell = |progress: &Progress| call.tell("progress", &json!(progress));
+    let texts = &state.alt_texts;
+    let written = texts.write(&state.supervisor, wish, call.stop(), &mut tell);
+    let result = match written.await {
+        Ok(AltTextAnswer::DryRun {
             report,
             images,
             worst_usd,
-        } => json!({
+        }) => json!({
             "dryRun": true,
             "images": images,
             "worstCaseUsd": worst_usd,
             "report": report,
         }),
-        AltTextAnswer::Written(OperationAnswer::Done(turn)) => plain(&succeeded(turn)?),
-        AltTextAnswer::Written(OperationAnswer::Unchanged(text, report)) => {
+        Ok(AltTextAnswer::Written(OperationAnswer::Done(turn))) => plain(&succeeded(turn)?),
+        Ok(AltTextAnswer::Written(OperationAnswer::Unchanged(text, report))) => {
             plain(&unchanged(text, report))
         }
-        AltTextAnswer::Written(_) => unreachable!("an edit that is no dry run is done, or not"),
-    })
+        Ok(AltTextAnswer::Written(_)) => {
+            unreachable!("an edit that is no dry run is done, or not")
+        }
+        Err(AltTextError::Cancelled) => return Ok(Ended::Cancelled),
+        Err(error) => return Err(error.into()),
+    };
+    Ok(Ended::Done(result))
 }
 
 fn plain(result: &impl serde::Serialize) -> Value {

@@ -135,6 +135,11 @@ impl ApiError {
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, "payload_too_large", message)
     }
 
+    /// For who is not told otherwise.
+    fn cancelled(message: String) -> Self {
+        Self::new(StatusCode::CONFLICT, "cancelled", message)
+    }
+
     pub(super) fn not_this_tenant() -> Self {
         let message = "this container serves another client or user";
         Self::new(StatusCode::FORBIDDEN, "not_this_tenant", message)
@@ -356,6 +361,7 @@ impl From<AltTextError> for ApiError {
                 "budget_exceeded",
                 error.to_string(),
             ),
+            AltTextError::Cancelled => Self::cancelled(error.to_string()),
             AltTextError::Stopped(_) => {
                 Self::new(StatusCode::BAD_GATEWAY, "agent_failed", error.to_string())
             }
@@ -426,7 +432,10 @@ impl From<ImageError> for ApiError {
                 retry_after: breach.resets.map(seconds_until),
                 ..Self::new(StatusCode::TOO_MANY_REQUESTS, "budget_exceeded", said)
             },
-            ImageError::Note(_) | ImageError::Budgets(_) => Self::internal(&error),
+            ImageError::Note(_) | ImageError::Notes(_) | ImageError::Budgets(_) => {
+                Self::internal(&error)
+            }
+            ImageError::Cancelled => Self::cancelled(said),
             ImageError::Replicate(error) => match error {
                 R::BadName { .. } | R::Input(_) | R::NotFound { .. } | R::Refused { .. } => {
                     Self::invalid(said)

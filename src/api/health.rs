@@ -270,7 +270,7 @@ fn model_metrics(state: &Base) -> String {
     let tokens = tally.tokens.by_kind();
     /// Name, help, the label's name, its values.
     type Family<'a> = (&'a str, &'a str, &'a str, &'a [(&'a str, f64)]);
-    let families: [Family<'_>; 7] = [
+    let families: [Family<'_>; 10] = [
         (
             "greenroom_model_requests_total",
             "Model requests by how they ended.",
@@ -299,6 +299,24 @@ fn model_metrics(state: &Base) -> String {
             "Requests of models that the price list does not know, at the dearest price.",
             "",
             &[("", tally.unpriced as f64)],
+        ),
+        (
+            "greenroom_predictions_total",
+            "Predictions that were made at Replicate, wholly or in part.",
+            "",
+            &[("", tally.predictions as f64)],
+        ),
+        (
+            "greenroom_prediction_cost_usd_total",
+            "US dollars spent on them, as far as their prices are known.",
+            "",
+            &[("", tally.prediction_cost_usd)],
+        ),
+        (
+            "greenroom_prediction_uncounted_total",
+            "Predictions whose cost nobody knows.",
+            "",
+            &[("", tally.uncounted as f64)],
         ),
         (
             "greenroom_usage_compared_total",

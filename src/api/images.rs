@@ -1,25 +1,21 @@
 //! `POST …/threads/{thread}/images`: images made for a site.
 
-use axum::{
-    Json as Answer,
-    extract::State,
-    http::{HeaderMap, StatusCode},
-    response::{IntoResponse, Response},
-};
+use axum::{extract::State, http::HeaderMap, response::Response};
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value, json, to_value};
 use utoipa::ToSchema;
 
 use super::{
     ApiError, Shared,
-    body::{Json, success},
+    body::Json,
+    calls::{CallKind, Ended, NewCall, Running},
     error::request_id,
     threads::{ThreadPath, check_author, idempotency_key, not_empty, path_key},
+    turns::{outcome, succeeded},
 };
 use crate::{
-    domain::{Author, TurnResult, TurnStatus},
-    images::{ImageAnswer, ImageWish, MAX_ALT, MAX_COUNT, MAX_TEXT},
-    supervisor::SupervisorError,
+    domain::{Author, TurnResult},
+    images::{ImageAnswer, ImageError, ImageNews, ImageWish, MAX_ALT, MAX_COUNT, MAX_TEXT},
 };
 
 #[derive(Debug, Default, Deserialize, ToSchema)]
@@ -97,16 +93,22 @@ impl ImagesBody {
 /// down, without metadata, with an alt text. Without `instruction` that is a turn of kind `images`;
 /// with it an agent's turn shows them where it says. Image and reference are one commit, and one
 /// undo. `result.report` tells paths, alt texts, model, time and cost. Parameters are checked by the
-/// model's schema before anything is paid. A caller who goes away before the images are made cancels
-/// them; with `Idempotency-Key` a call that is made again goes on with what was paid.
+/// model's schema before anything is paid; what is paid is in the ledger and counts for budgets.
+/// With `Accept: text/event-stream`: `images.started` (`callId`), `images.progress` (prediction,
+/// status, percent), `budget.warning`, `images.turn` (`turnId`, with `instruction`), then
+/// `images.completed` or `images.cancelled` with `result`, or `images.failed` with the error. A caller
+/// who goes away before the turn exists cancels it, and so does `POST /api/calls/{callId}/cancel`; a
+/// call with an `Idempotency-Key` goes on without its caller, and made again goes on with what was
+/// paid, also after a crash.
 #[utoipa::path(post, path = "/api/clients/{client}/users/{user}/threads/{thread}/images",
     params(("client" = String, Path), ("user" = String, Path), ("thread" = String, Path)),
     request_body = ImagesBody,
-    responses((status = 200, description = "`{success, result}`: the turn", body = TurnResult),
+    responses((status = 200, description = "`{success, result}`: the turn, or a `CancelledView`", body = TurnResult),
               (status = 202, description = "`{turnId}`, with `async`"),
               (status = 400, description = "`invalid_request`: also parameters that the model does not take"),
               (status = 404, description = "`not_found`: no such thread"),
-              (status = 429, description = "`queue_full`, `rate_limited`"),
+              (status = 409, description = "`thread_busy_elsewhere`: also a call of the same key in another container"),
+              (status = 429, description = "`queue_full`, `rate_limited`, `budget_exceeded`"),
               (status = 502, description = "`image_failed`, `agent_failed`"),
               (status = 503, description = "`images_unavailable`: not set up, not paid, or Replicate is down; `draining`"),
               (status = 504, description = "`image_failed`: it took too long; `turn_timeout`")))]
@@ -119,23 +121,52 @@ pub(super) async fn make(
     let is_async = body.is_async.unwrap_or(false);
     let mut wish = body.into_wish(&state, &path)?;
     wish.idempotency_key = idempotency_key(&headers)?;
-    let outcome = match state.images.make(wish).await? {
-        ImageAnswer::Done(turn) => *turn,
-        ImageAnswer::Turn(record) if is_async => {
-            let told = json!({"success": true, "turnId": record.file().id()});
-            return Ok((StatusCode::ACCEPTED, Answer(told)).into_response());
-        }
-        ImageAnswer::Turn(record) => match record.outcome().await {
-            Ok(outcome) => outcome,
-            // Still in line when the program stopped: it runs after the next start.
-            Err(_) if state.supervisor.is_draining() => {
-                return Err(SupervisorError::Draining.into());
-            }
-            Err(error) => return Err(SupervisorError::from(error).into()),
-        },
+    let call = NewCall {
+        kind: CallKind::Images,
+        key: wish.key.clone(),
+        is_kept: wish.idempotency_key.is_some(),
     };
-    match outcome.status {
-        TurnStatus::Failed => Err(ApiError::turn(outcome)),
-        _ => Ok(success(outcome)),
-    }
+    let shared = state.clone();
+    let work = async move |call: Running| run(&shared, wish, is_async, &call).await;
+    state.calls.run(call, &headers, work).await
+}
+
+async fn run(
+    state: &Shared,
+    wish: ImageWish,
+    is_async: bool,
+    call: &Running,
+) -> Result<Ended, ApiError> {
+    let mut tell = |news| match news {
+        ImageNews::Prediction {
+            id,
+            status,
+            percent,
+        } => call.tell(
+            "progress",
+            &json!({"predictionId": id, "status": status, "percent": percent}),
+        ),
+        ImageNews::Warning(warning) => call.tell_as(
+            "budget.warning",
+            &json!({
+                "spentUsd": warning.spent_usd,
+                "limitUsd": warning.limit.usd,
+                "limit": warning.limit.to_string(),
+            }),
+        ),
+    };
+    let turn = match state.images.make(wish, call.stop(), &mut tell).await {
+        Ok(ImageAnswer::Done(turn)) => succeeded(turn)?,
+        Ok(ImageAnswer::Turn(record)) => {
+            let id = record.file().id();
+            call.became(id);
+            if is_async {
+                return Ok(Ended::Accepted(id.clone()));
+            }
+            outcome(state, &record).await?
+        }
+        Err(ImageError::Cancelled) => return Ok(Ended::Cancelled),
+        Err(error) => return Err(error.into()),
+    };
+    Ok(Ended::Done(to_value(turn).expect("plain data serialises")))
 }

@@ -8,6 +8,7 @@ mod access;
 mod alt_text;
 mod batches;
 mod body;
+mod calls;
 mod cli;
 mod error;
 mod health;
@@ -39,6 +40,7 @@ use utoipa::OpenApi;
 
 pub use access::{Access, AccessSettings};
 pub use batches::is_ours;
+pub use calls::Calls;
 pub use error::ApiError;
 pub use health::{Facts, Readiness};
 pub use rate::RateLimit;
@@ -113,6 +115,7 @@ pub struct ApiState {
     pub batches: Batches,
     pub alt_texts: AltTexts,
     pub images: Images,
+    pub calls: Calls,
 }
 
 /// The state as handlers take it.
@@ -163,6 +166,7 @@ impl FromRef<Shared> for Base {
         batches::cancel,
         batches::resume,
         images::make,
+        calls::cancel,
         cli::open,
     ),
     components(schemas(
@@ -173,6 +177,7 @@ impl FromRef<Shared> for Base {
         crate::supervisor::PreviewView,
         operations::DryRunView,
         operations::Unchanged,
+        calls::CancelledView,
         crate::alt_text::Report,
         publish::PublishView,
         publish::SyncView,
@@ -216,6 +221,7 @@ pub fn router(state: Shared) -> Router {
         .route("/api/turns/{turn}", get(turns::one))
         .route("/api/turns/{turn}/events", get(turns::events))
         .route("/api/turns/{turn}/cancel", post(turns::cancel))
+        .route("/api/calls/{call}/cancel", post(calls::cancel))
         .route("/api/usage", get(usage::report))
         .route("/api/usage/live", get(usage::live))
         .route("/execute", post(one_shot::execute))

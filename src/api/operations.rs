@@ -10,10 +10,10 @@ use super::{
     error::request_id,
     publish::{PublishView, SyncView},
     threads::{ThreadPath, check_author, idempotency_key, path_key},
-    turns::turn_id,
+    turns::{succeeded, turn_id},
 };
 use crate::{
-    domain::{Author, CommitSummary, Effect, FileChange, TurnKind, TurnResult, TurnStatus},
+    domain::{Author, CommitSummary, Effect, FileChange, TurnKind, TurnResult},
     identity::TurnId,
     supervisor::{DryRun, Operation, OperationAnswer, OperationRequest},
 };
@@ -254,11 +254,4 @@ pub(super) fn unchanged(text: String, report: Option<serde_json::Value>) -> Unch
         text,
         report,
     }
-}
-
-pub(super) fn succeeded(turn: Box<TurnResult>) -> Result<Box<TurnResult>, ApiError> {
-    if turn.status == TurnStatus::Failed {
-        return Err(ApiError::turn(*turn));
-    }
-    Ok(turn)
 }

@@ -6,7 +6,7 @@ use axum::{
     Json as Answer,
     extract::{Path, Query, State},
     http::{
-        HeaderMap, StatusCode,
+        HeaderMap,
         header::{ACCEPT, CONTENT_TYPE},
     },
     response::{IntoResponse, Response},
@@ -18,13 +18,14 @@ use utoipa::ToSchema;
 use super::{
     ApiError, Shared,
     body::{Json, success, thread_key},
+    calls::CallView,
     error::request_id,
     operations::commit_id,
     sse,
-    turns::{last_event_id, turn_id},
+    turns::{self, last_event_id, turn_id},
 };
 use crate::{
-    domain::{Author, FileChange, TurnMode, TurnResult, TurnStatus},
+    domain::{Author, FileChange, TurnMode, TurnResult},
     identity::ThreadKey,
     supervisor::{
         ExecuteRequest, History, HistoryPage, InitRequest, PreviewView, Removal, ThreadView,
@@ -200,6 +201,7 @@ impl ExecuteBody {
             request_id: request_id(),
             brings: Vec::new(),
             report: None,
+            usage: None,
         })
     }
 }
@@ -245,27 +247,12 @@ pub(super) async fn execute(
     let record = state.supervisor.execute(request).await?;
     let id = record.file().id().clone();
     if is_async {
-        return Ok((
-            StatusCode::ACCEPTED,
-            Answer(json!({"success": true, "turnId": id})),
-        )
-            .into_response());
+        return Ok(turns::accepted(&id));
     }
     if accepts(&headers, "text/event-stream") {
         return Ok(sse::events(id, &record, last_event_id(&headers)));
     }
-    let outcome = match record.outcome().await {
-        Ok(outcome) => outcome,
-        // Still in line when the program stopped: it runs after the next start.
-        Err(_) if state.supervisor.is_draining() => {
-            return Err(crate::supervisor::SupervisorError::Draining.into());
-        }
-        Err(error) => return Err(crate::supervisor::SupervisorError::from(error).into()),
-    };
-    match outcome.status {
-        TurnStatus::Failed => Err(ApiError::turn(outcome)),
-        _ => Ok(success(outcome)),
-    }
+    Ok(success(turns::outcome(&state, &record).await?))
 }
 
 /// Does the caller name this kind of answer?
@@ -325,19 +312,29 @@ pub(super) fn path_key(state: &Shared, path: &ThreadPath) -> Result<ThreadKey, A
     thread_key(&state.pins, Some(client), Some(user), Some(thread))
 }
 
+/// A thread with what is done to it beside its turns.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct OneThread {
+    #[serde(flatten)]
+    thread: ThreadView,
+    /// Calls of `…/images` and `…/alt-text` whose turn does not exist yet, or runs: each can be
+    /// cancelled by its `callId`.
+    calls: Vec<CallView>,
+}
+
 /// One thread.
 #[utoipa::path(get, path = "/api/clients/{client}/users/{user}/threads/{thread}",
     params(("client" = String, Path), ("user" = String, Path), ("thread" = String, Path)),
-    responses((status = 200, description = "`{success, result}`", body = ThreadView)))]
+    responses((status = 200, description = "`{success, result}`", body = OneThread)))]
 pub(super) async fn one(
     State(state): State<Shared>,
     path: ThreadPath,
 ) -> Result<Response, ApiError> {
-    let view = state
-        .supervisor
-        .thread_view(&path_key(&state, &path)?)
-        .await?;
-    Ok(success(view))
+    let key = path_key(&state, &path)?;
+    Ok(success(OneThread {
+        thread: state.supervisor.thread_view(&key).await?,
+        calls: state.calls.of(&key),
+    }))
 }
 
 #[derive(Debug, Deserialize)]

@@ -1,17 +1,24 @@
 //! `/api/turns/…`: looking at turns, following and stopping them.
 
 use axum::{
+    Json as Answer,
     extract::{Path, State},
-    http::HeaderMap,
-    response::Response,
+    http::{HeaderMap, StatusCode},
+    response::{IntoResponse, Response},
 };
+use serde_json::json;
 
 use super::{
     ApiError, Shared,
     body::{check_pins, success},
     sse,
 };
-use crate::identity::TurnId;
+use crate::{
+    domain::{TurnResult, TurnStatus},
+    identity::TurnId,
+    supervisor::SupervisorError,
+    turn::TurnRecord,
+};
 
 pub(super) fn turn_id(state: &Shared, text: &str) -> Result<TurnId, ApiError> {
     let id: TurnId = text
@@ -19,6 +26,33 @@ pub(super) fn turn_id(state: &Shared, text: &str) -> Result<TurnId, ApiError> {
         .map_err(|_| ApiError::not_found("there is no such turn"))?;
     check_pins(&state.pins, &id.key().user_key())?;
     Ok(id)
+}
+
+/// The answer to whoever does not wait for a turn.
+pub(super) fn accepted(id: &TurnId) -> Response {
+    let told = json!({"success": true, "turnId": id});
+    (StatusCode::ACCEPTED, Answer(told)).into_response()
+}
+
+/// A turn's outcome, however long that takes; of one that failed an error.
+pub(super) async fn outcome(
+    state: &Shared,
+    record: &TurnRecord,
+) -> Result<Box<TurnResult>, ApiError> {
+    match record.outcome().await {
+        Ok(outcome) => succeeded(Box::new(outcome)),
+        // Still in line when the program stopped: it runs after the next start.
+        Err(_) if state.supervisor.is_draining() => Err(SupervisorError::Draining.into()),
+        Err(error) => Err(SupervisorError::from(error).into()),
+    }
+}
+
+/// A turn's result, unless it failed.
+pub(super) fn succeeded(turn: Box<TurnResult>) -> Result<Box<TurnResult>, ApiError> {
+    match turn.status {
+        TurnStatus::Failed => Err(ApiError::turn(*turn)),
+        _ => Ok(turn),
+    }
 }
 
 /// How a turn stands or ended.

@@ -38,7 +38,7 @@ use self::{
     },
 };
 use crate::{
-    api::{self, Access, ApiState, Base, BaseState, Facts, Pins, RateLimit, Readiness},
+    api::{self, Access, ApiState, Base, BaseState, Calls, Facts, Pins, RateLimit, Readiness},
     config::{self, CredentialSource, Loaded, Mode},
     domain::Account,
     figures::Figures,
@@ -150,6 +150,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         draining: supervisor.draining(),
         supervisor: Some(supervisor.clone()),
     });
+    let images = images(&loaded, &supervisor, &labels, &ledger, &tasks)?;
     let state = Arc::new(ApiState {
         base,
         supervisor: supervisor.clone(),
@@ -162,7 +163,8 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         batches: batches.clone(),
         alt_texts: alt_texts(settings, &labels, &activity, &runtime),
         labels: labels.clone(),
-        images: images(&loaded, &supervisor, &labels, &ledger, &tasks)?,
+        calls: Calls::new(&tasks, &activity, supervisor.draining()),
+        images: images.clone(),
     });
     // The first line of the log says where it listens.
     announce(&loaded, mode, &listeners, is_rehearsal, &launcher);
@@ -181,9 +183,9 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         "readiness",
         look_at_programs(programs, launcher.clone(), readiness),
     );
-    tasks.spawn("batches", async move {
+    tasks.spawn("what was left", async move {
         let is_ours = move |account: &Account| api::is_ours(&pins, account);
-        batches.take_up(is_ours).await;
+        tokio::join!(batches.take_up(is_ours.clone()), images.take_up(is_ours));
     });
     tasks.spawn(
         "outcomes",

@@ -354,6 +354,7 @@ pub(super) fn images(
         lora: settings.image_lora.clone(),
         timeout: settings.turn_timeout,
         store: settings.workspace_path.join(".greenroom/images"),
+        lease: settings.lease,
     };
     Ok(Images::new(
         settings,

@@ -251,6 +251,22 @@ fn as_table(report: &Report) -> String {
     for (count, what) in notes.into_iter().filter(|(count, _)| *count > 0) {
         lines.push(format!("{} of the requests were {what}.", grouped(count)));
     }
+    let totals = &report.totals;
+    if totals.predictions > 0 {
+        lines.push(format!(
+            "{} of the requests were predictions on Replicate (${:.4} of the cost), which the CLI's own \
+             counts do not have.",
+            grouped(totals.predictions),
+            totals.prediction_cost_usd
+        ));
+    }
+    if totals.uncounted > 0 {
+        lines.push(format!(
+            "{} of them count nothing, because nobody says what their model costs: say so in \
+             config/model_configs.yaml.",
+            grouped(totals.uncounted)
+        ));
+    }
     lines.push(format!("Days begin in {}.", report.time_zone));
     lines.join("\n")
 }
@@ -309,6 +325,22 @@ mod tests {
         );
         assert!(lines[5].starts_with("Total  "), "{table}");
         assert!(table.contains("1 of the requests were counted at the most"));
+        assert!(!table.contains("Replicate"));
+    }
+
+    #[test]
+    fn what_the_cli_knows_nothing_of_is_told_apart() {
+        let mut report = report();
+        report.totals.predictions = 3;
+        report.totals.prediction_cost_usd = 0.25;
+        report.totals.uncounted = 1;
+        let table = as_table(&report);
+        for said in [
+            "3 of the requests were predictions on Replicate ($0.2500",
+            "1 of them count nothing",
+        ] {
+            assert!(table.contains(said), "{table}");
+        }
     }
 
     #[test]

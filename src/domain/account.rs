@@ -32,6 +32,8 @@ impl Account {
     pub const HEALTH: &str = "health";
     /// The kind of a run that labels an image.
     pub const LABEL: &str = "label";
+    /// The kind of a prediction that makes an image: paid at Replicate, not at the model API.
+    pub const IMAGES: &str = "images";
     /// The kind of the CLI on somebody's terminal.
     pub const CLI: &str = "cli";
 

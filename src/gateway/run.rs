@@ -290,6 +290,11 @@ impl ActiveRun {
         self.run.hold.subscribe()
     }
 
+    /// Its turn has cost so much before it began, which counts for the turn's budget.
+    pub fn spent_before(&self, usd: f64) {
+        self.run.meter.spent_before(usd);
+    }
+
     /// What the run has spent so far.
     pub fn spent(&self) -> Spent {
         self.run.meter.spent()

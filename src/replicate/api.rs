@@ -10,7 +10,8 @@ use tokio::sync::OnceCell;
 use url::Url;
 
 use super::{
-    Measured, ModelName, ReplicateError, Schema, name::is_version, output::is_image, schema::Gives,
+    Measured, ModelName, ReplicateError, Schema, Sent, name::is_version, output::is_image,
+    schema::Gives,
 };
 use crate::{
     config::Secret,
@@ -39,14 +40,6 @@ const MAX_ANSWER: usize = 64 << 20;
 const MAX_REFUSAL: usize = 64 << 10;
 /// Longest sentence of Replicate's that an error repeats.
 const MAX_DETAIL: usize = 500;
-/// Replicate's clock may differ from ours by so much, in seconds.
-const SKEW: i64 = 120;
-/// Pauses before looks at whether a prediction was created although its answer was lost.
-const LOOKS: [Duration; 3] = [
-    Duration::from_millis(500),
-    Duration::from_secs(2),
-    Duration::from_secs(5),
-];
 
 /// The way to Replicate. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -149,8 +142,8 @@ struct VersionWire {
 }
 
 #[derive(Deserialize)]
-struct PredictionWire {
-    id: String,
+pub(super) struct PredictionWire {
+    pub(super) id: String,
     #[serde(default)]
     status: String,
     #[serde(default)]
@@ -162,16 +155,11 @@ struct PredictionWire {
     #[serde(default)]
     metrics: Value,
     #[serde(default)]
-    created_at: Option<String>,
+    pub(super) created_at: Option<String>,
     #[serde(default)]
     completed_at: Option<String>,
     #[serde(default)]
-    input: Value,
-}
-
-#[derive(Deserialize)]
-struct Page {
-    results: Vec<PredictionWire>,
+    pub(super) input: Value,
 }
 
 impl Replicate {
@@ -273,7 +261,9 @@ impl Replicate {
                 json!({"input": input}),
             ),
         };
-        match (self.post_once(&at, &body, deadline).await, &model.target) {
+        let sent = Sent::now(input);
+        let once = self.post_once(&at, &body, deadline, &sent).await;
+        match (once, &model.target) {
             // Not official after all, and nothing has begun.
             (
                 Err(ReplicateError::NotFound { .. }),
@@ -283,7 +273,7 @@ impl Replicate {
                 },
             ) => {
                 let (at, body) = by_version(version);
-                self.post_once(&at, &body, deadline).await
+                self.post_once(&at, &body, deadline, &sent).await
             }
             (Err(ReplicateError::NotFound { .. }), _) => Err(ReplicateError::NotFound {
                 what: format!("model {}", model.name),
@@ -298,8 +288,8 @@ impl Replicate {
         at: &str,
         body: &Value,
         deadline: Duration,
+        trace: &Sent,
     ) -> Result<Prediction, ReplicateError> {
-        let since = Timestamp::now();
         let text = serde_json::to_vec(body).expect("JSON serialises");
         let text = bytes::Bytes::from(text);
         let sent = outbound::send(&PAUSES, Twice::More, || {
@@ -323,28 +313,8 @@ impl Replicate {
         };
         match answer {
             Some(found) => prediction(found),
-            None => self.find(&body["input"], since).await,
+            None => self.find(trace).await,
         }
-    }
-
-    /// The prediction that was created although its answer was lost, by what was put into it.
-    async fn find(&self, input: &Value, since: Timestamp) -> Result<Prediction, ReplicateError> {
-        for pause in LOOKS {
-            tokio::time::sleep(pause).await;
-            let Ok(page) = self.get::<Page>("/v1/predictions", "predictions").await else {
-                continue;
-            };
-            let earliest = since.as_second() - SKEW;
-            let ours = page.results.into_iter().find(|one| {
-                let created = one.created_at.as_deref().and_then(|at| at.parse().ok());
-                let is_new = created.is_some_and(|at: Timestamp| at.as_second() >= earliest);
-                is_new && one.input == *input && !Status::of(&one.status).is_final()
-            });
-            if let Some(ours) = ours {
-                return prediction(ours);
-            }
-        }
-        Err(ReplicateError::Unclear)
     }
 
     /// How far it is.
@@ -376,7 +346,7 @@ impl Replicate {
         }
     }
 
-    async fn get<T: DeserializeOwned>(
+    pub(super) async fn get<T: DeserializeOwned>(
         &self,
         at: &str,
         what: &'static str,
@@ -468,9 +438,10 @@ impl Replicate {
         url.origin() == self.base.origin()
     }
 
-    /// Whether it is the API's, to which the token may go.
-    pub(super) fn is_api(&self, url: &Url) -> bool {
-        let below = format!("{}/v1/", self.base.path().trim_end_matches('/'));
+    /// Whether it is a file that the API itself keeps: the token goes along to those. A model may
+    /// name any address as its output, and has no business at the API's other ones.
+    pub(super) fn is_kept_file(&self, url: &Url) -> bool {
+        let below = format!("{}/v1/files/", self.base.path().trim_end_matches('/'));
         self.is_own(url) && url.path().starts_with(&below)
     }
 
@@ -522,7 +493,7 @@ fn checked(id: &str) -> Result<&str, ReplicateError> {
     }
 }
 
-fn prediction(found: PredictionWire) -> Result<Prediction, ReplicateError> {
+pub(super) fn prediction(found: PredictionWire) -> Result<Prediction, ReplicateError> {
     checked(&found.id)?;
     let number = |word: &str| {
         found.metrics[word]
@@ -566,6 +537,14 @@ fn images_in(output: &Value) -> u64 {
         Value::Array(all) => all.iter().map(images_in).sum(),
         Value::Object(map) => map.values().map(images_in).sum(),
         _ => 0,
+    }
+}
+
+impl Prediction {
+    /// Whether the model has worked on it, which is paid however it ended.
+    pub fn has_run(&self) -> bool {
+        let seconds = self.measured.predict_seconds;
+        self.status == Status::Succeeded || seconds.is_some_and(|seconds| seconds > 0.0)
     }
 }
 

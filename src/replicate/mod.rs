@@ -22,6 +22,7 @@ mod price;
 mod save;
 mod schema;
 mod settings;
+mod trace;
 
 use std::{io, path::PathBuf};
 
@@ -34,6 +35,7 @@ pub use price::{Measured, Price};
 pub use save::{Saved, SavedAll};
 pub use schema::{Problems, Schema};
 pub use settings::{Brand, ModelConfigs, ModelSettings};
+pub use trace::{Sent, Traced};
 
 /// Why a model was not run, or gave nothing. Each sentence says what to do.
 #[derive(Debug, thiserror::Error)]

@@ -3,9 +3,15 @@
 //! Replicate tells no price by its API: a model is paid by the second of a machine that only its
 //! page names, or by the image or run. So the operator says which; else nothing is said but the time.
 
-use serde::Serialize;
+use std::time::Duration;
 
-/// US dollars a second of each kind of machine, as replicate.com/pricing had them in November 2026.
+use serde::{Deserialize, Serialize};
+
+use super::Prediction;
+
+/// US dollars a second of each kind of machine, as replicate.com/pricing had them in 2026. Machines with
+/// several L40S have two names: the page had `gpu-2x-l40s` first, then `gpu-l40s-2x`, which is also
+/// what the API names among its kinds of hardware. `cpu-small` is on the later page alone.
 const HARDWARE: &[(&str, f64)] = &[
     ("cpu", 0.000_100),
     ("cpu-small", 0.000_025),
@@ -15,6 +21,8 @@ const HARDWARE: &[(&str, f64)] = &[
     ("gpu-a40-large-2x", 0.001_450),
     ("gpu-l40s", 0.000_975),
     ("gpu-l40s-2x", 0.001_950),
+    ("gpu-l40s-4x", 0.003_900),
+    ("gpu-l40s-8x", 0.007_800),
     ("gpu-2x-l40s", 0.001_950),
     ("gpu-4x-l40s", 0.003_900),
     ("gpu-8x-l40s", 0.007_800),
@@ -29,7 +37,8 @@ const HARDWARE: &[(&str, f64)] = &[
 ];
 
 /// How a model is paid, in US dollars.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Price {
     PerSecond(f64),
     PerImage(f64),
@@ -60,6 +69,24 @@ impl Price {
         HARDWARE.iter().map(|(name, _)| *name)
     }
 
+    /// The most that one prediction may cost which may take so long and make so many images.
+    pub fn worst(self, limit: Duration, images: u64) -> f64 {
+        match self {
+            Self::PerSecond(usd) => limit.as_secs_f64() * usd,
+            Self::PerImage(usd) => images as f64 * usd,
+            Self::PerRun(usd) => usd,
+        }
+    }
+
+    /// What a prediction cost that is over, in US dollars; `None` where its time is not known. One
+    /// that failed or was cancelled is paid for the time that it ran.
+    pub fn cost_of(self, prediction: &Prediction) -> Option<f64> {
+        match prediction.has_run() {
+            true => self.cost(&prediction.measured),
+            false => Some(0.0),
+        }
+    }
+
     /// In US dollars; `None` where the time is not known.
     pub fn cost(self, measured: &Measured) -> Option<f64> {
         match self {
@@ -73,6 +100,7 @@ impl Price {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::replicate::Status;
 
     #[test]
     fn a_cost_is_told_only_where_it_is_known() {
@@ -87,5 +115,38 @@ mod tests {
         assert_eq!(Price::PerRun(0.05).cost(&measured), Some(0.05));
         assert_eq!(l40s.cost(&Measured::default()), None);
         assert_eq!(Price::of_hardware("gpu-of-next-year"), None);
+    }
+
+    #[test]
+    fn what_never_ran_costs_nothing_and_what_ran_does_however_it_ended() {
+        let ended = |status, predict_seconds| Prediction {
+            id: "p".to_owned(),
+            status,
+            output: serde_json::Value::Null,
+            logs: String::new(),
+            error: None,
+            measured: Measured {
+                predict_seconds,
+                ..Measured::default()
+            },
+        };
+        let second = Price::PerSecond(0.5);
+        for (status, seconds, cost) in [
+            (Status::Succeeded, Some(2.0), Some(1.0)),
+            (Status::Succeeded, None, None),
+            (Status::Failed, Some(2.0), Some(1.0)),
+            (Status::Canceled, Some(2.0), Some(1.0)),
+            (Status::Canceled, None, Some(0.0)),
+        ] {
+            assert_eq!(second.cost_of(&ended(status, seconds)), cost, "{status:?}");
+        }
+        let run = Price::PerRun(0.3);
+        assert_eq!(run.cost_of(&ended(Status::Canceled, None)), Some(0.0));
+        assert_eq!(run.cost_of(&ended(Status::Failed, Some(1.0))), Some(0.3));
+        let limit = Duration::from_secs(60);
+        assert_eq!(
+            [second, Price::PerImage(0.1), run].map(|price| price.worst(limit, 2)),
+            [30.0, 0.2, 0.3]
+        );
     }
 }

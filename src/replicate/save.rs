@@ -79,13 +79,18 @@ impl Replicate {
         all
     }
 
-    /// Fetches the files of a prediction into memory, each at most `limit` bytes.
+    /// Fetches the first `most` files of a prediction into memory, each at most `limit` bytes.
     ///
     /// # Errors
     /// That of the first that cannot be had.
-    pub async fn fetch(&self, made: &Made, limit: u64) -> Result<Vec<Bytes>, ReplicateError> {
+    pub async fn fetch(
+        &self,
+        made: &Made,
+        limit: u64,
+        most: usize,
+    ) -> Result<Vec<Bytes>, ReplicateError> {
         let mut all = Vec::new();
-        for found in &made.files {
+        for found in made.files.iter().take(most) {
             let mut bytes = Vec::new();
             match &found.source {
                 Source::Data { bytes: data, .. } => bytes.clone_from(data),
@@ -188,6 +193,10 @@ impl Replicate {
     async fn open(&self, url: &Url, limit: u64) -> Result<Response, ReplicateError> {
         let mut url = url.clone();
         for _ in 0..=MAX_MOVES {
+            // Somebody's name and password would go along.
+            if !url.username().is_empty() || url.password().is_some() {
+                return Err(not_fetched("its address holds a password".to_owned()));
+            }
             let http = match self.is_own(&url) {
                 true => self.http(),
                 false => {
@@ -195,7 +204,7 @@ impl Replicate {
                     self.elsewhere(&url).await?
                 }
             };
-            let get = || match self.is_api(&url) {
+            let get = || match self.is_kept_file(&url) {
                 true => self.request(http.get(url.clone())),
                 false => http.get(url.clone()).header("user-agent", AGENT),
             };

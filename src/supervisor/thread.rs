@@ -525,7 +525,7 @@ impl Driver {
             kind: TurnKind::Turn,
             effect: Effect::default(),
             applies: None,
-            usage: None,
+            usage: request.usage,
             report: request.report,
             brings,
             mode: request.mode,

@@ -67,6 +67,8 @@ pub struct ExecuteRequest {
     pub brings: Vec<Brought>,
     /// For the turn's result: what greenroom did before.
     pub report: Option<serde_json::Value>,
+    /// What that cost, for the result and the turn's budget; the ledger has it already.
+    pub usage: Option<Usage>,
 }
 
 /// A file that a turn brings into the site.

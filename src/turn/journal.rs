@@ -67,10 +67,10 @@ pub struct Accepted {
     /// restart finishes what was begun with it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub applies: Option<String>,
-    /// Of the same: what it cost before it was accepted.
+    /// What it cost before it was accepted: of its result, and of an agent's turn's budget.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub usage: Option<Usage>,
-    /// Of the same: see [`TurnResult`](crate::domain::TurnResult).
+    /// See [`TurnResult`](crate::domain::TurnResult).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub report: Option<serde_json::Value>,
     /// Of an agent's turn: files that are in the worktree when it begins.

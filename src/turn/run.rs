@@ -289,7 +289,8 @@ impl TurnSite {
         }
         trailers.extend(outcome.session_id.clone().map(|id| ("Session-Id", id)));
         trailers.extend(outcome.model.clone().map(|model| ("Model", model)));
-        trailers.push(("Cost-USD", format!("{:.6}", outcome.usage.cost_usd)));
+        let usage = outcome.usage + accepted.usage.unwrap_or_default();
+        trailers.push(("Cost-USD", format!("{:.6}", usage.cost_usd)));
         trailers.push(("Status", status.as_str().to_owned()));
         let committer = self.committer.clone();
         let author = accepted.author.clone().unwrap_or_else(|| committer.clone());
@@ -654,7 +655,10 @@ async fn drive(
         return Ok(RunOutcome::nothing());
     }
     let account = Account::turn(&accepted.turn_id);
-    match site.gateway.ledger().meter(account.clone()).check().await {
+    let spent_before_usd = accepted.usage.map_or(0.0, |usage| usage.cost_usd);
+    let meter = site.gateway.ledger().meter(account.clone());
+    meter.spent_before(spent_before_usd);
+    match meter.check().await {
         Ok(()) => {}
         Err(Denied::OverBudget(breach)) => {
             return Ok(RunOutcome {
@@ -672,6 +676,7 @@ async fn drive(
         mode: accepted.mode,
         model: accepted.model.clone(),
         deadline,
+        spent_before_usd,
     };
     let is_ready = |slot: &Option<(Agent, Continuity)>| {
         slot.as_ref().is_some_and(|(agent, _)| agent.is_usable())
@@ -802,7 +807,7 @@ pub(super) fn apply(
     result: &mut TurnResult,
 ) -> Option<TurnFailure> {
     result.text.clone_from(&outcome.text);
-    result.usage = outcome.usage;
+    result.usage = outcome.usage + accepted.usage.unwrap_or_default();
     result.num_turns = outcome.num_turns;
     result.session_id.clone_from(&outcome.session_id);
     result.processes_left = outcome.left_running;

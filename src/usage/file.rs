@@ -392,6 +392,7 @@ mod tests {
             duration_ms: 0,
             is_estimated: false,
             is_unpriced: false,
+            is_uncounted: false,
         }
     }
 

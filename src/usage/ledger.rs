@@ -76,6 +76,12 @@ pub struct Tally {
     pub over_budget: u64,
     /// Of models that the price table does not know.
     pub unpriced: u64,
+    /// Predictions that were made, wholly or in part; not among the requests above.
+    pub predictions: u64,
+    /// Those of them whose cost nobody knows.
+    pub uncounted: u64,
+    /// Their cost; not part of the one below.
+    pub prediction_cost_usd: f64,
     /// Turns whose usage was compared with the CLI's.
     pub compared: u64,
     /// By how many dollars their costs differ, in all.

@@ -3,23 +3,20 @@
 use std::{
     io,
     sync::{Arc, Mutex},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 
 use super::{
     Tokens,
     budget::{self, Breach, Decision, Level, Limit, Purse, Stand, Warning},
-    file::Place,
-    ledger::{DISK_DEADLINE, Ledger, lock},
+    ledger::{Ledger, lock},
     purses::{OpenRequest, Purses},
-    row::{Request, Row},
+    reservation::Reservation,
+    row::Request,
 };
-use crate::{
-    domain::Account,
-    task::{self, BlockingError},
-};
+use crate::{domain::Account, task::BlockingError};
 
 /// How long a request waits for others that hold what is left of a budget.
 const HELD_PATIENCE: Duration = Duration::from_secs(60);
@@ -34,6 +31,15 @@ pub struct Ask {
     pub prompt: u64,
     /// The most tokens that its answer may have.
     pub answer: u64,
+}
+
+/// The most that something may come to that is to be reserved.
+#[derive(Debug, Clone)]
+struct Most {
+    model: String,
+    tokens: Tokens,
+    usd: f64,
+    is_uncounted: bool,
 }
 
 /// Why a request may not go up.
@@ -109,21 +115,28 @@ pub struct News {
 
 /// Counts one run's requests. Cheap to clone.
 #[derive(Debug, Clone)]
-pub struct Meter(Arc<MeterInner>);
+pub struct Meter(pub(super) Arc<MeterInner>);
 
 #[derive(Debug)]
-struct MeterInner {
-    ledger: Ledger,
-    account: Account,
-    run: Mutex<Run>,
-    news: watch::Sender<News>,
+pub(super) struct MeterInner {
+    pub(super) ledger: Ledger,
+    pub(super) account: Account,
+    pub(super) run: Mutex<Run>,
+    pub(super) news: watch::Sender<News>,
 }
 
 #[derive(Debug, Default)]
-struct Run {
-    spent: Spent,
-    held: f64,
-    was_warned: bool,
+pub(super) struct Run {
+    pub(super) spent: Spent,
+    /// What the same turn has cost before, in US dollars: for its budget alone.
+    pub(super) before: f64,
+    pub(super) held: f64,
+    pub(super) was_warned: bool,
+}
+
+/// Is it what a turn's own budget is about? Images are made before their turn begins.
+pub(super) fn is_of_a_turn(account: &Account) -> bool {
+    account.kind == Account::TURN || account.kind == Account::IMAGES
 }
 
 impl Meter {
@@ -182,6 +195,49 @@ impl Meter {
     /// # Errors
     /// [`Denied`]; nothing is reserved then.
     pub async fn reserve(&self, ask: Ask) -> Result<Reservation, Denied> {
+        let prices = &self.0.ledger.0.prices;
+        let usd = prices.worst(&ask.model, ask.prompt, ask.answer);
+        let tokens = Tokens {
+            input: ask.prompt,
+            output: ask.answer,
+            ..Tokens::default()
+        };
+        let is_uncounted = false;
+        self.reserve_most(Most {
+            model: ask.model,
+            tokens,
+            usd,
+            is_uncounted,
+        })
+        .await
+    }
+
+    /// The same for what is not paid by tokens, as a prediction is. `most_usd`: `None` where nobody
+    /// knows what it may cost; then it counts nothing.
+    ///
+    /// # Errors
+    /// [`Denied`]; nothing is reserved then.
+    pub async fn reserve_paid(
+        &self,
+        model: &str,
+        most_usd: Option<f64>,
+    ) -> Result<Reservation, Denied> {
+        let most = Most {
+            model: model.to_owned(),
+            tokens: Tokens::default(),
+            usd: most_usd.unwrap_or_default(),
+            is_uncounted: most_usd.is_none(),
+        };
+        self.reserve_most(most).await
+    }
+
+    /// The run's turn has cost so much before it began: that counts for the turn's own budget, and
+    /// stands in the ledger already.
+    pub fn spent_before(&self, usd: f64) {
+        lock(&self.0.run).before += usd;
+    }
+
+    async fn reserve_most(&self, most: Most) -> Result<Reservation, Denied> {
         let inner = &self.0.ledger.0;
         let is_shared = inner.budgets.are_shared();
         let deadline = tokio::time::Instant::now() + HELD_PATIENCE;
@@ -190,7 +246,7 @@ impl Meter {
             if is_shared {
                 inner.refresh(&self.0.account, false).await?;
             }
-            let breach = match self.hold(&ask) {
+            let breach = match self.hold(&most) {
                 Ok(reservation) => {
                     let reservation = reservation.write().await?;
                     if !is_shared {
@@ -237,14 +293,13 @@ impl Meter {
     fn stands(&self, purses: &Purses, but: Option<&Reservation>) -> Vec<Stand> {
         let now = self.0.ledger.now();
         let run = lock(&self.0.run);
-        let before = but.map(|but| (but.request.at, but.request.id.as_str()));
+        let before = but.map(|but| (but.request().at, but.request().id.as_str()));
         let limits = self.0.ledger.0.budgets.limits.iter();
         let stand = |limit: &Limit| {
             let (spent, held) = if limit.level == Level::Turn {
-                let is_turn = self.0.account.kind == Account::TURN;
                 // Nobody else can have taken of it meanwhile.
                 let held = if but.is_some() { 0.0 } else { run.held };
-                is_turn.then_some((run.spent.usd, held))?
+                is_of_a_turn(&self.0.account).then_some((run.before + run.spent.usd, held))?
             } else {
                 let purse = Purse::of(limit.level, limit.term, &self.0.account, &now)?;
                 (purses.spent(&purse), purses.held(&purse, before))
@@ -260,9 +315,9 @@ impl Meter {
     }
 
     /// Holds the most that a request may cost, if that may be.
-    fn hold(&self, ask: &Ask) -> Result<Reservation, Decision> {
+    fn hold(&self, most: &Most) -> Result<Reservation, Decision> {
         let inner = &self.0.ledger.0;
-        let usd = inner.prices.worst(&ask.model, ask.prompt, ask.answer);
+        let usd = most.usd;
         let now = self.0.ledger.now();
         let purses = inner.purses(&self.0.account, &now);
         let mut all = lock(&inner.purses);
@@ -286,17 +341,14 @@ impl Meter {
             at: now.timestamp(),
             id: uuid::Uuid::now_v7().simple().to_string(),
             account: self.0.account.clone(),
-            model: ask.model.clone(),
+            model: most.model.clone(),
             message: None,
-            tokens: Tokens {
-                input: ask.prompt,
-                output: ask.answer,
-                ..Tokens::default()
-            },
+            tokens: most.tokens,
             cost_usd: usd,
             duration_ms: 0,
             is_estimated: false,
             is_unpriced: false,
+            is_uncounted: most.is_uncounted,
         };
         let open = OpenRequest {
             purses: purses.clone(),
@@ -308,245 +360,6 @@ impl Meter {
         all.open.insert(request.id.clone(), open);
         drop(all);
         lock(&self.0.run).held += usd;
-        Ok(Reservation {
-            meter: self.clone(),
-            request,
-            purses,
-            place: None,
-            synced: None,
-            begun: Instant::now(),
-            is_over: false,
-        })
-    }
-}
-
-/// A request that may go up. Dropped without a settlement it is given back: then it did not go up.
-#[derive(Debug)]
-pub struct Reservation {
-    meter: Meter,
-    request: Request,
-    purses: Vec<Purse>,
-    place: Option<Place>,
-    synced: Option<oneshot::Receiver<()>>,
-    begun: Instant,
-    is_over: bool,
-}
-
-impl Reservation {
-    /// Writes the line, and begins to bring it to the disk.
-    ///
-    /// The request waits for this: one thread does both, and nothing else stands between.
-    async fn write(mut self) -> Result<Self, Denied> {
-        let inner = self.meter.0.ledger.0.clone();
-        if inner.writer.is_none() {
-            return Ok(self);
-        }
-        let (on_disk, synced) = oneshot::channel::<()>();
-        self.synced = Some(synced);
-        let (sender, mut written) = oneshot::channel();
-        let tasks = inner.tasks.clone();
-        let write = move || {
-            let writer = inner.writer.as_ref().expect("it was there a moment ago");
-            let row = Row::Reserved(self.request.clone());
-            let place = match writer.begin(&row, &self.request) {
-                Ok(place) => place,
-                Err(error) => {
-                    sender.send(Err(error)).ok();
-                    return;
-                }
-            };
-            self.place = Some(place.clone());
-            // Where nobody waits any more it is dropped here, and with that given back.
-            drop(sender.send(Ok(self)));
-            if let Err(error) = place.sync() {
-                tracing::error!(%error, "the usage ledger does not reach the disk");
-            }
-        };
-        let lost = || io::Error::other("the line was not written");
-        let mut work = Box::pin(task::blocking_apart(
-            "writing the usage ledger",
-            DISK_DEADLINE,
-            write,
-        ));
-        let written = tokio::select! {
-            biased;
-            written = &mut written => {
-                tasks.spawn("syncing the ledger", async move {
-                    work.await.ok();
-                    drop(on_disk);
-                });
-                written.unwrap_or_else(|_| Err(lost()))
-            }
-            done = &mut work => {
-                done?;
-                written.try_recv().unwrap_or_else(|_| Err(lost()))
-            }
-        };
-        written.map_err(Denied::Ledger)
-    }
-
-    /// The most tokens that were thought of.
-    pub fn worst(&self) -> Tokens {
-        self.request.tokens
-    }
-
-    /// Waits until the reservation has reached the disk, so that it outlives the machine too.
-    /// Bounded.
-    pub async fn on_disk(&mut self) {
-        if let Some(synced) = self.synced.take() {
-            synced.await.ok();
-        }
-    }
-
-    /// The request is over. What comes back is done when the line is written; nobody has to wait
-    /// for it.
-    pub fn settle(mut self, outcome: Outcome) -> oneshot::Receiver<()> {
-        self.conclude(outcome)
-    }
-
-    fn conclude(&mut self, outcome: Outcome) -> oneshot::Receiver<()> {
-        self.is_over = true;
-        let (sender, written) = oneshot::channel();
-        let inner = self.meter.0.ledger.0.clone();
-        let worst = self.request.cost_usd;
-        let mut request = self.request.clone();
-        if let Some(model) = outcome.model {
-            request.model = model;
-        }
-        let cost = inner.prices.cost(&request.model, &outcome.tokens);
-        let is_charged = outcome.verdict != Verdict::Refused;
-        request.cost_usd = if is_charged { cost.usd } else { 0.0 };
-        request.is_unpriced = is_charged && !cost.is_known;
-        request.message = outcome.message;
-        request.tokens = outcome.tokens;
-        request.is_estimated = outcome.is_estimated;
-        request.duration_ms = self.begun.elapsed().as_millis() as u64;
-        if request.is_unpriced {
-            tracing::warn!(
-                model = request.model,
-                "the price list does not know this model; it is counted at the dearest price"
-            );
-        }
-        self.count(&request, outcome.verdict, worst);
-        inner.freed.notify_waiters();
-        let row = match outcome.verdict {
-            Verdict::Settled => Row::Settled(request),
-            Verdict::Aborted => Row::Aborted(request),
-            Verdict::Refused => Row::Refused(request),
-        };
-        let Some(place) = self.place.take() else {
-            sender.send(()).ok();
-            return written;
-        };
-        inner.tasks.spawn("settling", async move {
-            let write =
-                task::blocking_apart("writing the usage ledger", DISK_DEADLINE, move || {
-                    place.append(&row)
-                });
-            match write.await {
-                Ok(Ok(())) => {}
-                Ok(Err(error)) => {
-                    tracing::error!(%error, "a request is not settled in the usage ledger");
-                }
-                Err(error) => {
-                    tracing::error!(%error, "a request is not settled in the usage ledger");
-                }
-            }
-            sender.send(()).ok();
-        });
-        written
-    }
-
-    /// Takes the request's cost into the budgets, and warns.
-    fn count(&self, request: &Request, verdict: Verdict, worst: f64) {
-        let inner = &self.meter.0.ledger.0;
-        let usd = request.cost_usd;
-        let mut warnings = Vec::new();
-        {
-            let mut all = lock(&inner.purses);
-            all.close(&request.id);
-            for purse in &self.purses {
-                let spent = all.spent.entry(purse.clone()).or_default();
-                *spent += usd;
-                let spent_usd = *spent;
-                if let Some(limit) = inner.limit_of(purse)
-                    && budget::is_nearly_spent(limit, spent_usd)
-                    && all.warned.insert(purse.clone())
-                {
-                    warnings.push(Warning { limit, spent_usd });
-                }
-            }
-        }
-        {
-            let tally = &mut lock(&inner.tally);
-            match verdict {
-                Verdict::Settled => tally.settled += 1,
-                Verdict::Aborted => tally.aborted += 1,
-                Verdict::Refused => tally.refused += 1,
-            }
-            tally.unpriced += u64::from(request.is_unpriced);
-            tally.tokens += request.tokens;
-            tally.cost_usd += usd;
-        }
-        if verdict != Verdict::Refused {
-            measure_client(request);
-        }
-        {
-            let mut run = lock(&self.meter.0.run);
-            run.held = (run.held - worst).max(0.0);
-            if verdict != Verdict::Refused {
-                run.spent.requests += 1;
-                run.spent.aborted += u64::from(verdict == Verdict::Aborted);
-                run.spent.tokens += request.tokens;
-                run.spent.usd += usd;
-            }
-            let is_turn = request.account.kind == Account::TURN;
-            let limits = inner.budgets.limits.iter();
-            for limit in limits.filter(|limit| is_turn && limit.level == Level::Turn) {
-                if budget::is_nearly_spent(*limit, run.spent.usd) && !run.was_warned {
-                    run.was_warned = true;
-                    warnings.push(Warning {
-                        limit: *limit,
-                        spent_usd: run.spent.usd,
-                    });
-                }
-            }
-        }
-        if warnings.is_empty() {
-            return;
-        }
-        for Warning { limit, spent_usd } in &warnings {
-            tracing::warn!(
-                account = %request.account,
-                spent_usd, limit_usd = limit.usd,
-                "{limit} is nearly used up"
-            );
-        }
-        self.meter
-            .0
-            .news
-            .send_modify(|news| news.warnings.extend(warnings));
-    }
-}
-
-/// For the figures by client.
-fn measure_client(request: &Request) {
-    let Some(client) = &request.account.client else {
-        return;
-    };
-    for (kind, tokens) in request.tokens.by_kind() {
-        let client = client.to_string();
-        metrics::counter!("greenroom_client_tokens_total", "client" => client, "kind" => kind)
-            .increment(tokens);
-    }
-    metrics::histogram!("greenroom_client_request_cost_usd", "client" => client.to_string())
-        .record(request.cost_usd);
-}
-
-impl Drop for Reservation {
-    fn drop(&mut self) {
-        if !self.is_over {
-            drop(self.conclude(Outcome::refused()));
-        }
+        Ok(Reservation::new(self, request, purses))
     }
 }

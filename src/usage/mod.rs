@@ -10,7 +10,9 @@
 //! A request is written down at the most it may cost before it goes up ([`Meter::reserve`]), and
 //! at what it did cost once it is over ([`Reservation::settle`]). A program that is killed leaves
 //! at most the requests under way unsettled; those count at their worst case. Whether a request
-//! may go up is decided by pure functions (`budget`); money is counted in US dollars.
+//! may go up is decided by pure functions (`budget`); money is counted in US dollars. What is paid
+//! by itself, as a prediction is, goes the same way ([`Meter::reserve_paid`]); whoever notes its
+//! reservation can settle it after a kill ([`Ledger::take_up`]).
 //!
 //! It knows nothing of HTTP. Blocking work runs on threads with a deadline; the ledger's short
 //! tasks run in the [`Tasks`](crate::task::Tasks) that it was made with.
@@ -25,6 +27,7 @@ mod meter;
 mod price;
 mod purses;
 mod report;
+mod reservation;
 mod row;
 #[cfg(test)]
 mod tests;
@@ -39,9 +42,10 @@ pub use compare::Counts;
 pub use file::Tenants;
 pub use ledger::{Ledger, LedgerSettings, Tally};
 pub use live::{BudgetView, Live};
-pub use meter::{Ask, Denied, Meter, News, Outcome, Reservation, Spent, Verdict};
+pub use meter::{Ask, Denied, Meter, News, Outcome, Spent, Verdict};
 pub use price::{Cost, PriceError, Prices};
 pub use report::{Book, By, NotOneOf, Period, Question, Recent, Report, ReportRow, Sums};
+pub use reservation::{Noted, Reservation};
 
 /// Tokens by what they cost.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -13,7 +13,8 @@ use super::{
 };
 use crate::lease::Owner;
 
-/// A reservation that nobody settled for so long counts as spent: no request lasts so long.
+/// A reservation that nobody settled for so long counts as spent: no request of a model's lasts so
+/// long. A prediction may; it counts so until it is settled.
 pub(super) const LOST_AFTER: SignedDuration = SignedDuration::from_mins(15);
 
 /// Purses by what is in them.
@@ -27,6 +28,9 @@ pub(super) struct Purses {
     pub(super) warned: HashSet<Purse>,
     /// Purses that were looked into before.
     pub(super) known: HashSet<Purse>,
+    /// Requests that were settled by another process than reserved them, and whose reservation was
+    /// not read yet.
+    pub(super) settled_first: HashSet<String>,
 }
 
 /// A request that is not settled.
@@ -48,6 +52,7 @@ impl Purses {
         purses: impl FnOnce(&Request) -> Vec<Purse>,
     ) {
         match row {
+            Row::Reserved(request) if self.settled_first.remove(&request.id) => {}
             Row::Reserved(request) => {
                 let open = OpenRequest {
                     purses: purses(&request),
@@ -59,7 +64,9 @@ impl Purses {
                 self.open.insert(request.id, open);
             }
             Row::Settled(request) | Row::Aborted(request) | Row::Refused(request) => {
-                self.close(&request.id);
+                if !self.close(&request.id) {
+                    self.settled_first.insert(request.id.clone());
+                }
                 for purse in purses(&request) {
                     *self.spent.entry(purse).or_default() += request.cost_usd;
                 }
@@ -105,15 +112,17 @@ impl Purses {
             .sum()
     }
 
-    /// The request is over: what it held is free, and what it was thought to have cost.
-    pub(super) fn close(&mut self, id: &str) {
+    /// The request is over: what it held is free, and what it was thought to have cost. False: its
+    /// reservation is not known.
+    pub(super) fn close(&mut self, id: &str) -> bool {
         let Some(open) = self.open.remove(id) else {
-            return;
+            return false;
         };
         for purse in open.purses.iter().filter(|_| open.is_lost) {
             if let Some(spent) = self.spent.get_mut(purse) {
                 *spent -= open.usd;
             }
         }
+        true
     }
 }

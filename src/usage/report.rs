@@ -1,7 +1,7 @@
 //! Reports: the ledgers of all containers, added up.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     fmt, io,
     path::PathBuf,
     str::FromStr,
@@ -13,7 +13,6 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::{
-    Tokens,
     file::{Look, Tail, Tenants},
     purses::LOST_AFTER,
     row::{Request, Row},
@@ -139,7 +138,7 @@ pub struct Question {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, ToSchema)]
 #[serde(rename_all = "camelCase")]
 pub struct Sums {
-    /// Requests that the model answered, wholly or in part.
+    /// Requests that a model answered, wholly or in part; predictions too.
     pub requests: u64,
     pub input_tokens: u64,
     pub output_tokens: u64,
@@ -156,6 +155,12 @@ pub struct Sums {
     pub aborted: u64,
     /// How many of them nobody settled, because their container died: counted at their worst.
     pub unsettled: u64,
+    /// How many of them were predictions on Replicate, of which the model API and the CLI know nothing.
+    pub predictions: u64,
+    /// Their part of the cost.
+    pub prediction_cost_usd: f64,
+    /// How many of the predictions count nothing, because nobody says what their model costs.
+    pub uncounted: u64,
 }
 
 impl Sums {
@@ -170,11 +175,19 @@ impl Sums {
         self.cost_usd += other.cost_usd;
         self.aborted += other.aborted;
         self.unsettled += other.unsettled;
+        self.predictions += other.predictions;
+        self.prediction_cost_usd += other.prediction_cost_usd;
+        self.uncounted += other.uncounted;
     }
 
-    fn of(tokens: Tokens, cost_usd: f64) -> Self {
+    fn of(request: &Request) -> Self {
+        let (tokens, cost_usd) = (&request.tokens, request.cost_usd);
+        let is_prediction = request.account.kind == Account::IMAGES;
         Self {
             requests: 1,
+            predictions: u64::from(is_prediction),
+            prediction_cost_usd: if is_prediction { cost_usd } else { 0.0 },
+            uncounted: u64::from(request.is_uncounted),
             input_tokens: tokens.input,
             output_tokens: tokens.output,
             cache_read_tokens: tokens.cache_read,
@@ -280,6 +293,8 @@ pub struct Book {
     tail: Tail,
     sums: BTreeMap<Key, Sums>,
     open: HashMap<String, (Request, Option<Arc<Owner>>)>,
+    /// See [`Row`]: settled by another process, and the reservation not read yet.
+    settled_first: HashSet<String>,
     recent: Vec<Recent>,
 }
 
@@ -292,6 +307,7 @@ impl Book {
             tail: Tail::default(),
             sums: BTreeMap::new(),
             open: HashMap::new(),
+            settled_first: HashSet::new(),
             recent: Vec::new(),
         }
     }
@@ -306,11 +322,13 @@ impl Book {
             tail,
             sums,
             open,
+            settled_first,
             recent,
             ..
         } = self;
         tail.read(Look::All, |entry| {
             let (request, status) = match entry.row {
+                Row::Reserved(request) if settled_first.remove(&request.id) => return,
                 Row::Reserved(request) => {
                     let owner = entry.owner.cloned();
                     open.insert(request.id.clone(), (request, owner));
@@ -318,16 +336,18 @@ impl Book {
                 }
                 Row::Settled(request) => (request, "settled"),
                 Row::Aborted(request) => (request, "aborted"),
-                Row::Refused(request) => {
-                    open.remove(&request.id);
-                    return;
-                }
+                Row::Refused(request) => (request, "refused"),
                 Row::Opened { .. } | Row::Unknown => return,
             };
-            open.remove(&request.id);
+            if open.remove(&request.id).is_none() {
+                settled_first.insert(request.id.clone());
+            }
+            if status == "refused" {
+                return;
+            }
             let of = Sums {
                 aborted: u64::from(status == "aborted"),
-                ..Sums::of(request.tokens, request.cost_usd)
+                ..Sums::of(&request)
             };
             let key = Key::new(&request);
             let took =
@@ -374,7 +394,7 @@ impl Book {
             .map(|(request, _)| {
                 let sums = Sums {
                     unsettled: 1,
-                    ..Sums::of(request.tokens, request.cost_usd)
+                    ..Sums::of(request)
                 };
                 (Key::new(request), sums)
             });

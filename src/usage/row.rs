@@ -9,8 +9,9 @@ use crate::{domain::Account, lease::Owner};
 /// A line: what it is, when, and of which request.
 ///
 /// A request has a `reserved` line, written before it goes up, and at most one more, which
-/// replaces it. All lines of a request are in one file and carry the time of the first, so that
-/// a request belongs to one day whenever it ended.
+/// replaces it. All lines of a request carry the time of the first, so that a request belongs to
+/// one day whenever it ended. They are in one file, unless its process died and another one found
+/// out how it ended: then the last line is in that one's file of the same day, and may be read first.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "status", rename_all = "camelCase")]
 pub(super) enum Row {
@@ -55,6 +56,9 @@ pub(super) struct Request {
     /// The price table does not know the model.
     #[serde(default, skip_serializing_if = "is_false")]
     pub(super) is_unpriced: bool,
+    /// Nobody knows what it costs, and it counts nothing.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub(super) is_uncounted: bool,
 }
 
 fn is_false(flag: &bool) -> bool {
@@ -100,6 +104,7 @@ mod tests {
             duration_ms: 7,
             is_estimated: false,
             is_unpriced: false,
+            is_uncounted: false,
         });
         let line = row.line();
         assert_eq!(Row::parse(&line), Some(row));

@@ -308,6 +308,180 @@ async fn a_reservation_of_a_dead_container_is_spent() {
     assert!((breach(soon(next.check()).await).spent_usd - 2.0).abs() < 1e-9);
 }
 
+/// What a process that was killed leaves: a reservation, noted, whose owner is nobody any more.
+async fn left_by_the_dead(root: &std::path::Path, usd: f64) -> Noted {
+    let dead = ledger(root, &[]);
+    let account = Account {
+        kind: Account::IMAGES.into(),
+        turn: None,
+        ..turn("acme", "alice", "main")
+    };
+    let meter = dead.meter(account);
+    let mut reservation = soon(meter.reserve_paid("acme/painter", Some(usd)))
+        .await
+        .unwrap();
+    let noted = reservation.leave();
+    soon(reservation.on_disk()).await;
+    drop(reservation);
+    let folder = root.join("acme/alice/.greenroom/usage");
+    for file in std::fs::read_dir(&folder).unwrap() {
+        let path = file.unwrap().path();
+        let text = std::fs::read_to_string(&path).unwrap();
+        let pid = format!(r#""pid":{}"#, std::process::id());
+        std::fs::write(&path, text.replace(&pid, r#""pid":4194305"#)).unwrap();
+    }
+    noted
+}
+
+#[tokio::test]
+async fn a_prediction_is_counted_like_a_request_and_told_apart() {
+    let dir = tempfile::tempdir().unwrap();
+    let limits = [
+        (Level::User, Term::Day, 1.0),
+        (Level::Turn, Term::Whole, 0.7),
+    ];
+    let ledger = ledger(dir.path(), &limits);
+    let account = Account {
+        kind: Account::IMAGES.into(),
+        turn: None,
+        ..turn("acme", "alice", "main")
+    };
+    let meter = ledger.meter(account);
+    let first = soon(meter.reserve_paid("acme/painter", Some(5.0)))
+        .await
+        .unwrap();
+    assert!(files(dir.path())[0].contains(r#""costUsd":5.0"#));
+    soon(first.settle_paid(Verdict::Settled, Some("p1".into()), Some(0.25)))
+        .await
+        .unwrap();
+    // Of a model whose price nobody says; one that never ran; one that was given back.
+    let unknown = soon(meter.reserve_paid("acme/other", None)).await.unwrap();
+    soon(unknown.settle_paid(Verdict::Settled, Some("p2".into()), None))
+        .await
+        .unwrap();
+    let never = soon(meter.reserve_paid("acme/painter", Some(5.0)))
+        .await
+        .unwrap();
+    soon(never.settle_paid(Verdict::Refused, Some("p3".into()), Some(0.0)))
+        .await
+        .unwrap();
+    drop(
+        soon(meter.reserve_paid("acme/painter", Some(5.0)))
+            .await
+            .unwrap(),
+    );
+    let totals = report(dir.path()).totals;
+    assert_eq!(
+        (
+            totals.requests,
+            totals.predictions,
+            totals.uncounted,
+            totals.unsettled
+        ),
+        (2, 2, 1, 0)
+    );
+    assert!((totals.cost_usd - 0.25).abs() < 1e-9, "{totals:?}");
+    assert!((totals.prediction_cost_usd - 0.25).abs() < 1e-9);
+    let line = files(dir.path())[0].lines().nth(2).unwrap().to_owned();
+    for said in [
+        r#""kind":"images""#,
+        r#""thread":"main""#,
+        r#""model":"acme/painter""#,
+        r#""message":"p1""#,
+    ] {
+        assert!(line.contains(said), "{line}");
+    }
+    // Of the model API's figures it is no part.
+    let tally = ledger.tally();
+    assert_eq!(
+        (tally.settled, tally.predictions, tally.uncounted),
+        (0, 2, 1)
+    );
+    assert!(tally.cost_usd.abs() < 1e-9 && (tally.prediction_cost_usd - 0.25).abs() < 1e-9);
+
+    // The budgets know it: warned at 80 %, of the call's own and of the day; refused when it is used up.
+    let second = soon(meter.reserve_paid("acme/painter", Some(5.0)))
+        .await
+        .unwrap();
+    soon(second.settle_paid(Verdict::Aborted, Some("p4".into()), Some(0.6)))
+        .await
+        .unwrap();
+    let warned = meter.news().borrow().warnings.clone();
+    let levels: Vec<Level> = warned.iter().map(|warning| warning.limit.level).collect();
+    assert_eq!(levels, [Level::User, Level::Turn], "{warned:?}");
+    let denied = soon(meter.reserve_paid("acme/painter", None))
+        .await
+        .map(drop);
+    assert_eq!(breach(denied).limit.level, Level::Turn);
+    // The turn that comes of it has that much less to spend, and no turn beside it has.
+    let placing = ledger.meter(turn("acme", "alice", "main"));
+    placing.spent_before(0.85);
+    assert_eq!(breach(soon(placing.check()).await).limit.level, Level::Turn);
+    let other = ledger.meter(turn("acme", "alice", "main"));
+    soon(other.check()).await.unwrap();
+    spend(&other, 0.2).await.unwrap();
+    assert_eq!(breach(spend(&other, 0.1).await).limit.level, Level::User);
+}
+
+#[tokio::test]
+async fn what_a_dead_process_left_is_settled_by_the_next_one_and_counted_once() {
+    let limits = [(Level::User, Term::Day, 0.3)];
+    for knows_it_before in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let noted = left_by_the_dead(dir.path(), 2.0).await;
+        let totals = report(dir.path()).totals;
+        assert_eq!(
+            (totals.predictions, totals.unsettled),
+            (1, 1),
+            "until then at its worst"
+        );
+        let kept = serde_json::to_string(&noted).unwrap();
+        let noted: Noted = serde_json::from_str(&kept).unwrap();
+        let next = ledger(dir.path(), &limits);
+        let meter = next.meter(turn("acme", "alice", "main"));
+        if knows_it_before {
+            assert!((breach(soon(meter.check()).await).spent_usd - 2.0).abs() < 1e-9);
+        }
+        let taken = next.take_up(noted);
+        soon(taken.settle_paid(Verdict::Settled, Some("p".into()), Some(0.3)))
+            .await
+            .unwrap();
+        // Files are read in whatever order they come.
+        for _ in 0..16 {
+            let totals = report(dir.path()).totals;
+            assert_eq!((totals.requests, totals.unsettled), (1, 0), "{totals:?}");
+            assert!((totals.cost_usd - 0.3).abs() < 1e-9, "{totals:?}");
+            let third = ledger(dir.path(), &limits).meter(turn("acme", "alice", "two"));
+            assert!((breach(soon(third.check()).await).spent_usd - 0.3).abs() < 1e-9);
+        }
+        assert!((breach(soon(meter.check()).await).spent_usd - 0.3).abs() < 1e-9);
+    }
+}
+
+#[tokio::test]
+async fn what_was_left_and_is_taken_up_by_nobody_counts_at_its_worst() {
+    let dir = tempfile::tempdir().unwrap();
+    left_by_the_dead(dir.path(), 2.0).await;
+    let limits = [(Level::User, Term::Day, 1.0)];
+    let next = ledger(dir.path(), &limits).meter(turn("acme", "alice", "main"));
+    assert!((breach(soon(next.check()).await).spent_usd - 2.0).abs() < 1e-9);
+}
+
+#[test]
+fn ledgers_of_before_are_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = dir.path().join("acme/alice/.greenroom/usage");
+    std::fs::create_dir_all(&folder).unwrap();
+    let line = r#"{"status":"settled","at":"2026-11-21T10:00:00Z","id":"r","kind":"turn","client":"acme","user":"alice","thread":"main","model":"claude-opus-5","inputTokens":1,"outputTokens":2,"cacheReadTokens":3,"cacheWrite5mTokens":4,"cacheWrite1hTokens":5,"costUsd":0.25,"durationMs":7,"isUnpriced":true}"#;
+    std::fs::write(folder.join("2026-11-21~old-1.jsonl"), format!("{line}\n")).unwrap();
+    let totals = report(dir.path()).totals;
+    assert_eq!(
+        (totals.requests, totals.predictions, totals.uncounted),
+        (1, 0, 0)
+    );
+    assert!((totals.cost_usd - 0.25).abs() < 1e-9);
+}
+
 #[tokio::test]
 async fn nothing_goes_up_that_cannot_be_written_down() {
     let dir = tempfile::tempdir().unwrap();

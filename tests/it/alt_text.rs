@@ -421,6 +421,92 @@ async fn killed_or_left_in_the_midst_nothing_is_half_done_and_nothing_paid_twice
 }
 
 #[tokio::test]
+async fn what_is_described_and_not_written_is_not_paid_again_after_a_kill() {
+    let stage = Stage::new(vec![
+        says("kiln.png", "Ein Ofen.", "SAFE"),
+        json!({"match": "cup.png", "steps": [
+            {"delay_ms": 3000, "text": "DESCRIPTION: Eine Tasse.\nNSFW: SAFE\nTAGS: pot"}]}),
+    ])
+    .await;
+    let sent = || {
+        Sent::new("POST", &stage.path("alt-text"), &json!({})).header("accept", "text/event-stream")
+    };
+    let mut events = stream(stage.greenroom.api_port, sent()).await;
+    wait_for("it asks about the cup", || {
+        (!stage.api.requests_about("cup.png").is_empty()).then_some(())
+    })
+    .await;
+    // Somebody's turn, which does not end here: the texts wait behind it.
+    let turn = stage.greenroom.begin(&stage.alice, "Think on").await;
+    while events.until("alt_text.progress").await.data["done"] != 2 {}
+    let Stage {
+        api,
+        folders,
+        mut greenroom,
+        alice,
+    } = stage;
+    greenroom.kill().await;
+    let stage = Stage {
+        api,
+        folders,
+        greenroom: greenroom.restart().await,
+        alice,
+    };
+    assert_eq!(stage.page(), TEAM);
+    // What was a turn says how it ended.
+    assert_eq!(stage.greenroom.ended(&turn).await["status"], "recovered");
+    let written = stage.ask(Value::Null).await.ok()["result"].take();
+    assert_eq!(written["usage"]["costUsd"], json!(0.0), "{written}");
+    assert_eq!(
+        stage.page(),
+        with_texts("alt=\"Ein Ofen.\"", "alt=\"Eine Tasse.\"")
+    );
+    for image in ["kiln.png", "cup.png"] {
+        assert_eq!(stage.api.requests_about(image).len(), 1, "{image}");
+    }
+}
+
+#[tokio::test]
+async fn a_call_is_cancelled_by_its_id_and_goes_on_without_its_caller_where_it_has_a_key() {
+    let slow = json!({"match": "cup.png", "steps": [
+        {"act": "no_bytes", "times": 1, "delay_ms": 1000, "text": "DESCRIPTION: Eine Tasse.\nNSFW: SAFE\nTAGS: pot"}]});
+    let stage = Stage::new(vec![says("kiln.png", "Ein Ofen.", "SAFE"), slow]).await;
+    let path = stage.path("alt-text");
+    let keyed = || {
+        Sent::new("POST", &path, &json!({}))
+            .header("accept", "text/event-stream")
+            .header("idempotency-key", "texts")
+    };
+    let mut events = stream(stage.greenroom.api_port, keyed()).await;
+    let id = events.until("alt_text.started").await.data["callId"].take();
+    wait_for("it asks about the cup", || {
+        (stage.api.requests_about("cup.png").len() == 1).then_some(())
+    })
+    .await;
+    let cancel = format!("/api/calls/{}/cancel", id.as_str().unwrap());
+    let ended = stage.greenroom.api("POST", &cancel, json!({})).await.ok();
+    assert_eq!(
+        (&ended["result"]["status"], &ended["result"]["kind"]),
+        (&json!("cancelled"), &json!("alt-text")),
+        "{ended}"
+    );
+    let told = events.until("alt_text.cancelled").await.data;
+    assert_eq!(told["result"]["turnId"], Value::Null, "{told}");
+    assert_eq!(stage.page(), TEAM);
+
+    // Again, and its caller goes away.
+    let mut events = stream(stage.greenroom.api_port, keyed()).await;
+    events.until("alt_text.started").await;
+    drop(events);
+    wait_for("the texts are written all the same", || {
+        (stage.page() != TEAM).then_some(())
+    })
+    .await;
+    let expected = with_texts("alt=\"Ein Ofen.\"", "alt=\"Eine Tasse.\"");
+    assert_eq!(stage.page(), expected);
+}
+
+#[tokio::test]
 async fn what_is_asked_wrongly_is_refused_and_a_budget_holds() {
     let stage = Stage::new(two()).await;
     for body in [

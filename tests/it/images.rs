@@ -21,20 +21,21 @@ use crate::{
     },
 };
 
-struct Stage {
-    api: StandIn,
-    replicate: StandInReplicate,
-    folders: Folders,
-    greenroom: TestGreenroom,
-    alice: Who,
+/// A thread of a client with a LoRA of its own, and a stand-in for Replicate.
+pub(crate) struct Stage {
+    pub(crate) api: StandIn,
+    pub(crate) replicate: StandInReplicate,
+    pub(crate) folders: Folders,
+    pub(crate) greenroom: TestGreenroom,
+    pub(crate) alice: Who,
 }
 
 impl Stage {
-    async fn new(rules: &[Value]) -> Self {
+    pub(crate) async fn new(rules: &[Value]) -> Self {
         Self::with(rules, |options| options).await
     }
 
-    async fn with(rules: &[Value], more: impl FnOnce(Options) -> Options) -> Self {
+    pub(crate) async fn with(rules: &[Value], more: impl FnOnce(Options) -> Options) -> Self {
         let api = StandIn::start(json!({"rules": rules})).await;
         // A picture that is scaled down, with a note of its maker.
         let replicate = StandInReplicate::start(picture_of(1, 3000, 1500)).await;
@@ -67,12 +68,21 @@ impl Stage {
         }
     }
 
-    async fn make(&self, body: Value) -> Answer {
+    pub(crate) async fn make(&self, body: Value) -> Answer {
         let path = format!("{}/images", self.alice.path());
         self.greenroom.api("POST", &path, body).await
     }
 
-    fn git(&self, args: &[&str]) -> String {
+    /// Is a prediction's id written down?
+    pub(crate) fn has_noted(&self) -> bool {
+        let notes = files_below(&self.folders.workspace().join(".greenroom/images"));
+        let notes = notes.iter().filter(|file| file.ends_with("note.json"));
+        notes
+            .into_iter()
+            .any(|note| holds(note, "\"prediction\":\"p"))
+    }
+
+    pub(crate) fn git(&self, args: &[&str]) -> String {
         git(self.folders.worktree(&self.alice), args)
     }
 }
@@ -156,6 +166,14 @@ async fn with_an_instruction_image_and_reference_are_one_turn() {
     );
     let files = result["commit"]["files"].as_array().unwrap();
     assert_eq!(files.len(), 2, "image and page: {files:?}");
+    // What the prediction cost and what its placing did.
+    let usage = stage.greenroom.get("/api/usage").await.ok()["result"]["totals"].take();
+    let (spent, told) = (&usage["costUsd"], &result["usage"]["costUsd"]);
+    assert!(
+        (spent.as_f64().unwrap() - told.as_f64().unwrap()).abs() < 0.002,
+        "{spent} {told}"
+    );
+    assert!(told.as_f64().unwrap() > 0.0025, "{told}");
     let image = result["report"]["images"][0]["path"].as_str().unwrap();
     assert!(files.iter().any(|file| file["path"] == image), "{files:?}");
     let page = stage.git(&["show", "HEAD:src/pages/index.astro"]);
@@ -187,7 +205,6 @@ async fn who_has_used_a_budget_up_makes_no_images() {
         options.env("BUDGET_CLIENT_DAY_USD", "0.000001")
     })
     .await;
-    // Its description is what costs.
     stage.make(json!({"prompt": "A red shoe"})).await.ok();
     let refused = stage.make(json!({"prompt": "A blue shoe"})).await;
     refused.error(429, "budget_exceeded");
@@ -273,14 +290,7 @@ async fn a_caller_who_goes_away_cancels_and_a_key_pays_once() {
     stage.replicate.hold(true);
     {
         let going = request(stage.greenroom.api_port, call("a shoe"));
-        let begun = wait_for("it is noted", || {
-            let store = stage.folders.workspace().join(".greenroom/images");
-            let notes = fs::read_dir(store).ok()?;
-            // One that is being written has another name yet.
-            let mut names = notes.map(|note| note.unwrap().file_name());
-            let is_note = |name: std::ffi::OsString| name.to_string_lossy().ends_with(".json");
-            names.any(is_note).then_some(())
-        });
+        let begun = wait_for("it is noted", || stage.has_noted().then_some(()));
         tokio::pin!(going);
         tokio::select! {
             _ = &mut going => panic!("it is held"),

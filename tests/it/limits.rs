@@ -131,6 +131,7 @@ async fn play_until(
         mode: TurnMode::Execute,
         model: None,
         deadline: Instant::now() + limit,
+        spent_before_usd: 0.0,
     };
     let (sender, mut events) = mpsc::channel::<RunEvent>(64);
     let read = async { while events.recv().await.is_some() {} };

@@ -411,7 +411,7 @@ async fn outputs_of_every_kind_and_hostile_ones() {
         "--json",
     ];
     let ran = place.run(&args).await;
-    ran.refused("4 of 5 files were not saved");
+    ran.refused("6 of 7 files were not saved");
     let told: Value = serde_json::from_str(&ran.out).unwrap();
     let not_saved = told["notSaved"].to_string();
     for said in [
@@ -419,6 +419,9 @@ async fn outputs_of_every_kind_and_hostile_ones() {
         "replicate.delivery.example.com",
         "10.0.0.1",
         "404",
+        // Of the API itself without the token, and nothing by somebody's name.
+        "401",
+        "password",
     ] {
         assert!(not_saved.contains(said), "{not_saved}");
     }

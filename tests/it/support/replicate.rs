@@ -52,6 +52,8 @@ struct Inside {
     is_held: bool,
     /// So many looks at predictions meet a fault.
     faults: usize,
+    /// Predictions are created, and nobody is told of it.
+    is_stalled: bool,
 }
 
 /// A prediction.
@@ -160,6 +162,11 @@ impl StandInReplicate {
         self.state.lock().unwrap().is_held = is_held;
     }
 
+    /// Answers no creation, though it makes them, or all again.
+    pub(crate) fn stall_creations(&self, is_stalled: bool) {
+        self.state.lock().unwrap().is_stalled = is_stalled;
+    }
+
     pub(crate) fn fail_looks(&self, count: usize) {
         self.state.lock().unwrap().faults = count;
     }
@@ -261,7 +268,16 @@ async fn create_official(
     if owner != "acme" || name != "official" {
         return refuse(404, "The requested resource could not be found.");
     }
-    make(&state, &format!("{owner}/{name}"), &headers, body)
+    let answer = make(&state, &format!("{owner}/{name}"), &headers, body);
+    stalled(&state).await;
+    answer
+}
+
+/// For as long as creations are not answered.
+async fn stalled(state: &Mutex<Inside>) {
+    while state.lock().unwrap().is_stalled {
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
 }
 
 async fn create(State(state): Shared, headers: HeaderMap, Json(body): Json<Value>) -> Response {
@@ -277,7 +293,9 @@ async fn create(State(state): Shared, headers: HeaderMap, Json(body): Json<Value
         "acme/{}",
         name.split_whitespace().next().unwrap_or("painter")
     );
-    make(&state, &name, &headers, body)
+    let answer = make(&state, &name, &headers, body);
+    stalled(&state).await;
+    answer
 }
 
 fn make(state: &Mutex<Inside>, model: &str, headers: &HeaderMap, body: Value) -> Response {
@@ -357,6 +375,8 @@ fn told(made: &Made, base: &str) -> Value {
             "../../escape": files[0],
             "inside": "http://169.254.169.254/latest/meta-data/",
             "elsewhere": "https://replicate.delivery.example.com/x.png",
+            "api": format!("{base}/v1/predictions"),
+            "named": format!("{}/delivery/{id}/out-0.png", base.replace("//", "//me:word@")),
             "moved": format!("{base}/delivery/{id}/moved.png"),
             "huge": format!("{base}/delivery/{id}/missing.png"),
         }),
