@@ -22,6 +22,7 @@ mod history;
 mod hostile;
 mod hostile_repository;
 mod hub;
+mod hub_upload;
 mod images;
 mod init;
 mod label;
