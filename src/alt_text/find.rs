@@ -61,8 +61,6 @@ pub(super) struct Place {
 pub(super) enum Form {
     /// `name="…"`, with entities.
     Attribute(&'static str),
-    /// The same where braces are code in quotes too.
-    Svelte(&'static str),
     /// `name="…"`, or `name={"…"}` where that has to say something special.
     Code(&'static str),
     /// Between the brackets of Markdown.
@@ -241,7 +239,7 @@ impl<'a> Page<'a> {
     }
 
     /// All of it that has a meaning, but for the texts of images.
-    pub(super) fn shape(&self) -> Vec<&'a str> {
+    pub(super) fn shape(&self) -> Vec<&str> {
         let mut shape = Vec::new();
         for piece in &self.pieces {
             match piece {
@@ -256,7 +254,7 @@ impl<'a> Page<'a> {
                 }
                 Piece::Close(at) => shape.extend(["</", self.slice(at)]),
                 Piece::Text(at) | Piece::Code(at) => shape.push(self.slice(at)),
-                Piece::Picture(_) => shape.push("!["),
+                Piece::Picture(picture) => shape.extend(["![", &picture.src]),
             }
         }
         shape

@@ -35,6 +35,7 @@ use utoipa::ToSchema;
 use self::{
     find::{Found, Kind, Page, Place, What},
     language::Languages,
+    source::Sources,
 };
 use crate::picture;
 
@@ -45,6 +46,10 @@ pub use thread::{AltTextAnswer, AltTextError, AltTextWish};
 
 /// Largest file that is read for images.
 const MAX_FILE: u64 = 1 << 20;
+/// Most bytes of a site's pages that are read: what comes after is a person's.
+const MAX_PAGES: usize = 64 << 20;
+/// Most places of images without a text in a site.
+const MAX_PLACES: usize = 20_000;
 /// Most places of one kind that a report names.
 const MAX_NAMED: usize = 1_000;
 /// Most images that are described at once; the rest is for the next time.
@@ -227,11 +232,12 @@ fn look(
     let mut sights = Sights::default();
     let mut pages: BTreeMap<String, usize> = BTreeMap::new();
     let mut seen = Vec::new();
+    let (mut bytes_left, mut places_left) = (MAX_PAGES, MAX_PLACES);
     for path in files.paths() {
         let Some(kind) = find::dialect_of(path).filter(|_| is_of_site(path)) else {
             continue;
         };
-        match see(files, path, kind) {
+        match see(files, path, kind, &mut bytes_left, &mut places_left) {
             Ok(page) => {
                 if let Some(code) = page.said.as_ref().filter(|code| language::is_code(code)) {
                     *pages.entry(code.clone()).or_default() += 1;
@@ -244,6 +250,7 @@ fn look(
         }
     }
     let languages = Languages::of_site(files, &pages);
+    let mut sources = Sources::new(files);
     let mut digests: HashMap<String, Result<String, String>> = HashMap::new();
     let mut asked: HashSet<Subject> = HashSet::new();
     for page in seen {
@@ -260,7 +267,7 @@ fn look(
                 What::Person(why) => Some(why),
                 What::Wants => None,
             };
-            let image = source::resolve(files, &page.file, &found.shown);
+            let image = sources.resolve(&page.file, &found.shown);
             let outcome = match (why, &image) {
                 (Some(why), _) => Err(why.to_owned()),
                 (None, Err(why)) => Err((*why).to_owned()),
@@ -308,19 +315,31 @@ fn look(
 }
 
 /// The images of one file that have no text. An error without a place: there is nothing in it.
-fn see(files: &dyn Files, path: &str, kind: Kind) -> Result<Seen, Option<Left>> {
+fn see(
+    files: &dyn Files,
+    path: &str,
+    kind: Kind,
+    bytes_left: &mut usize,
+    places_left: &mut usize,
+) -> Result<Seen, Option<Left>> {
     let left = |line: usize, why: &str| Left {
         file: path.to_owned(),
         line,
         image: None,
         why: why.to_owned(),
     };
+    const MANY: &str = "the site has too many pages or images: this one was not looked at";
     let Some(bytes) = files.read(path, MAX_FILE) else {
         return Err(Some(left(
             1,
             "the file is larger than 1 MiB, and was not looked at",
         )));
     };
+    // All pages of a site together, so that one that is made for it costs no more than its time.
+    match bytes_left.checked_sub(bytes.len()) {
+        Some(less) => *bytes_left = less,
+        None => return Err(Some(left(1, MANY))),
+    }
     let Ok(text) = String::from_utf8(bytes) else {
         return Err(Some(left(1, "the file is no UTF-8, and was not looked at")));
     };
@@ -342,6 +361,10 @@ fn see(files: &dyn Files, path: &str, kind: Kind) -> Result<Seen, Option<Left>> 
     })?;
     let title = page.title(kind).map(str::to_owned);
     let found = page.images(kind);
+    match places_left.checked_sub(found.len()) {
+        Some(less) => *places_left = less,
+        None => return Err(Some(left(1, MANY))),
+    }
     let found = found.into_iter().map(|found| {
         let around = page.around(&found.at, AROUND);
         (found, around)

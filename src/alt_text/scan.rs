@@ -132,7 +132,7 @@ struct Scanner<'a> {
     at: usize,
     dialect: Dialect,
     depth: usize,
-    /// Bytes that were read in vain, as the beginning of a tag.
+    /// Bytes that were read in vain, as the beginning of something that it was not.
     reread: usize,
     pieces: Vec<Piece>,
 }
@@ -180,13 +180,19 @@ impl Scanner<'_> {
     /// Goes back to `start`, and forgets what was found since. Bounded: code can be made so that
     /// each level of it is read twice.
     fn back_to(&mut self, start: usize, pieces: usize) -> Result<(), Unsure> {
-        self.reread += self.at - start;
-        if self.reread > 2 * self.text.len() + 4096 {
-            return self.unsure();
-        }
+        self.read_in_vain(self.at - start)?;
         self.pieces.truncate(pieces);
         self.at = start;
         Ok(())
+    }
+
+    /// Counts bytes that will be read again.
+    fn read_in_vain(&mut self, bytes: usize) -> Result<(), Unsure> {
+        self.reread += bytes;
+        match self.reread > 2 * self.text.len() + 4096 {
+            true => self.unsure(),
+            false => Ok(()),
+        }
     }
 
     /// What stands between tags: to the end of the file, or (`open` elements to begin with) to
@@ -244,7 +250,8 @@ impl Scanner<'_> {
 
     fn text_piece(&mut self, from: usize) {
         let text = &self.text[from..self.at.max(from)];
-        if text.iter().any(|byte| !byte.is_ascii_whitespace()) {
+        // From its end: where the same beginning is asked about again and again that is next to it.
+        if text.iter().rev().any(|byte| !byte.is_ascii_whitespace()) {
             self.pieces.push(Piece::Text(from..self.at));
         }
     }
@@ -306,9 +313,9 @@ impl Scanner<'_> {
         let Some((attributes, is_closed)) = self.attributes()? else {
             return Ok(None);
         };
-        let lower = self.text[name.clone()].to_ascii_lowercase();
-        let is_raw = self.is_raw(&lower, &attributes);
-        let is_empty = is_closed || VOID.iter().any(|void| void.as_bytes() == lower);
+        let called = self.element_name(&name);
+        let is_raw = self.is_raw(&called, &attributes);
+        let is_empty = is_closed || VOID.iter().any(|void| void.as_bytes() == called);
         self.pieces.push(Piece::Open(Tag {
             at: start..self.at,
             name: name.clone(),
@@ -316,10 +323,20 @@ impl Scanner<'_> {
             is_empty,
         }));
         if is_raw && !is_empty {
-            self.raw(&lower)?;
+            self.raw(&called)?;
             return Ok(Some(false));
         }
         Ok(Some(!is_empty))
+    }
+
+    /// What an element is called. Only HTML takes capitals for the same: elsewhere `<Link>` and `<Script>`
+    /// are components of the site.
+    fn element_name(&self, name: &Range<usize>) -> Vec<u8> {
+        let name = &self.text[name.clone()];
+        match self.dialect {
+            Dialect::Html => name.to_ascii_lowercase(),
+            _ => name.to_vec(),
+        }
     }
 
     /// Is its content no markup?

@@ -1,6 +1,6 @@
 //! Which file of the site an image is.
 
-use std::sync::LazyLock;
+use std::{collections::HashMap, rc::Rc, sync::LazyLock};
 
 use regex::Regex;
 
@@ -19,104 +19,134 @@ const MAX_SETTINGS: u64 = 64 << 10;
 /// Where sites keep what is served as it is.
 const SERVED: [&str; 3] = ["public", "static", ""];
 
-/// The file's path, or why a person has to look.
-pub(super) fn resolve(
-    files: &dyn Files,
-    page: &str,
-    shown: &Shown,
-) -> Result<String, &'static str> {
-    let path = match shown {
-        Shown::Unknown => return Err(CHOSEN),
-        Shown::Address(address) => of_address(files, page, address)?,
-        Shown::Import(from) => of_import(files, page, from)?,
-    };
-    match path.rsplit_once('.') {
-        Some((_, ending)) if ending.eq_ignore_ascii_case("svg") => Err(DRAWING),
-        _ => Ok(path),
-    }
+/// Aliases of one file of settings.
+const MAX_ALIASES: usize = 64;
+/// Folders around a page that are looked through.
+const MAX_ABOVE: usize = 64;
+
+/// Finds the files that pages name. What settings say is read once.
+pub(super) struct Sources<'a> {
+    files: &'a dyn Files,
+    /// Of a folder: what a path begins with, and where that is.
+    aliases: HashMap<String, Rc<[(String, String)]>>,
 }
 
-fn of_address(files: &dyn Files, page: &str, address: &str) -> Result<String, &'static str> {
-    let lower = address.to_ascii_lowercase();
-    if address.is_empty() || address.starts_with('#') {
-        return Err(NONE);
+impl<'a> Sources<'a> {
+    pub(super) fn new(files: &'a dyn Files) -> Self {
+        Self {
+            files,
+            aliases: HashMap::new(),
+        }
     }
-    if lower.starts_with("data:") || lower.starts_with("blob:") {
-        return Err(WRITTEN_IN);
-    }
-    if address.starts_with("//") || lower.contains("://") {
-        return Err(REMOTE);
-    }
-    if address.contains(['{', '}', '$', '<']) {
-        return Err(CHOSEN);
-    }
-    let path = decoded(address.split(['?', '#']).next().unwrap_or_default());
-    if let Some(found) = aliased(files, page, &path) {
-        return Ok(found);
-    }
-    let absolute = path.strip_prefix('/');
-    if absolute.is_none()
-        && let Some(found) = beside(page, &path).filter(|found| files.has(found))
-    {
-        return Ok(found);
-    }
-    let path = absolute.unwrap_or(path.strip_prefix("./").unwrap_or(&path));
-    above(page)
-        .flat_map(|folder| SERVED.map(|served| join(&[folder, served, path])))
-        .filter_map(|candidate| plain(&candidate))
-        .find(|candidate| files.has(candidate))
-        .ok_or(MISSING)
-}
 
-fn of_import(files: &dyn Files, page: &str, from: &str) -> Result<String, &'static str> {
-    let path = from.split(['?', '#']).next().unwrap_or_default();
-    if path.starts_with('.') {
-        return beside(page, path)
-            .filter(|found| files.has(found))
-            .ok_or(MISSING);
+    /// The file's path, or why a person has to look.
+    pub(super) fn resolve(&mut self, page: &str, shown: &Shown) -> Result<String, &'static str> {
+        let path = match shown {
+            Shown::Unknown => return Err(CHOSEN),
+            Shown::Address(address) => self.of_address(page, address)?,
+            Shown::Import(from) => self.of_import(page, from)?,
+        };
+        match path.rsplit_once('.') {
+            Some((_, ending)) if ending.eq_ignore_ascii_case("svg") => Err(DRAWING),
+            _ => Ok(path),
+        }
     }
-    if let Some(path) = path.strip_prefix('/') {
-        return above(page)
-            .filter_map(|folder| plain(&join(&[folder, path])))
-            .find(|found| files.has(found))
-            .ok_or(MISSING);
-    }
-    aliased(files, page, path).ok_or(PACKAGE)
-}
 
-/// By the aliases of the next `tsconfig.json` (or `jsconfig.json`) up, else the usual ones.
-fn aliased(files: &dyn Files, page: &str, path: &str) -> Option<String> {
-    static PATHS: LazyLock<Regex> = LazyLock::new(|| {
-        Regex::new(r#""([^"*\n]+)\*"\s*:\s*\[\s*"([^"*\n]*)\*""#).expect("a fixed expression")
-    });
-    for folder in above(page) {
-        let settings = ["tsconfig.json", "jsconfig.json"].iter().find_map(|name| {
-            let bytes = files.read(&join(&[folder, name]), MAX_SETTINGS)?;
-            String::from_utf8(bytes).ok()
-        });
-        for found in PATHS.captures_iter(settings.as_deref().unwrap_or_default()) {
-            let rest = path.strip_prefix(&found[1]);
-            let target = rest.and_then(|rest| plain(&join(&[folder, &found[2], rest])));
-            if let Some(target) = target.filter(|target| files.has(target)) {
-                return Some(target);
+    fn of_address(&mut self, page: &str, address: &str) -> Result<String, &'static str> {
+        let lower = address.to_ascii_lowercase();
+        if address.is_empty() || address.starts_with('#') {
+            return Err(NONE);
+        }
+        if lower.starts_with("data:") || lower.starts_with("blob:") {
+            return Err(WRITTEN_IN);
+        }
+        if address.starts_with("//") || lower.contains("://") {
+            return Err(REMOTE);
+        }
+        if address.contains(['{', '}', '$', '<']) {
+            return Err(CHOSEN);
+        }
+        let path = decoded(address.split(['?', '#']).next().unwrap_or_default());
+        if let Some(found) = self.aliased(page, &path) {
+            return Ok(found);
+        }
+        let absolute = path.strip_prefix('/');
+        if absolute.is_none()
+            && let Some(found) = beside(page, &path).filter(|found| self.files.has(found))
+        {
+            return Ok(found);
+        }
+        let path = absolute.unwrap_or(path.strip_prefix("./").unwrap_or(&path));
+        above(page)
+            .flat_map(|folder| SERVED.map(|served| join(&[folder, served, path])))
+            .filter_map(|candidate| plain(&candidate))
+            .find(|candidate| self.files.has(candidate))
+            .ok_or(MISSING)
+    }
+
+    fn of_import(&mut self, page: &str, from: &str) -> Result<String, &'static str> {
+        let path = from.split(['?', '#']).next().unwrap_or_default();
+        if path.starts_with('.') {
+            return beside(page, path)
+                .filter(|found| self.files.has(found))
+                .ok_or(MISSING);
+        }
+        if let Some(path) = path.strip_prefix('/') {
+            return above(page)
+                .filter_map(|folder| plain(&join(&[folder, path])))
+                .find(|found| self.files.has(found))
+                .ok_or(MISSING);
+        }
+        self.aliased(page, path).ok_or(PACKAGE)
+    }
+
+    /// By the aliases of the next `tsconfig.json` (or `jsconfig.json`) up, else the usual ones.
+    fn aliased(&mut self, page: &str, path: &str) -> Option<String> {
+        for folder in above(page) {
+            for (begin, target) in self.aliases(folder).iter() {
+                let rest = path.strip_prefix(begin.as_str());
+                let target = rest.and_then(|rest| plain(&join(&[folder, target, rest])));
+                if let Some(target) = target.filter(|target| self.files.has(target)) {
+                    return Some(target);
+                }
+            }
+            let usual = ["~/", "@/", "$lib/", "src/"].iter().find_map(|alias| {
+                let rest = path.strip_prefix(alias)?;
+                let below = if *alias == "$lib/" { "src/lib" } else { "src" };
+                plain(&join(&[folder, below, rest])).filter(|target| self.files.has(target))
+            });
+            if usual.is_some() {
+                return usual;
             }
         }
-        let usual = ["~/", "@/", "$lib/", "src/"].iter().find_map(|alias| {
-            let rest = path.strip_prefix(alias)?;
-            let below = if *alias == "$lib/" { "src/lib" } else { "src" };
-            plain(&join(&[folder, below, rest])).filter(|target| files.has(target))
-        });
-        if usual.is_some() {
-            return usual;
-        }
+        None
     }
-    None
+
+    fn aliases(&mut self, folder: &str) -> Rc<[(String, String)]> {
+        static PATHS: LazyLock<Regex> = LazyLock::new(|| {
+            Regex::new(r#""([^"*\n]+)\*"\s*:\s*\[\s*"([^"*\n]*)\*""#).expect("a fixed expression")
+        });
+        if let Some(known) = self.aliases.get(folder) {
+            return Rc::clone(known);
+        }
+        let settings = ["tsconfig.json", "jsconfig.json"].iter().find_map(|name| {
+            let bytes = self.files.read(&join(&[folder, name]), MAX_SETTINGS)?;
+            String::from_utf8(bytes).ok()
+        });
+        let settings = settings.unwrap_or_default();
+        let found = PATHS.captures_iter(&settings).take(MAX_ALIASES);
+        let found: Rc<[(String, String)]> = found
+            .map(|found| (found[1].to_owned(), found[2].to_owned()))
+            .collect();
+        self.aliases.insert(folder.to_owned(), Rc::clone(&found));
+        found
+    }
 }
 
 /// The folders around a file, the nearest first; the site's root is "".
 fn above(page: &str) -> impl Iterator<Item = &str> {
     let ends = page.rmatch_indices('/').map(|(at, _)| at);
-    ends.chain([0]).map(|end| &page[..end])
+    ends.chain([0]).map(|end| &page[..end]).take(MAX_ABOVE)
 }
 
 fn beside(page: &str, path: &str) -> Option<String> {
@@ -152,7 +182,8 @@ fn decoded(address: &str) -> String {
     while let Some(byte) = bytes.get(at) {
         let code = (*byte == b'%')
             .then(|| address.get(at + 1..at + 3))
-            .flatten();
+            .flatten()
+            .filter(|code| code.bytes().all(|b| b.is_ascii_hexdigit()));
         match code.and_then(|code| u8::from_str_radix(code, 16).ok()) {
             Some(byte) => {
                 decoded.push(byte);
@@ -188,8 +219,9 @@ mod tests {
             ),
         ]);
         let page = "src/pages/de/index.astro";
-        let address = |text: &str| resolve(&files, page, &Shown::Address(text.into()));
-        let import = |text: &str| resolve(&files, page, &Shown::Import(text.into()));
+        let resolve = |shown| Sources::new(&files).resolve(page, &shown);
+        let address = |text: &str| resolve(Shown::Address(text.into()));
+        let import = |text: &str| resolve(Shown::Import(text.into()));
         for (text, found) in [
             ("near.png", "src/pages/de/near.png"),
             ("./near.png?w=1#x", "src/pages/de/near.png"),
@@ -219,6 +251,7 @@ mod tests {
             ("../../../../../../etc/passwd", MISSING),
             ("/../../etc/passwd", MISSING),
             ("gone.png", MISSING),
+            ("%6eear.pn%+67", MISSING),
             ("../../drawing.svg", DRAWING),
             ("", NONE),
         ] {

@@ -143,6 +143,7 @@ fn what_is_there_to_be_seen_alone_stays() {
         "<img role=\"presentation\" src=\"/a.png\">",
         "<img role=none alt=\"\" src=\"/a.png\">",
         "<img aria-hidden=\"true\" src=\"/a.png\">",
+        "<img aria-hidden={true} src=\"/a.png\">",
         "<div aria-hidden=\"true\"><p><img src=\"/a.png\" alt=\"\"></p></div>",
         "<a href=\"/\"><img alt=\"\" src=\"/a.png\"> Home</a>",
         "<a href=\"/\">{name}<img alt=\"\" src=\"/a.png\"></a>",
@@ -160,11 +161,14 @@ fn what_is_there_to_be_seen_alone_stays() {
             "{image}: {report:?}"
         );
     }
+    let bare = "export default () => <p aria-hidden><img src=\"/a.png\" /></p>;";
+    assert_eq!(plainly("src/x.jsx", bare).1.decorative, 1);
     // Nobody has said so of these.
     for image in [
         "<a href=\"/\"><img alt=\"\" src=\"/a.png\"></a>",
         "<a href=\"/\">Home <img src=\"/a.png\"></a>",
         "<img src=\"/divider.png\">",
+        "<p aria-hidden={false}><img src=\"/a.png\"></p>",
         "<p aria-hidden=\"true\"></p><img alt=\"\" src=\"/a.png\">",
         "<figure><img alt=\"\" src=\"/a.png\"><figcaption>Pots</figcaption></figure>",
     ] {
@@ -232,9 +236,103 @@ fn a_file_that_does_not_add_up_is_left_alone() {
     plainly("src/a.md", &"![".repeat(50_000));
 }
 
+/// Long pages in which something begins again and again, and never is what it begins as. Read
+/// as often as they suggest, each would take minutes.
+#[test]
+fn a_page_that_is_made_to_be_read_for_ever_is_not() {
+    const SIZE: usize = 1 << 17;
+    let full = |piece: &str| piece.repeat(SIZE / piece.len());
+    let half = |begin: &str, piece: &str| {
+        begin.repeat(SIZE / 2 / begin.len()) + &piece.repeat(SIZE / 2 / piece.len())
+    };
+    let ticks: String = (1..500).map(|length| "`".repeat(length) + " ").collect();
+    for (path, text) in [
+        ("src/a.mdx", full("![")),
+        ("src/a.mdx", full("![](")),
+        ("src/a.mdx", full("![ ](\n")),
+        ("src/a.mdx", full("\n")),
+        ("src/a.mdx", full("\r\n")),
+        ("src/a.mdx", ticks),
+        ("src/a.mdx", half(" ", "<a<")),
+        (ASTRO, half(" ", "< ")),
+        (ASTRO, half("\n", "<a<")),
+        (ASTRO, full("<a ")),
+        (ASTRO, full("</a>")),
+        ("src/a.html", full("<a><b>")),
+        ("src/a.html", full("<script>")),
+        ("src/a.html", half("<a>", "</b>")),
+        ("src/a.tsx", full("<a ")),
+        ("src/a.tsx", full("a < ")),
+        ("src/a.tsx", full("import a\n")),
+        ("src/a.vue", full("{{")),
+        ("src/a.md", full("<a ")),
+        ("src/a.md", full("`")),
+    ] {
+        let text = &text[..text.len().min(SIZE)];
+        let (after, _) = plainly(path, text);
+        assert!(after == text, "{path} with {:?}", &text[..20]);
+    }
+}
+
+#[test]
+fn a_site_of_too_many_images_is_left_to_a_person_from_there() {
+    let page = "<img src=\"/a.png\">".repeat(9_000);
+    let mut site = with_page(ASTRO, &page);
+    for number in 0..3 {
+        let path = format!("src/pages/y{number}.astro");
+        site.0.insert(path, page.clone().into_bytes());
+    }
+    // With aliases that each image has to be held against.
+    let aliases: String = (0..2_000)
+        .map(|number| format!("\"a{number}/*\": [\"b/*\"],"))
+        .collect();
+    site.0.insert("tsconfig.json".into(), aliases.into_bytes());
+    let texts = texts_for(&site, |_| "A".into());
+    let (written, report) = write_all(&site, None, &texts);
+    assert_eq!((written.len(), report.person.len()), (2, 2));
+    assert!(
+        report.person[0].why.contains("too many"),
+        "{:?}",
+        report.person
+    );
+}
+
+#[test]
+fn a_component_is_not_what_html_calls_so() {
+    becomes(
+        "src/Nav.tsx",
+        "export default () => (\n  <p>\n    <Link href=\"/\">It's <b>home</b></Link>\n    <Input>x</Input>\n    <img src=\"/a.png\" />\n  </p>\n);\n",
+        "export default () => (\n  <p>\n    <Link href=\"/\">It's <b>home</b></Link>\n    <Input>x</Input>\n    <img src=\"/a.png\" alt=\"An a\" />\n  </p>\n);\n",
+    );
+    becomes(
+        ASTRO,
+        "<Style><img src=\"/a.png\"></Style><Script>{x}</Script>{b && <p><Source>x</Source><img src=\"/b.png\"></p>}",
+        "<Style><img src=\"/a.png\" alt=\"An a\"></Style><Script>{x}</Script>{b && <p><Source>x</Source><img src=\"/b.png\" alt=\"An b\"></p>}",
+    );
+    // In HTML capitals are the same.
+    becomes(
+        "public/x.html",
+        "<LINK href=x><SCRIPT><img src=/a.png></SCRIPT><img src=/a.png>",
+        "<LINK href=x><SCRIPT><img src=/a.png></SCRIPT><img src=/a.png alt=\"An a\">",
+    );
+    // A link that is a component speaks for its image, as any other does.
+    let said = "export default () => <Link href=\"/\"><img alt=\"\" src=\"/a.png\" /> Home</Link>;";
+    let (_, report) = plainly("src/Nav.tsx", said);
+    assert_eq!((report.decorative, report.done.len()), (1, 0), "{report:?}");
+}
+
+#[test]
+fn a_paragraph_ends_whatever_its_lines_end_with() {
+    for end in ["\n", "\r\n", " \n"] {
+        let text = format!("a ` b{end}{end}![](/a.png){end}{end}![ {end}{end}](/b.png) ` c{end}");
+        let expected = text.replacen("![]", "![An a]", 1);
+        becomes("src/content/x.mdx", &text, &expected);
+    }
+}
+
 #[test]
 fn a_hostile_text_stays_a_text() {
-    let hostile = "\" onerror=\"alert(1)\" x='y' <script>alert(1)</script> {process.exit()} ${x} `b` ](javascript:x) ![c](d) \\ && --> --- *e* _f_ | g\n\n# h";
+    let hostile = "{{ page.secret }} {% raw %} \" onerror=\"alert(1)\" x='y' <script>alert(1)</script> {process.exit()} ${x} `b` ](javascript:x) ![c](d) \\ && --> --- *e* _f_ | g\n\n# h";
     let clean = write::clean(hostile).unwrap();
     for (path, text) in [
         (
@@ -267,6 +365,8 @@ fn a_hostile_text_stays_a_text() {
         );
         assert!(report.done.iter().all(|done| done.alt == clean));
         assert_eq!(page.lines().count(), text.lines().count(), "{page}");
+        // Nor is it a template's.
+        assert!(!page.contains("{{") && !page.contains("{%"), "{page}");
         if path.ends_with(".md") {
             let mut html = String::new();
             let mut alts = Vec::new();

@@ -8,9 +8,12 @@ const MAX_TEXT: usize = 250;
 /// What a model said, as a text of one line; `None` if nothing is left of it.
 pub(super) fn clean(said: &str) -> Option<String> {
     let is_hidden = |c: char| {
-        // What turns the direction of a text or has no width; joiners are needed by some scripts.
-        matches!(c, '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}'
-            | '\u{2028}'..='\u{2029}' | '\u{2060}'..='\u{206f}' | '\u{feff}' | '\u{fff9}'..='\u{fffb}')
+        // What turns the direction of a text or shows nothing: people would not see what a program reads
+        // there. Joiners are needed by some scripts, and emoji by their selectors.
+        matches!(c, '\u{ad}' | '\u{34f}' | '\u{61c}' | '\u{115f}' | '\u{1160}' | '\u{180b}'..='\u{180f}'
+            | '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}'
+            | '\u{3164}' | '\u{fe00}'..='\u{fe0d}' | '\u{feff}' | '\u{ffa0}' | '\u{fff0}'..='\u{ffff}'
+            | '\u{e000}'..='\u{f8ff}' | '\u{e0000}'..='\u{10ffff}')
     };
     let plain: String = said
         .chars()
@@ -44,8 +47,7 @@ pub(super) fn clean(said: &str) -> Option<String> {
 pub(super) fn written(place: &Place, text: &str) -> String {
     let before = &place.before;
     match place.form {
-        Form::Attribute(name) => format!("{before}{name}=\"{}\"", escaped(text, "")),
-        Form::Svelte(name) => format!("{before}{name}=\"{}\"", escaped(text, "{}")),
+        Form::Attribute(name) => format!("{before}{name}=\"{}\"", escaped(text)),
         Form::Code(name) if text.contains(['"', '&', '<', '>', '{', '}', '\\', '`', '$']) => {
             format!("{before}{name}={{{}}}", in_code(text))
         }
@@ -54,8 +56,10 @@ pub(super) fn written(place: &Place, text: &str) -> String {
     }
 }
 
-/// With entities for what means something in quotes, or around a tag in Markdown.
-fn escaped(text: &str, more: &str) -> String {
+/// With entities for what means something in quotes, around a tag in Markdown, or to what makes pages of
+/// templates: Svelte has code in braces, in quotes too, and so has what reads `{{…}}` and `{%…%}` before
+/// anybody reads HTML.
+fn escaped(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for c in text.chars() {
         match c {
@@ -63,8 +67,7 @@ fn escaped(text: &str, more: &str) -> String {
             '"' => escaped.push_str("&quot;"),
             '<' => escaped.push_str("&lt;"),
             '>' => escaped.push_str("&gt;"),
-            '`' | '|' => escaped.push_str(&format!("&#{};", u32::from(c))),
-            c if more.contains(c) => escaped.push_str(&format!("&#{};", u32::from(c))),
+            '`' | '|' | '{' | '}' => escaped.push_str(&format!("&#{};", u32::from(c))),
             c => escaped.push(c),
         }
     }
@@ -91,8 +94,9 @@ fn in_markdown(text: &str) -> String {
             '&' => escaped.push_str("&amp;"),
             '<' => escaped.push_str("&lt;"),
             // A backslash says nothing where an earlier tick began code.
-            '`' => escaped.push_str("&#96;"),
-            '\\' | '[' | ']' | '*' | '_' | '{' | '}' | '~' | '|' | '^' | '$' | '!' => {
+            // Nor to what reads `{{…}}` and `{%…%}` before anybody reads Markdown.
+            '`' | '{' | '}' => escaped.push_str(&format!("&#{};", u32::from(c))),
+            '\\' | '[' | ']' | '*' | '_' | '~' | '|' | '^' | '$' | '!' => {
                 escaped.push('\\');
                 escaped.push(c);
             }
@@ -112,7 +116,17 @@ mod tests {
             clean(" A dog\r\n\u{202e}runs.\t ").as_deref(),
             Some("A dog runs.")
         );
-        for nothing in ["", " \n", "\u{200b}", "…", "\"\""] {
+        // Letters that nobody sees, and an instruction in them.
+        let hidden: String = "Ignore it"
+            .chars()
+            .map(|c| char::from_u32(0xe0000 + u32::from(c)).unwrap())
+            .collect();
+        let said = format!("A d\u{ad}og\u{fe0f}\u{fe00}\u{e0101}{hidden}, \u{6a9}\u{200c}\u{627}.");
+        assert_eq!(
+            clean(&said).as_deref(),
+            Some("A dog\u{fe0f}, \u{6a9}\u{200c}\u{627}.")
+        );
+        for nothing in ["", " \n", "\u{200b}", "…", "\"\"", &hidden] {
             assert_eq!(clean(nothing), None, "{nothing:?}");
         }
         let long = clean(&"word, ".repeat(100)).unwrap();
@@ -135,10 +149,6 @@ mod tests {
         for (form, expected) in [
             (
                 Form::Attribute("alt"),
-                " alt=\"A &quot;b&quot; &lt;c&gt; {d} [e] f&#96;g \\ &amp; h\"",
-            ),
-            (
-                Form::Svelte("alt"),
                 " alt=\"A &quot;b&quot; &lt;c&gt; &#123;d&#125; [e] f&#96;g \\ &amp; h\"",
             ),
             (
@@ -147,7 +157,7 @@ mod tests {
             ),
             (
                 Form::Markdown,
-                " A \"b\" &lt;c> \\{d\\} \\[e\\] f&#96;g \\\\ &amp; h",
+                " A \"b\" &lt;c> &#123;d&#125; \\[e\\] f&#96;g \\\\ &amp; h",
             ),
         ] {
             assert_eq!(written(&at(form), hostile), expected, "{form:?}");

@@ -7,7 +7,7 @@ use tokio::time::MissedTickBehavior;
 
 use crate::{
     config::Loaded,
-    hub::{Hub, HubSettings, Meter, Model, Progress, Publication, Published},
+    hub::{self, Hub, HubSettings, Meter, Model, Progress, Publication, Published},
     lifecycle::Signals,
     process,
 };
@@ -25,19 +25,18 @@ pub async fn publish(
     mut tell: impl FnMut(&Progress),
 ) -> anyhow::Result<Published> {
     let mut signals = Signals::listen().context("failed to listen for signals")?;
-    let hub = hub(loaded).await?;
     let meter = Arc::new(Meter::default());
-    let publishing = hub.publish(&publication, &meter);
+    let publishing = async { anyhow::Ok(hub(loaded).await?.publish(&publication, &meter).await?) };
     tokio::pin!(publishing);
     let mut ticks = tokio::time::interval(TELLS);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Skip);
     loop {
         tokio::select! {
             biased;
-            published = &mut publishing => return Ok(published?),
+            published = &mut publishing => return published,
             () = signals.next() => bail!(
-                "stopped; the same command goes on from here: files that are uploaded are not \
-                 uploaded again, and nothing shows on the Hub before all of them are"
+                "stopped; the same command goes on from here: what is uploaded is not uploaded \
+                 again, and nothing shows on the Hub before all of it is"
             ),
             _ = ticks.tick() => tell(&meter.progress()),
         }
@@ -62,6 +61,8 @@ async fn hub(loaded: Loaded) -> anyhow::Result<Hub> {
     let settings = HubSettings {
         endpoint: loaded.settings.hf_endpoint,
         token: loaded.settings.hf_token,
+        still: hub::STILL,
+        unfinished: Some(loaded.settings.cache_path.join("hub")),
     };
     Ok(Hub::new(settings).await?)
 }

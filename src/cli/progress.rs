@@ -2,6 +2,8 @@
 
 use std::io::{self, IsTerminal, Write};
 
+use ratatui::crossterm::terminal;
+
 /// The last line of standard error, where that is a terminal; else nothing.
 pub(super) struct LastLine {
     is_terminal: bool,
@@ -18,7 +20,8 @@ impl LastLine {
     pub(super) fn show(&self, text: impl FnOnce() -> String) {
         if self.is_terminal {
             // Who reads it is gone where that fails.
-            let _unreported = write!(io::stderr(), "\r\x1b[K{}", text());
+            let columns = terminal::size().map_or(80, |(columns, _)| columns);
+            let _unreported = write!(io::stderr(), "\r\x1b[K{}", fitting(&text(), columns));
             let _unreported = io::stderr().flush();
         }
     }
@@ -29,6 +32,12 @@ impl LastLine {
             let _unreported = write!(io::stderr(), "\r\x1b[K");
         }
     }
+}
+
+/// As much of a line as fits: of one that goes on below only the last part would be taken away again.
+fn fitting(text: &str, columns: u16) -> String {
+    let most = usize::from(columns).saturating_sub(1);
+    text.chars().take(most).collect()
 }
 
 /// `[#####·····]`.
@@ -81,6 +90,13 @@ mod tests {
             assert_eq!(gauge(done, total).chars().count(), 26, "{done} of {total}");
         }
         assert!(gauge(1, 2).starts_with("[############·"));
+    }
+
+    #[test]
+    fn a_line_is_no_wider_than_its_terminal() {
+        assert_eq!(fitting("Reading ·· 1 B", 10), "Reading ·");
+        assert_eq!(fitting("Reading", 80), "Reading");
+        assert_eq!(fitting("Reading", 0), "");
     }
 
     #[test]

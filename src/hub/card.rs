@@ -3,11 +3,7 @@
 //! Its last line holds the sum of what stands above, which tells whether somebody edited it since: a
 //! card that a person wrote on is that person's, and is kept.
 
-use std::{
-    fs::{self, File},
-    io::Read,
-    path::Path,
-};
+use std::{io::Read, path::Path};
 
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -15,6 +11,7 @@ use sha2::{Digest, Sha256};
 use super::{
     folder::{LoraFolder, Sample, Training},
     name::ModelName,
+    source::open_ordinary,
 };
 
 /// The card's name.
@@ -88,7 +85,8 @@ fn prompt_of(sample: &Sample, training: &Training) -> String {
     match training.prompts.get(at) {
         Some(prompt) => {
             let trigger = training.trigger.as_deref().unwrap_or_default();
-            prompt.replace("[trigger]", trigger)
+            let filled = prompt.replace("[trigger]", trigger);
+            filled.chars().take(MAX_TEXT_CHARS).collect()
         }
         // The Hub shows no picture without a text.
         None => "-".to_owned(),
@@ -113,11 +111,10 @@ fn code(text: &str) -> String {
 impl Training {
     /// Reads ai-toolkit's `config.yaml`. What cannot be read is not known: the card does without.
     pub(super) fn read(file: &Path) -> Self {
-        let is_ordinary = fs::symlink_metadata(file).is_ok_and(|metadata| metadata.is_file());
         let mut text = String::new();
-        let read = File::open(file)
+        let read = open_ordinary(file)
             .and_then(|file| file.take(MAX_CONFIG_BYTES + 1).read_to_string(&mut text));
-        if !is_ordinary || read.is_err() || text.len() as u64 > MAX_CONFIG_BYTES {
+        if read.is_err() || text.len() as u64 > MAX_CONFIG_BYTES {
             return Self::default();
         }
         Self::parse(&text).unwrap_or_default()
@@ -157,6 +154,8 @@ impl Training {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     const CONFIG: &str = "
@@ -220,8 +219,26 @@ config:
             assert_eq!(front["base_model"], Value::Null);
             assert_eq!(front["widget"].as_array().unwrap().len(), 3);
         }
+        // Aliases of aliases: a few lines that would be gigabytes.
+        let mut bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n".to_owned();
+        for level in 1..12 {
+            let one = format!("*a{}, ", level - 1).repeat(9);
+            bomb.push_str(&format!("a{level}: &a{level} [{one}]\n"));
+        }
+        assert_eq!(Training::parse(&(bomb + CONFIG)), None);
         let local = CONFIG.replace("black-forest-labs/FLUX.1-dev", "/models/secret/flux");
         assert_eq!(Training::parse(&local).unwrap().base_model, None);
+    }
+
+    #[test]
+    fn a_trigger_that_is_everywhere_blows_no_card_up() {
+        let prompt = "[trigger]".repeat(100);
+        let long = CONFIG
+            .replace("p0ts", &"p".repeat(1000))
+            .replace("[trigger]", &prompt);
+        let (_outer, folder) = folder(Some(&long));
+        let card = card("pots", &folder);
+        assert!(card.len() < 6 * MAX_TEXT_CHARS, "{}", card.len());
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! What can go wrong with the Hub, each with what to do about it.
 
-use std::io;
+use std::{io, time::Duration};
 
 use reqwest::StatusCode;
 
@@ -62,8 +62,12 @@ pub enum HubError {
         me: String,
         own: Vec<String>,
     },
-    #[error("the Hub asks to wait ({what}: 429): run the same command again in some minutes")]
-    TooMany { what: &'static str },
+    #[error("the Hub asks to wait ({what}: 429): run the same command again in {}", in_words(*.wait))]
+    TooMany {
+        what: &'static str,
+        /// As it says itself.
+        wait: Option<Duration>,
+    },
     #[error(
         "the Hub fails ({what}: {status}): run the same command again later; what is uploaded by \
          then is not uploaded again"
@@ -105,8 +109,8 @@ pub enum HubError {
     #[error("the Hub named an address for {file} to which nothing is sent: {why}")]
     Address { file: String, why: &'static str },
     #[error(
-        "the upload of {file} stood still: look at the network, then run the same command again; \
-         files that are uploaded are not uploaded again"
+        "the upload of {file} stood still: look at the network and the disk, then run the same \
+         command again; what is uploaded is not uploaded again"
     )]
     Stalled { file: String },
     #[error("somebody else changes {id} at the same time; run the same command again")]
@@ -126,5 +130,33 @@ impl HubError {
             self,
             Self::Unreachable { .. } | Self::Broken { .. } | Self::Contended { .. }
         )
+    }
+}
+
+fn in_words(wait: Option<Duration>) -> String {
+    match wait.map(|wait| wait.as_secs()) {
+        None | Some(0) => "some minutes".to_owned(),
+        Some(seconds @ 1..120) => format!("{seconds} s"),
+        Some(seconds @ 120..7200) => format!("{} minutes", seconds.div_ceil(60)),
+        Some(seconds) => format!("{} hours", seconds.div_ceil(3600)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn how_long_to_wait_is_told() {
+        for (seconds, words) in [
+            (None, "some minutes"),
+            (Some(90), "90 s"),
+            (Some(601), "11 minutes"),
+            (Some(36_000), "10 hours"),
+        ] {
+            let wait = seconds.map(Duration::from_secs);
+            let told = HubError::TooMany { what: "it", wait }.to_string();
+            assert!(told.ends_with(&format!("again in {words}")), "{told}");
+        }
     }
 }

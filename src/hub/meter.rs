@@ -104,6 +104,12 @@ impl Meter {
         state.moved = Instant::now();
     }
 
+    /// Leaves out what needs not be done.
+    pub(super) fn skip(&self, bytes: u64) {
+        let mut state = self.state();
+        state.total = state.total.saturating_sub(bytes);
+    }
+
     /// For how long it has not moved.
     pub(super) fn still(&self) -> Duration {
         self.state().moved.elapsed()

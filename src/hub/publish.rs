@@ -11,8 +11,9 @@ use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    calls::{Added, Entry, Me},
     card::{CARD, card, is_ours},
-    client::{Added, Entry, Hub, Me},
+    client::Hub,
     error::HubError,
     folder::LoraFolder,
     meter::{Meter, Stage},
@@ -293,7 +294,8 @@ impl Attempt<'_> {
             }
         }
         if !large.is_empty() {
-            self.uploaded_bytes += store(self.hub, &self.id, &large, self.meter).await?;
+            let sent = &mut self.uploaded_bytes;
+            store(self.hub, &self.id, &large, self.meter, sent).await?;
         }
         let mut added: Vec<Added> = large
             .iter()

@@ -3,16 +3,26 @@
 use std::{
     fs::{self, File, Metadata},
     io::{self, Read},
-    os::unix::fs::MetadataExt,
+    ops::Range,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
+use futures_util::{
+    Stream, StreamExt as _, TryStreamExt as _,
+    future::ready,
+    stream::{once, try_unfold},
+};
+use nix::{errno::Errno, fcntl::OFlag};
 use sha1::{Digest as _, Sha1};
 use sha2::{Digest as _, Sha256};
+use tokio::io::{AsyncReadExt as _, AsyncSeekExt as _};
 use tokio_util::sync::CancellationToken;
 
 use super::meter::Meter;
+use crate::task;
 
 /// Larger contents go to the large-file storage whatever the Hub says: these are held in memory.
 pub(super) const MAX_INLINE_BYTES: u64 = 8 * 1024 * 1024;
@@ -20,6 +30,8 @@ pub(super) const MAX_INLINE_BYTES: u64 = 8 * 1024 * 1024;
 const PIECE_BYTES: usize = 256 * 1024;
 /// Of a file's beginning, for the Hub to judge what it is.
 const SAMPLE_BYTES: u64 = 512;
+/// Opening a file takes so long at most.
+const OPEN: Duration = Duration::from_secs(60);
 
 /// See the module.
 #[derive(Debug, Clone)]
@@ -42,6 +54,8 @@ struct Stamp {
     inode: u64,
     size: u64,
     modified: (i64, i64),
+    /// Of whatever there is of it: also where somebody sets the other one back.
+    changed: (i64, i64),
 }
 
 impl Stamp {
@@ -51,6 +65,7 @@ impl Stamp {
             inode: metadata.ino(),
             size: metadata.size(),
             modified: (metadata.mtime(), metadata.mtime_nsec()),
+            changed: (metadata.ctime(), metadata.ctime_nsec()),
         }
     }
 }
@@ -104,8 +119,8 @@ impl Source {
         match &self.content {
             Content::Text(text) => Ok(Opened::Text(io::Cursor::new(text.clone()))),
             Content::File { path, stamp } => {
-                let file = File::open(path)?;
-                // Of the open file: a link in its place leads to another inode.
+                let file = open_ordinary(path)?;
+                // Of the open file: it may be another one by now.
                 if Stamp::of(&file.metadata()?) != *stamp {
                     return Err(changed());
                 }
@@ -126,10 +141,45 @@ impl Source {
         let mut content = Vec::new();
         let mut opened = self.open()?.take(MAX_INLINE_BYTES + 1);
         opened.read_to_end(&mut content)?;
-        match content.len() as u64 == self.size {
+        let is_same = self.is_same(opened.get_ref())?;
+        match is_same && content.len() as u64 == self.size {
             true => Ok(content),
             false => Err(changed()),
         }
+    }
+
+    /// Is what was opened still what was looked at?
+    fn is_same(&self, opened: &Opened) -> io::Result<bool> {
+        match (opened, &self.content) {
+            (Opened::File(file), Content::File { stamp, .. }) => {
+                Ok(Stamp::of(&file.metadata()?) == *stamp)
+            }
+            _ => Ok(true),
+        }
+    }
+
+    /// A part of it, a piece at a time, opened when it is first asked for. Its last piece comes only if
+    /// the file is still what was looked at: what is sent is what its sum says, or not whole.
+    pub(super) fn stream(
+        self,
+        range: Range<u64>,
+    ) -> impl Stream<Item = io::Result<Bytes>> + Send + 'static {
+        let opened = async move {
+            let source = self.clone();
+            let opened = task::blocking_apart("opening a file", OPEN, move || source.open()).await;
+            match opened.map_err(io::Error::other)?? {
+                Opened::Text(text) => {
+                    io::Result::Ok(once(ready(whole_part(text.get_ref(), &range))).boxed())
+                }
+                Opened::File(file) => {
+                    let mut file = tokio::fs::File::from_std(file);
+                    file.seek(io::SeekFrom::Start(range.start)).await?;
+                    let left = range.end - range.start;
+                    Ok(try_unfold((self, file, left), next_piece).boxed())
+                }
+            }
+        };
+        once(opened).try_flatten().boxed()
     }
 
     /// Reads all of it, a piece at a time. Blocks until it is done or `stop` is cancelled.
@@ -163,15 +213,63 @@ impl Source {
             }
             meter.add(count as u64);
         }
-        if let (Opened::File(file), Content::File { stamp, .. }) = (&opened, &self.content)
-            && Stamp::of(&file.metadata()?) != *stamp
-        {
+        if !self.is_same(&opened)? {
             return Err(changed());
         }
         Ok(Sums {
             sha256: hex::encode(sha256.finalize()),
             blob: blob.map(|blob| hex::encode(blob.finalize())),
         })
+    }
+}
+
+type Reading = (Source, tokio::fs::File, u64);
+
+async fn next_piece((source, mut file, left): Reading) -> io::Result<Option<(Bytes, Reading)>> {
+    if left == 0 {
+        return Ok(None);
+    }
+    let mut piece = BytesMut::with_capacity(PIECE_BYTES);
+    let count = (&mut file).take(left).read_buf(&mut piece).await?;
+    // It was cut off.
+    let left = left - count as u64;
+    if count == 0 {
+        return Err(changed());
+    }
+    if left == 0 {
+        let metadata = file.metadata().await?;
+        let is_same = matches!(&source.content, Content::File { stamp, .. }
+            if Stamp::of(&metadata) == *stamp);
+        if !is_same {
+            return Err(changed());
+        }
+    }
+    Ok(Some((piece.freeze(), (source, file, left))))
+}
+
+fn whole_part(text: &Bytes, range: &Range<u64>) -> io::Result<Bytes> {
+    let ends = |at: u64| usize::try_from(at).ok().filter(|at| *at <= text.len());
+    match (ends(range.start), ends(range.end)) {
+        (Some(start), Some(end)) if start <= end => Ok(text.slice(start..end)),
+        _ => Err(changed()),
+    }
+}
+
+/// Opens an ordinary file, and nothing else that may lie there by now: a link is not followed, and a
+/// pipe not waited for.
+pub(super) fn open_ordinary(path: &Path) -> io::Result<File> {
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+    let opened = File::options()
+        .read(true)
+        .custom_flags(flags.bits())
+        .open(path);
+    let file = opened.map_err(|error| match error.raw_os_error() {
+        Some(code) if code == Errno::ELOOP as i32 => changed(),
+        _ => error,
+    })?;
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(changed()),
     }
 }
 
@@ -189,8 +287,8 @@ pub(super) enum Opened {
 impl Read for Opened {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         match self {
-            Self::File(file) => file.read(buffer),
-            Self::Text(text) => text.read(buffer),
+            Self::File(file) => Read::read(file, buffer),
+            Self::Text(text) => Read::read(text, buffer),
         }
     }
 }

@@ -15,7 +15,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc,
-        atomic::{AtomicU64, AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering},
         mpsc::{self, Receiver, RecvTimeoutError, SyncSender, TrySendError},
     },
     thread,
@@ -24,6 +24,7 @@ use std::{
 
 use flate2::{Compression, write::GzEncoder};
 use jiff::Timestamp;
+use nix::fcntl::OFlag;
 
 const LIMITS: Limits = Limits {
     max_bytes: 10 * 1000 * 1000,
@@ -34,6 +35,10 @@ const QUEUE: usize = 8192;
 const QUEUE_BYTES: usize = 4 * 1024 * 1024;
 /// A disk that needs longer to open the file is waited for no longer; lines wait in the queue.
 const OPEN: Duration = Duration::from_secs(2);
+/// At the end a file that is being packed is waited for so long: it is work, and no stuck disk.
+const PACKING: Duration = Duration::from_secs(10);
+/// How often that is looked at.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// The file could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +60,10 @@ pub(super) struct LogFile(Arc<Shared>);
 struct Shared {
     queue: SyncSender<Message>,
     queued_bytes: AtomicUsize,
+    /// Lines that are in the queue or being written.
+    queued: AtomicU64,
+    /// A full file is being packed.
+    packs: Arc<AtomicBool>,
     /// Lines that were dropped and are not told of yet.
     dropped: AtomicU64,
 }
@@ -84,7 +93,8 @@ impl LogFile {
         let (file, messages) = Self::unread();
         let (opened, open) = mpsc::sync_channel(1);
         let (path_there, shared) = (path.to_owned(), Arc::clone(&file.0));
-        let run = move || match Rotating::open(path_there, LIMITS) {
+        let packs = Arc::clone(&file.0.packs);
+        let run = move || match Rotating::open(path_there, LIMITS, packs) {
             Ok(rotating) => {
                 // Nobody waits for it any more where the disk was slow.
                 let _late = opened.try_send(Ok(()));
@@ -108,6 +118,8 @@ impl LogFile {
         let shared = Shared {
             queue,
             queued_bytes: AtomicUsize::new(0),
+            queued: AtomicU64::new(0),
+            packs: Arc::default(),
             dropped: AtomicU64::new(0),
         };
         (Self(Arc::new(shared)), messages)
@@ -118,7 +130,9 @@ impl LogFile {
         let shared = &self.0;
         let waiting = shared.queued_bytes.fetch_add(line.len(), Ordering::Relaxed);
         let fits = waiting + line.len() <= QUEUE_BYTES;
+        shared.queued.fetch_add(1, Ordering::Relaxed);
         if !fits || shared.queue.try_send(Message::Line(line.to_vec())).is_err() {
+            shared.queued.fetch_sub(1, Ordering::Relaxed);
             shared.queued_bytes.fetch_sub(line.len(), Ordering::Relaxed);
             shared.dropped.fetch_add(1, Ordering::Relaxed);
         }
@@ -126,19 +140,28 @@ impl LogFile {
 
     /// Waits until all lines are in the file, as long as the limit allows; answers how many are not.
     pub(super) fn finish(&self, limit: Duration) -> u64 {
-        let deadline = Instant::now() + limit;
+        let begun = Instant::now();
+        let mut until = begun + limit;
+        let mut is_late = || {
+            let now = Instant::now();
+            // What waits for the packing is written after it.
+            if self.0.packs.load(Ordering::Relaxed) && now < begun + PACKING {
+                until = now + limit;
+            }
+            now >= until
+        };
         let (done, end) = mpsc::sync_channel(1);
         let mut message = Message::Flush(done);
         while let Err(TrySendError::Full(back)) = self.0.queue.try_send(message) {
-            if Instant::now() >= deadline {
+            if is_late() {
                 break;
             }
             message = back;
-            thread::sleep(Duration::from_millis(5));
+            thread::sleep(LOOK);
         }
         // A disk that is too slow leaves what waits behind.
-        let _left = end.recv_timeout(deadline.saturating_duration_since(Instant::now()));
-        self.0.dropped.load(Ordering::Relaxed)
+        while end.recv_timeout(LOOK) == Err(RecvTimeoutError::Timeout) && !is_late() {}
+        self.0.dropped.load(Ordering::Relaxed) + self.0.queued.load(Ordering::Relaxed)
     }
 }
 
@@ -167,6 +190,7 @@ fn write_all(mut file: Rotating, messages: &Receiver<Message>, shared: &Shared, 
                 if file.write(&line).is_err() {
                     shared.dropped.fetch_add(1, Ordering::Relaxed);
                 }
+                shared.queued.fetch_sub(1, Ordering::Relaxed);
             }
             Message::Flush(done) => {
                 let _gone = done.try_send(());
@@ -193,31 +217,28 @@ struct Rotating {
     path: PathBuf,
     limits: Limits,
     file: File,
+    packs: Arc<AtomicBool>,
     /// Its last line was cut off by a full disk.
     is_cut: bool,
 }
 
 impl Rotating {
-    fn open(path: PathBuf, limits: Limits) -> io::Result<Self> {
+    fn open(path: PathBuf, limits: Limits, packs: Arc<AtomicBool>) -> io::Result<Self> {
         let file = open(&path)?;
         let rotating = Self {
             path,
             limits,
             file,
+            packs,
             is_cut: false,
         };
-        // What somebody was packing when it was killed.
+        // What somebody was packing when it was killed; where that cannot be done it is tried again at the
+        // next packing.
         rotating.file.lock()?;
-        let packed = rotating
-            .is_current()
-            .and_then(|is_current| match is_current {
-                Some(_) => rotating.pack(),
-                None => Ok(()),
-            });
-        rotating.file.unlock()?;
-        if let Err(error) = packed {
-            tracing::warn!(%error, "an older log file could not be packed");
+        if let Ok(Some(_)) = rotating.is_current() {
+            rotating.pack().ok();
         }
+        rotating.file.unlock()?;
         Ok(rotating)
     }
 
@@ -313,13 +334,15 @@ impl Rotating {
 
     /// Packs what was put aside, if something was. The exclusive lock is held.
     fn pack(&self) -> io::Result<()> {
-        let aside = match File::open(self.aside()) {
+        let aside = match ordinary(File::options().read(true), &self.aside()) {
             Ok(aside) => aside,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(error) => return Err(error),
         };
         let unfinished = self.named(".1.gz.new");
+        self.packs.store(true, Ordering::Relaxed);
         let packed = pack_into(&aside, &unfinished);
+        self.packs.store(false, Ordering::Relaxed);
         if let Err(error) = packed {
             fs::remove_file(&unfinished).ok();
             return Err(error);
@@ -339,30 +362,35 @@ impl Rotating {
 }
 
 fn pack_into(mut from: &File, to: &Path) -> io::Result<()> {
-    let to = private().write(true).create(true).truncate(true).open(to)?;
-    let mut packer = GzEncoder::new(to, Compression::default());
+    // What was left there, or put there.
+    match fs::remove_file(to) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let to = File::options()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(to)?;
+    let mut packer = GzEncoder::new(to, Compression::fast());
     io::copy(&mut from, &mut packer)?;
     packer.finish().map(drop)
 }
 
-fn private() -> OpenOptions {
-    let mut options = OpenOptions::new();
-    options.mode(0o600);
-    options
+/// Opens an ordinary file, and nothing else: to open a pipe would wait for its reader, and a link leads
+/// to what is not ours to write.
+fn ordinary(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+    let file = options.custom_flags(flags.bits()).open(path)?;
+    match file.metadata()?.is_file() {
+        true => Ok(file),
+        false => Err(io::Error::other("it is no ordinary file")),
+    }
 }
 
 /// Opens or creates the file, for its owner alone.
 fn open(path: &Path) -> io::Result<File> {
-    match fs::symlink_metadata(path) {
-        // To open a pipe would wait for its reader, and a link cannot be put aside.
-        Ok(metadata) if !metadata.is_file() => {
-            return Err(io::Error::other("it is no ordinary file"));
-        }
-        Ok(_) => {}
-        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(error),
-    }
-    let file = private().append(true).create(true).open(path)?;
+    let file = ordinary(File::options().append(true).create(true).mode(0o600), path)?;
     if file.metadata()?.permissions().mode() & 0o077 != 0 {
         // Where it is somebody else's he decides.
         file.set_permissions(Permissions::from_mode(0o600)).ok();
@@ -371,147 +399,4 @@ fn open(path: &Path) -> io::Result<File> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::io::Read;
-
-    use super::*;
-
-    const SMALL: Limits = Limits {
-        max_bytes: 100,
-        kept: 3,
-    };
-
-    fn unpacked(path: &Path) -> String {
-        let mut text = String::new();
-        flate2::read::GzDecoder::new(File::open(path).unwrap())
-            .read_to_string(&mut text)
-            .unwrap();
-        text
-    }
-
-    /// Everything below a folder, oldest first.
-    fn whole(path: &Path) -> String {
-        let packed = (1..=9).rev().map(|number| {
-            let name = format!("{}.{number}.gz", path.display());
-            Some(name).filter(|name| Path::new(name).exists())
-        });
-        let packed: String = packed
-            .flatten()
-            .map(|name| unpacked(Path::new(&name)))
-            .collect();
-        packed + &fs::read_to_string(path).unwrap()
-    }
-
-    fn line(number: usize) -> String {
-        format!("line {number:04} {}\n", "x".repeat(19))
-    }
-
-    #[test]
-    fn it_is_packed_when_it_is_full_and_the_oldest_goes() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("a.log");
-        let mut file = Rotating::open(path.clone(), SMALL).unwrap();
-        for number in 0..30 {
-            file.write(line(number).as_bytes()).unwrap();
-        }
-        let mut names: Vec<String> = fs::read_dir(folder.path())
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .collect();
-        names.sort();
-        assert_eq!(names, ["a.log", "a.log.1.gz", "a.log.2.gz", "a.log.3.gz"]);
-        for name in &names {
-            let mode = fs::metadata(folder.path().join(name)).unwrap().mode();
-            assert_eq!(mode & 0o777, 0o600, "{name}");
-        }
-        // Three lines fit; the last twelve are there, in order.
-        let expected: String = (18..30).map(line).collect();
-        assert_eq!(whole(&path), expected);
-        // A line that is longer than a file is one all the same.
-        file.write(&[b'y'; 500]).unwrap();
-        assert_eq!(fs::metadata(&path).unwrap().len(), 500);
-    }
-
-    #[test]
-    fn two_writers_of_one_file_lose_nothing() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("a.log");
-        let limits = Limits {
-            max_bytes: 2000,
-            kept: 9,
-        };
-        thread::scope(|scope| {
-            for writer in 0..2 {
-                let path = path.clone();
-                scope.spawn(move || {
-                    let mut file = Rotating::open(path, limits).unwrap();
-                    for number in 0..200 {
-                        file.write(line(writer * 1000 + number).as_bytes()).unwrap();
-                    }
-                });
-            }
-        });
-        let text = whole(&path);
-        let mut lines: Vec<&str> = text.lines().collect();
-        lines.sort_unstable();
-        let all = (0..200).chain(1000..1200).map(line);
-        let all: Vec<String> = all.map(|line| line.trim_end().to_owned()).collect();
-        assert_eq!(lines, all);
-    }
-
-    #[test]
-    fn what_a_killed_one_left_is_packed_and_an_old_file_is_made_private() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("a.log");
-        fs::write(&path, "new\n").unwrap();
-        fs::set_permissions(&path, Permissions::from_mode(0o644)).unwrap();
-        fs::write(folder.path().join("a.log.1"), "old\n").unwrap();
-        fs::write(folder.path().join("a.log.1.gz.new"), "half").unwrap();
-        let mut file = Rotating::open(path.clone(), SMALL).unwrap();
-        file.write(b"newest\n").unwrap();
-        assert_eq!(whole(&path), "old\nnew\nnewest\n");
-        assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
-        // Taken away by somebody, it is begun anew.
-        fs::remove_file(&path).unwrap();
-        file.write(b"again\n").unwrap();
-        assert_eq!(fs::read_to_string(&path).unwrap(), "again\n");
-    }
-
-    #[test]
-    fn whoever_logs_never_waits_and_what_is_dropped_is_told() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("a.log");
-        // Nobody takes lines, as on a disk that is stuck.
-        let (mut file, messages) = LogFile::unread();
-        let line = [b"x".repeat(999), b"\n".to_vec()].concat();
-        for _ in 0..10_000 {
-            file.write_all(&line).unwrap();
-        }
-        let dropped = file.0.dropped.load(Ordering::Relaxed);
-        assert_eq!(dropped, 10_000 - (QUEUE_BYTES / line.len()) as u64);
-        assert_eq!(file.finish(Duration::from_millis(20)), dropped);
-        // The disk goes on.
-        let rotating = Rotating::open(path.clone(), LIMITS).unwrap();
-        let shared = Arc::clone(&file.0);
-        thread::spawn(move || write_all(rotating, &messages, &shared, true));
-        assert_eq!(file.finish(Duration::from_secs(60)), 0);
-        let text = fs::read_to_string(&path).unwrap();
-        let told = text.lines().next().unwrap();
-        let told: serde_json::Value = serde_json::from_str(told).unwrap();
-        assert_eq!(told["missing"], dropped, "{told}");
-        assert_eq!(text.lines().count() as u64, 1 + 10_000 - dropped);
-    }
-
-    #[test]
-    fn what_is_no_file_is_refused() {
-        let folder = tempfile::tempdir().unwrap();
-        let link = folder.path().join("link");
-        std::os::unix::fs::symlink("/etc/hostname", &link).unwrap();
-        let nowhere = folder.path().join("nowhere/a.log");
-        for path in [Path::new("/dev/full"), folder.path(), &link, &nowhere] {
-            let error = LogFile::start(path, true).unwrap_err();
-            assert!(error.to_string().contains("LOG_FILE"), "{error}");
-        }
-    }
-}
+mod tests;

@@ -219,9 +219,11 @@ const CRATES: &[(&str, &[&str])] = &[
         &[
             "process",
             "config",     // the uid in the runtime folder's name, and its owner
+            "hub",        // opens ordinary files, and nothing else that lies there
             "lease",      // a clock that runs while the machine sleeps
             "preview",    // files below a folder whatever links say; sockets that notice death
             "repository", // locks and links of the git directory
+            "telemetry",  // opens ordinary files, and nothing else that lies there
         ],
     ),
     (

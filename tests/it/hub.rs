@@ -11,16 +11,11 @@ use std::{
     process::{Output, Stdio},
 };
 
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
 use serde_json::{Value, json};
 use tokio::{process::Command, time::timeout};
 
 use crate::support::{
     Content, Folders, HF_TOKEN, HF_TOKEN_READ, HubStandIn, PATIENCE, Repository, holds, hub_client,
-    wait_for,
 };
 
 /// `greenroom hf` with nothing but a home: no workspace, no Node, no supervisor.
@@ -45,7 +40,7 @@ pub(crate) fn command(folders: &Folders, hub: &HubStandIn, args: &[&str]) -> Com
     command
 }
 
-async fn ran(mut command: Command) -> Output {
+pub(crate) async fn ran(mut command: Command) -> Output {
     let output = timeout(PATIENCE, command.output()).await;
     let output = output.expect("it ends").unwrap();
     let words = [output.stdout.clone(), output.stderr.clone()].concat();
@@ -67,14 +62,14 @@ pub(crate) fn publish(folders: &Folders, hub: &HubStandIn, more: &[&str]) -> Com
 
 /// What `--json` printed.
 #[track_caller]
-fn told(output: &Output) -> Value {
+pub(crate) fn told(output: &Output) -> Value {
     assert!(output.status.success(), "{output:?}");
     serde_json::from_slice(&output.stdout).unwrap_or_else(|_| panic!("{output:?}"))
 }
 
 /// The one line in which it failed.
 #[track_caller]
-fn failure(output: &Output) -> String {
+pub(crate) fn failure(output: &Output) -> String {
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     let text = String::from_utf8(output.stderr.clone()).unwrap();
     let line = text.lines().next_back().unwrap_or_default();
@@ -84,7 +79,7 @@ fn failure(output: &Output) -> String {
 }
 
 /// Bytes that differ from each other, and by `seed`.
-fn noise(seed: u64, size: usize) -> Vec<u8> {
+pub(crate) fn noise(seed: u64, size: usize) -> Vec<u8> {
     let mut state = seed * 2 + 1;
     let bytes = std::iter::repeat_with(|| {
         state = state
@@ -125,7 +120,7 @@ pub(crate) fn training(folders: &Folders) -> PathBuf {
     folder
 }
 
-const FILES: [&str; 4] = [
+pub(crate) const FILES: [&str; 4] = [
     "README.md",
     "my_lora.safetensors",
     "samples/1737531309000__000002000_0.jpg",
@@ -134,7 +129,7 @@ const FILES: [&str; 4] = [
 
 /// What the repository has is what the folder has.
 #[track_caller]
-fn holds_all_of(repository: &Repository, folder: &Path) {
+pub(crate) fn holds_all_of(repository: &Repository, folder: &Path) {
     let names: Vec<&str> = repository.files.keys().map(String::as_str).collect();
     assert_eq!(names, [&[".gitattributes"], &FILES[..]].concat());
     for name in &FILES[1..] {
@@ -216,86 +211,6 @@ async fn a_lora_is_published_once_and_the_second_time_nothing_is_done() {
         json!(["samples/1737531310000__000003000_0.jpg", "README.md"])
     );
     assert_eq!(hub.count("PUT "), puts);
-}
-
-#[tokio::test]
-async fn a_publication_that_was_killed_goes_on_where_it_was() {
-    let (hub, folders) = (HubStandIn::start().await, Folders::new());
-    let folder = training(&folders);
-    // The model is up, and half of a sample.
-    hub.hold_after(400_000);
-    let mut killed = publish(&folders, &hub, &[]).spawn().unwrap();
-    wait_for("half of it", || (hub.received() >= 400_000).then_some(())).await;
-    killed.kill().await.unwrap();
-    killed.wait().await.unwrap();
-    assert!(
-        hub.repository("alice/pots").commits.is_empty(),
-        "all or nothing shows"
-    );
-
-    // Interrupted by a person, it says how to go on.
-    let stopped = publish(&folders, &hub, &[]).spawn().unwrap();
-    wait_for("its upload", || (hub.count("PUT ") == 3).then_some(())).await;
-    kill(
-        Pid::from_raw(stopped.id().unwrap().cast_signed()),
-        Signal::SIGINT,
-    )
-    .unwrap();
-    let stopped = timeout(PATIENCE, stopped.wait_with_output())
-        .await
-        .unwrap()
-        .unwrap();
-    let line = failure(&stopped);
-    assert!(
-        line.contains("the same command goes on from here"),
-        "{line}"
-    );
-
-    hub.hold_after(u64::MAX);
-    let resumed = told(&ran(publish(&folders, &hub, &["--json"])).await);
-    assert_eq!(resumed["uploadedBytes"], 200_000, "the model was there");
-    // The model once; the sample killed, stopped, and at last.
-    assert_eq!(hub.count("PUT "), 1 + 3);
-    let repository = hub.repository("alice/pots");
-    assert_eq!(repository.commits.len(), 1);
-    holds_all_of(&repository, &folder);
-}
-
-#[tokio::test]
-async fn a_file_of_two_gigabytes_takes_no_memory() {
-    const SIZE: u64 = 2 << 30;
-    let (hub, folders) = (HubStandIn::start().await, Folders::new());
-    let folder = training(&folders);
-    let model = fs::File::create(folder.join("my_lora.safetensors")).unwrap();
-    model.set_len(SIZE).unwrap();
-    let mut running = publish(&folders, &hub, &["--json"]).spawn().unwrap();
-    let status = format!("/proc/{}/status", running.id().unwrap());
-    let mut most_kib = 0;
-    let ended = wait_for("its end", || {
-        let text = fs::read_to_string(&status).unwrap_or_default();
-        let peak = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-        let peak = peak.and_then(|peak| peak.trim().trim_end_matches(" kB").parse::<u64>().ok());
-        most_kib = most_kib.max(peak.unwrap_or_default());
-        running.try_wait().unwrap()
-    });
-    assert!(ended.await.success());
-    let sent = hub.received();
-    assert!(sent >= SIZE && most_kib > 0, "{sent}");
-    assert!(most_kib < 100 * 1024, "{most_kib} KiB");
-}
-
-#[tokio::test]
-async fn large_files_go_in_parts_where_the_hub_wants_that() {
-    let (hub, folders) = (HubStandIn::start().await, Folders::new());
-    let folder = training(&folders);
-    hub.state().part_bytes = Some(70_000);
-    // A part that fails is sent again.
-    hub.state().faults = vec![("storage", 503)];
-    let published = told(&ran(publish(&folders, &hub, &["--json"])).await);
-    assert_eq!(published["uploadedBytes"], 500_000);
-    holds_all_of(&hub.repository("alice/pots"), &folder);
-    assert_eq!(hub.count("PUT "), 5 + 3 + 1);
-    assert!(hub.state().leaked.is_empty());
 }
 
 #[tokio::test]
@@ -426,6 +341,43 @@ async fn a_name_that_is_taken_is_gone_on_with_only_as_it_was_asked() {
 }
 
 #[tokio::test]
+async fn a_token_that_may_create_nothing_may_write_to_what_is_there() {
+    let (hub, folders) = (HubStandIn::start().await, Folders::new());
+    training(&folders);
+    hub.state().faults = vec![("create", 403)];
+    let line = failure(&ran(publish(&folders, &hub, &[])).await);
+    assert!(line.contains("HF_TOKEN may not do that"), "{line}");
+    let private = Repository {
+        private: true,
+        ..Repository::default()
+    };
+    let name = "alice/pots".to_owned();
+    hub.state().repositories.insert(name, private);
+    hub.state().faults = vec![("create", 403)];
+    let published = told(&ran(publish(&folders, &hub, &["--json"])).await);
+    assert_eq!(published["created"], false);
+    let repository = hub.repository("alice/pots");
+    assert!(
+        FILES[1..]
+            .iter()
+            .all(|name| repository.files.contains_key(*name))
+    );
+}
+
+#[tokio::test]
+async fn how_long_the_hub_asks_to_wait_is_told() {
+    let (hub, folders) = (HubStandIn::start().await, Folders::new());
+    training(&folders);
+    hub.state().faults = vec![("create", 429)];
+    hub.state().wait = 7_000;
+    let line = failure(&ran(publish(&folders, &hub, &[])).await);
+    assert!(
+        line.contains("429") && line.ends_with("in 117 minutes"),
+        "{line}"
+    );
+}
+
+#[tokio::test]
 async fn a_card_that_somebody_edited_is_kept() {
     let (hub, folders) = (HubStandIn::start().await, Folders::new());
     let folder = training(&folders);
@@ -497,15 +449,6 @@ async fn a_dry_run_asks_nobody() {
     let line = failure(&ran(dry(&[])).await);
     assert!(line.contains("my_lora is no folder"), "{line}");
     assert!(hub.state().asked.is_empty());
-}
-
-#[tokio::test]
-async fn an_upload_goes_nowhere_inside() {
-    let (hub, folders) = (HubStandIn::start().await, Folders::new());
-    training(&folders);
-    hub.state().upload_address = Some("http://169.254.169.254/latest".to_owned());
-    let line = failure(&ran(publish(&folders, &hub, &[])).await);
-    assert!(line.contains("to which nothing is sent"), "{line}");
 }
 
 #[tokio::test]
@@ -622,10 +565,17 @@ assert [model.id for model in api.list_models(author='alice')] == ['alice/pots']
 async fn the_token_stays_out_of_every_file() {
     let (hub, folders) = (HubStandIn::start().await, Folders::new());
     training(&folders);
-    let mut command = publish(&folders, &hub, &["--log-level", "trace"]);
-    command.env("HF_TOKEN", HF_TOKEN);
-    assert!(ran(command).await.status.success());
-    for file in crate::support::files_below(&folders.join("")) {
-        assert!(!holds(&file, HF_TOKEN), "{}", file.display());
+    let more = ["--log-level", "trace", "--log-file", "greenroom.log"];
+    for parts in [None, Some(70_000)] {
+        *hub.state() = Default::default();
+        hub.state().part_bytes = parts;
+        let output = ran(publish(&folders, &hub, &more)).await;
+        assert!(output.status.success());
+        for file in crate::support::files_below(&folders.join("")) {
+            assert!(!holds(&file, HF_TOKEN), "{}", file.display());
+            // Nor what lets whoever reads it upload in our place.
+            assert!(!holds(&file, "s3cret"), "{}", file.display());
+        }
+        assert!(!String::from_utf8_lossy(&output.stderr).contains("s3cret"));
     }
 }

@@ -18,6 +18,7 @@ use tokio::{process::Command, time::timeout};
 
 use crate::{
     hub::{command, publish, training},
+    label::picture_of,
     support::{Folders, HF_TOKEN, HubStandIn, Options, PATIENCE, TestGreenroom},
 };
 
@@ -159,6 +160,45 @@ async fn a_file_that_cannot_be_opened_is_told_before_anything_is_done() {
         );
     }
     assert!(hub.state().asked.is_empty());
+}
+
+#[tokio::test]
+async fn every_command_that_asks_somebody_says_there_why_it_failed() {
+    let folders = Folders::new();
+    let home = folders.join("home");
+    fs::write(home.join("a.png"), picture_of(1, 40, 30)).unwrap();
+    fs::write(home.join("index.html"), "<img src=a.png>").unwrap();
+    let commands: [&[&str]; 4] = [
+        &["hf", "list-models"],
+        &["replicate", "run-model", "acme/pots", "--param", "prompt:x"],
+        &["label", "a.png"],
+        &["alt-text", "."],
+    ];
+    for args in commands {
+        let path = home.join("greenroom.log");
+        #[expect(clippy::disallowed_methods, reason = "the program under test")]
+        let mut command = Command::new(env!("CARGO_BIN_EXE_greenroom"));
+        // No token and no CLI: nothing of it can work.
+        command
+            .args(args)
+            .args(["--log-file", "greenroom.log"])
+            .current_dir(&home)
+            .env_clear()
+            .env("HOME", &home)
+            .env("PATH", "/nonexistent")
+            .kill_on_drop(true);
+        let failed = ran(command).await;
+        assert_eq!(failed.status.code(), Some(1), "{args:?}: {failed:?}");
+        let said = String::from_utf8(failed.stderr).unwrap();
+        let text = fs::read_to_string(&path).unwrap();
+        let lines = lines(&text);
+        let last = lines.last().unwrap_or_else(|| panic!("{args:?}: {said}"));
+        assert_eq!(last["level"], "error", "{args:?}: {text}");
+        let words = last["message"].as_str().unwrap();
+        assert_eq!(said.lines().last(), Some(words), "{args:?}");
+        assert_eq!(mode(&path), 0o600);
+        fs::remove_file(path).unwrap();
+    }
 }
 
 #[tokio::test]

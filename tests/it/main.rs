@@ -22,6 +22,7 @@ mod history;
 mod hostile;
 mod hostile_repository;
 mod hub;
+mod hub_upload;
 mod image_calls;
 mod images;
 mod init;

@@ -49,7 +49,7 @@ pub(super) fn without_text<'a>(
 }
 
 /// Elements around a place that are looked at; more are not told apart.
-const MAX_OPEN: usize = 1_000;
+const MAX_OPEN: usize = 200;
 
 const CHOSEN: &str =
     "its image is chosen when the page is made: give it a text from where the image comes from";
@@ -114,11 +114,29 @@ impl<'a> Images<'_, 'a> {
         });
         self.open.push(Open {
             name,
-            is_hidden: self.page.literal(tag, "aria-hidden") == Some("true"),
+            is_hidden: self.hides(tag),
             acts,
             speaks,
             first: self.found.len(),
         });
+    }
+
+    /// `aria-hidden="true"`, and what JSX means by it.
+    fn hides(&self, tag: &Tag) -> bool {
+        let is_jsx = matches!(self.dialect, Dialect::Jsx | Dialect::Mdx);
+        match self
+            .page
+            .attribute(tag, "aria-hidden")
+            .map(|said| &said.value)
+        {
+            Some(Value::Text(inner)) => self.page.slice(inner) == "true",
+            Some(Value::Code(inner)) => {
+                let code = self.page.slice(inner).trim();
+                code == "true" || unquoted(code) == Some("true")
+            }
+            Some(Value::None) => is_jsx,
+            None => false,
+        }
     }
 
     fn is_hidden(&self) -> bool {
@@ -210,10 +228,7 @@ impl<'a> Images<'_, 'a> {
     fn is_set_apart(&self, tag: &Tag, has_empty: bool, shown: &Shown) -> bool {
         let page = self.page;
         let role = page.literal(tag, "role").unwrap_or_default();
-        if matches!(role, "presentation" | "none")
-            || page.literal(tag, "aria-hidden") == Some("true")
-            || self.is_hidden()
-        {
+        if matches!(role, "presentation" | "none") || self.hides(tag) || self.is_hidden() {
             return true;
         }
         let side = |name| {
@@ -328,8 +343,7 @@ impl<'a> Images<'_, 'a> {
     fn place(&self, tag: &Tag, alt: Option<&Attribute>) -> Place {
         let name = alt.map_or("alt", |alt| kept_name(self.page.slice(&alt.name)));
         let form = match self.dialect {
-            Dialect::Html | Dialect::Vue => Form::Attribute(name),
-            Dialect::Svelte => Form::Svelte(name),
+            Dialect::Html | Dialect::Vue | Dialect::Svelte => Form::Attribute(name),
             Dialect::Astro | Dialect::Jsx | Dialect::Mdx => Form::Code(name),
         };
         if let Some(alt) = alt {

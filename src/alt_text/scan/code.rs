@@ -44,7 +44,9 @@ impl Scanner<'_> {
                     is_open = byte == b'}';
                     self.at += 1;
                 }
-                b'\n' if end == End::BlankLine && open.is_empty() && self.is_before_blank() => {
+                b'\n'
+                    if end == End::BlankLine && open.is_empty() && self.is_blank_after(self.at) =>
+                {
                     break;
                 }
                 b'"' | b'\'' => {
@@ -106,9 +108,9 @@ impl Scanner<'_> {
         }
     }
 
-    /// Is the line after this one's end without content?
-    fn is_before_blank(&self) -> bool {
-        let rest = &self.text[self.at + 1..];
+    /// Is the line after this line feed without content?
+    pub(super) fn is_blank_after(&self, line_feed: usize) -> bool {
+        let rest = &self.text[line_feed + 1..];
         let line = rest.split(|byte| *byte == b'\n').next().unwrap_or_default();
         line.trim_ascii().is_empty()
     }

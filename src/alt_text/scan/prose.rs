@@ -23,15 +23,18 @@ impl Scanner<'_> {
                 self.at = (self.at + 1).min(self.text.len() - 1);
                 Ok(false)
             }
-            Some(b'`') => Ok(self.code_span(text)),
+            Some(b'`') => self.code_span(text),
             Some(b'!') if self.starts("![") => match self.picture() {
-                Some(picture) => {
+                Ok(picture) => {
                     self.text_piece(text);
                     self.at = picture.at.end;
                     self.pieces.push(Piece::Picture(picture));
                     Ok(true)
                 }
-                None => Ok(false),
+                Err(end) => {
+                    self.read_in_vain(end.saturating_sub(self.at))?;
+                    Ok(false)
+                }
             },
             _ => Ok(false),
         }
@@ -39,15 +42,18 @@ impl Scanner<'_> {
 
     fn is_esm(&self) -> bool {
         let is_begin = self.starts("import ") || self.starts("export ") || self.starts("import{");
+        // Else a page of empty lines would be read for each of them.
+        if !is_begin {
+            return false;
+        }
         let before = self.text[..self.at].trim_ascii_end();
         let gap = &self.text[before.len()..self.at];
         let is_apart = gap.iter().filter(|byte| **byte == b'\n').count() > 1 || before.is_empty();
-        is_begin
-            && (is_apart
-                || before.ends_with(b"---")
-                || before.ends_with(b";")
-                || before.ends_with(b"'")
-                || before.ends_with(b"\""))
+        is_apart
+            || before.ends_with(b"---")
+            || before.ends_with(b";")
+            || before.ends_with(b"'")
+            || before.ends_with(b"\"")
     }
 
     /// The mark of a fence that opens on this line, and how long it is.
@@ -80,12 +86,12 @@ impl Scanner<'_> {
     }
 
     /// Code in a line; false if its ticks have no partner.
-    fn code_span(&mut self, text: usize) -> bool {
+    fn code_span(&mut self, text: usize) -> Result<bool, Unsure> {
         let run = |at: usize| self.text[at..].iter().take_while(|b| **b == b'`').count();
         let length = run(self.at);
         let mut at = self.at + length;
         while at < self.text.len() {
-            if self.text[at..].starts_with(b"\n\n") {
+            if self.text[at] == b'\n' && self.is_blank_after(at) {
                 break;
             }
             if self.text[at] != b'`' {
@@ -96,53 +102,57 @@ impl Scanner<'_> {
             if found == length {
                 self.text_piece(text);
                 self.at = at + found;
-                return true;
+                return Ok(true);
             }
             at += found;
         }
+        self.read_in_vain(at - self.at - length)?;
         self.at += length - 1;
-        false
+        Ok(false)
     }
 
-    fn picture(&self) -> Option<Picture> {
+    /// An image; else how far was read to know that it is none.
+    fn picture(&self) -> Result<Picture, usize> {
         let start = self.at;
         let mut at = start + 2;
         let mut depth = 0;
         loop {
-            match self.text.get(at)? {
+            match self.text.get(at).ok_or(at)? {
                 b'\\' => at += 1,
                 b'[' => depth += 1,
                 b']' if depth == 0 => break,
                 b']' => depth -= 1,
-                b'\n' if self.text[at..].starts_with(b"\n\n") => return None,
+                b'\n' if self.is_blank_after(at) => return Err(at),
                 _ => {}
             }
             at += 1;
         }
         let alt = start + 2..at;
         if self.text.get(at + 1) != Some(&b'(') {
-            return None;
+            return Err(at);
         }
         let inner = at + 2;
         let mut end = inner;
         let mut depth = 0;
         loop {
-            match self.text.get(end)? {
+            match self.text.get(end).ok_or(end)? {
                 b'\\' => end += 1,
                 b'(' => depth += 1,
                 b')' if depth == 0 => break,
                 b')' => depth -= 1,
-                b'\n' => return None,
+                b'\n' => return Err(end),
                 _ => {}
             }
             end += 1;
         }
-        let inside = str::from_utf8(&self.text[inner..end]).ok()?.trim();
+        let inside = str::from_utf8(&self.text[inner..end])
+            .map_err(|_| end)?
+            .trim();
         let src = match inside.strip_prefix('<') {
-            Some(rest) => rest.split('>').next()?,
+            Some(rest) => rest.split('>').next().unwrap_or_default(),
             None => inside.split_whitespace().next().unwrap_or_default(),
         };
-        Some(Picture {
+        Ok(Picture {
             at: start..end + 1,
             alt,
             src: src.to_owned(),

@@ -49,7 +49,7 @@ pub(crate) struct HubState {
     pub(crate) repositories: BTreeMap<String, Repository>,
     /// What the storage has, by SHA-256: the size.
     stored: BTreeMap<String, u64>,
-    /// Parts that came, by object and number.
+    /// Parts that came, by upload and number.
     parts: BTreeMap<String, BTreeMap<u64, Vec<u8>>>,
     /// Method and path of each request, in order.
     pub(crate) asked: Vec<String>,
@@ -59,7 +59,13 @@ pub(crate) struct HubState {
     pub(crate) leaked: Vec<String>,
     /// Uploads with the headers that were named for them; the official client sends none.
     pub(crate) with_headers: usize,
-    /// The next requests whose path holds this text are answered so.
+    /// Uploads in parts that were begun: each has parts of its own.
+    uploads: usize,
+    /// So many uploads are taken in and never answered.
+    pub(crate) silent: usize,
+    /// What a refusal on purpose asks to wait, in seconds.
+    pub(crate) wait: u64,
+    /// The next requests whose path holds this text are answered so; 0 is no fault, and lets one pass.
     pub(crate) faults: Vec<(&'static str, u16)>,
     /// What such an answer says.
     pub(crate) words: Option<String>,
@@ -160,7 +166,12 @@ impl HubStandIn {
     fn actions(&self, sha256: &str, size: u64, id: &str, part_bytes: Option<u64>) -> Value {
         let storage = format!("http://127.0.0.1:{}", self.storage_port);
         let storage = self.state().upload_address.clone().unwrap_or(storage);
-        let put = format!("{storage}/{sha256}?signature=s3cret");
+        let signed = {
+            let mut state = self.state();
+            state.uploads += usize::from(part_bytes.is_some());
+            format!("{sha256}?signature=s3cret&uploadId={}", state.uploads)
+        };
+        let put = format!("{storage}/{signed}");
         let upload = match part_bytes {
             None => json!({"href": put, "header": {"x-amz-kept": "yes"}}),
             Some(part_bytes) => {
@@ -168,7 +179,7 @@ impl HubStandIn {
                 for number in 1..=size.div_ceil(part_bytes) {
                     header[format!("{number:05}")] = json!(format!("{put}&part={number}"));
                 }
-                let href = format!("{}/api/complete/{sha256}?signature=s3cret", self.url());
+                let href = format!("{}/api/complete/{signed}", self.url());
                 json!({"href": href, "header": header})
             }
         };
@@ -224,7 +235,10 @@ async fn answer(
             .position(|(text, _)| path.contains(text));
         if let Some(at) = fault {
             let (_, status) = state.faults.remove(at);
-            return refused(status, state.words.as_deref().unwrap_or("on purpose"));
+            let wait = state.wait.to_string().parse().unwrap();
+            let mut answer = refused(status, state.words.as_deref().unwrap_or("on purpose"));
+            answer.headers_mut().insert("retry-after", wait);
+            return answer;
         }
     }
     let role = match role_of(&headers) {
@@ -303,7 +317,7 @@ impl HubStandIn {
                     false => no(422, "the object is not there"),
                 }
             }
-            ("POST", ["api", "complete", sha256]) => self.complete(sha256, &json),
+            ("POST", ["api", "complete", sha256]) => self.complete(sha256, uri, &json),
             ("GET", [owner, name, "raw", "main", file]) => {
                 let repository = self.seen(&id(owner, name), role)?;
                 match repository.files.get(*file) {
@@ -454,9 +468,9 @@ impl HubStandIn {
         Ok(told(&json!({"transfer": "basic", "objects": objects})))
     }
 
-    fn complete(&self, sha256: &str, asked: &Value) -> Told {
+    fn complete(&self, sha256: &str, uri: &Uri, asked: &Value) -> Told {
         let mut state = self.state();
-        let parts = state.parts.remove(sha256).unwrap_or_default();
+        let parts = state.parts.remove(&upload(sha256, uri)).unwrap_or_default();
         let tags = asked["parts"].as_array().unwrap().iter();
         let tags: Vec<Value> = tags.map(|part| part["etag"].clone()).collect();
         let expected: Vec<Value> = parts
@@ -545,7 +559,9 @@ async fn store(
         state.leaked.extend(secrets);
         if let Some(at) = state.faults.iter().position(|(text, _)| *text == "storage") {
             let (_, status) = state.faults.remove(at);
-            return refused(status, "on purpose");
+            if status > 0 {
+                return refused(status, "on purpose");
+            }
         }
     }
     let query = uri.query().unwrap_or_default().to_owned();
@@ -580,6 +596,15 @@ async fn store(
     if size != length {
         return refused(400, "IncompleteBody");
     }
+    let is_silent = {
+        let mut state = hub.state();
+        let is_silent = state.silent > 0;
+        state.silent = state.silent.saturating_sub(1);
+        is_silent
+    };
+    if is_silent {
+        std::future::pending::<()>().await;
+    }
     let mut state = hub.state();
     match part {
         None if hex::encode(hash.finalize()) != sha256 => {
@@ -591,13 +616,20 @@ async fn store(
         Some(number) => {
             state
                 .parts
-                .entry(sha256)
+                .entry(upload(&sha256, &uri))
                 .or_default()
                 .insert(number, content);
         }
     }
     let tag = format!("\"tag-{}\"", part.unwrap_or_default());
     [(header::ETAG, tag)].into_response()
+}
+
+/// Which upload of an object it is.
+fn upload(sha256: &str, uri: &Uri) -> String {
+    let query = uri.query().unwrap_or_default();
+    let id = query.split('&').find(|pair| pair.starts_with("uploadId="));
+    format!("{sha256} {}", id.unwrap_or_default())
 }
 
 fn id(owner: &str, name: &str) -> String {
