@@ -352,6 +352,13 @@ where
     done
 }
 
+/// Waits for a thread; its panic is the caller's.
+pub fn end<T>(thread: std::thread::ScopedJoinHandle<'_, T>) -> T {
+    thread
+        .join()
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,6 +5,7 @@ use std::{
     collections::BTreeMap,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread::JoinHandle,
 };
 
 use git2::{ObjectType, Oid, Repository};
@@ -19,7 +20,10 @@ use super::{
     refs::Branch,
     worktree::{CommitRequest, Committed, Scope, Worktree, summarise},
 };
-use crate::{domain::CommitSummary, lease::Fence};
+use crate::{domain::CommitSummary, lease::Fence, task};
+
+/// Changed files whose folders are read ahead, at most.
+const READ_AHEAD: usize = 20;
 
 /// What an index has to be told; `None`: the file is gone.
 type Changes = BTreeMap<Vec<u8>, Option<Entry>>;
@@ -32,12 +36,20 @@ type Changes = BTreeMap<Vec<u8>, Option<Entry>>;
 pub(super) struct Kept(Arc<Held>);
 
 #[derive(Default)]
-struct Held(Mutex<(Option<Repository>, Vec<PathBuf>)>);
+struct Held(Mutex<Holding>);
+
+#[derive(Default)]
+struct Holding {
+    repo: Option<Repository>,
+    /// Has the repository while it reads ahead.
+    reader: Option<JoinHandle<Repository>>,
+    folders: Vec<PathBuf>,
+}
 
 impl Drop for Held {
     fn drop(&mut self) {
         let held = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let repo = held.0.take();
+        let repo = held.repo.take();
         // A disk that does not answer keeps whoever closes a file of it waiting, and this may be
         // dropped where nobody has to wait.
         let closer = std::thread::Builder::new().name("repository's end".into());
@@ -55,23 +67,53 @@ impl std::fmt::Debug for Kept {
 
 impl Kept {
     pub(super) fn take(&self) -> Option<Repository> {
-        self.lock().0.take()
+        let (kept, reader) = {
+            let mut held = self.lock();
+            (held.repo.take(), held.reader.take())
+        };
+        kept.or_else(|| reader?.join().ok())
     }
 
     pub(super) fn put(&self, repo: Repository) {
-        self.lock().0 = Some(repo);
+        self.lock().repo = Some(repo);
+    }
+
+    /// The same after a commit of ours, which libgit2 has not seen: what the next one begins with is read
+    /// ahead where that takes a while. Whoever takes it waits for that.
+    fn put_after(&self, repo: Repository, commit: &CommitSummary) {
+        if !task::is_disk_slow() {
+            return self.put(repo);
+        }
+        let id = commit.id.clone();
+        let changed = commit.files.iter().take(READ_AHEAD);
+        let changed: Vec<_> = changed.map(|file| PathBuf::from(&file.path)).collect();
+        let read = move || {
+            let ahead = || -> std::result::Result<(), git2::Error> {
+                let tree = repo.find_commit(Oid::from_str(&id)?)?.tree()?;
+                for path in &changed {
+                    // One that is gone leads there as well.
+                    tree.get_path(path).ok();
+                }
+                Ok(())
+            };
+            // Whoever needs it finds out what is amiss.
+            ahead().ok();
+            repo
+        };
+        let reader = std::thread::Builder::new().name("reads ahead".into());
+        self.lock().reader = reader.spawn(read).ok();
     }
 
     /// The folders of references, as they were seen last: where to look first.
     pub(super) fn folders(&self) -> Vec<PathBuf> {
-        self.lock().1.clone()
+        self.lock().folders.clone()
     }
 
     pub(super) fn note_folders(&self, folders: Vec<PathBuf>) {
-        self.lock().1 = folders;
+        self.lock().folders = folders;
     }
 
-    fn lock(&self) -> MutexGuard<'_, (Option<Repository>, Vec<PathBuf>)> {
+    fn lock(&self) -> MutexGuard<'_, Holding> {
         (self.0.0).lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -100,13 +142,15 @@ struct Step<'a> {
     fence: &'a Fence,
 }
 
-fn end<T>(thread: std::thread::ScopedJoinHandle<'_, T>) -> T {
-    thread
-        .join()
-        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-}
-
 impl Worktree {
+    /// Keeps the repository for the next commit, after this one.
+    pub(super) fn keep_after(&self, repo: Repository, commit: Option<&CommitSummary>) {
+        match commit {
+            Some(commit) => self.kept.put_after(repo, commit),
+            None => self.kept.put(repo),
+        }
+    }
+
     pub(super) fn commit_onto(
         &self,
         opened: &mut Opened,
@@ -208,7 +252,7 @@ impl Worktree {
                 .is_as_left
                 .then(|| scope.spawn(|| branch.begin(step.from, step.to)));
             let meant = meanwhile();
-            ((end(written), begun.map(end)), prepared.map(end), meant)
+            ((task::end(written), begun.map(task::end)), prepared.map(task::end), meant)
         });
         written?;
         step.fence.check()?;

@@ -121,7 +121,7 @@ impl Place {
             Workshop {
                 scratch: &scratch,
                 local: None,
-                with_spare: false,
+                thread: None,
             },
             source,
             &remotes,
@@ -129,6 +129,7 @@ impl Place {
             base_branch,
             &who,
         )
+        .map(|created| created.repository)
     }
 
     fn create(&self, user: &str) -> UserRepository {

@@ -174,7 +174,7 @@ impl Worktree {
         let mut committed = self.commit_onto(&mut opened, request)?;
         committed.repairs.splice(0..0, repairs);
         if !self.is_main {
-            self.kept.put(opened.repo);
+            self.keep_after(opened.repo, committed.commit.as_ref());
         }
         Ok(committed)
     }
@@ -482,14 +482,7 @@ impl Worktree {
     /// First checkout, under another name until it is whole: a half made worktree would look
     /// like one in which somebody deleted files.
     pub(super) fn check_out(&self) -> Result<()> {
-        let mut hidden = OsStr::new(".").to_owned();
-        hidden.push(self.name());
-        hidden.push(".partial");
-        let partial = self.path.with_file_name(hidden);
-        files::remove_all(&partial).during("remove the leftovers of an earlier attempt")?;
-        if let Some(threads) = partial.parent() {
-            fs::create_dir_all(threads).during("make the folder of the threads")?;
-        }
+        let partial = self.clear_partial()?;
         // Whatever index there is belongs to files that are gone.
         files::remove_all(&self.admin.join("index")).during("remove the old index")?;
         let in_progress = Self {
@@ -512,6 +505,32 @@ impl Worktree {
         };
         in_progress.write_index(&index, tree, &BTreeMap::new());
         fs::rename(&partial, &self.path).during("put the worktree in place")
+    }
+
+    /// Where its files are written until they are whole.
+    pub(super) fn partial(&self) -> PathBuf {
+        let mut hidden = OsStr::new(".").to_owned();
+        hidden.push(self.name());
+        hidden.push(".partial");
+        self.path.with_file_name(hidden)
+    }
+
+    /// Nothing is there after this, and what it lies in is.
+    fn clear_partial(&self) -> Result<PathBuf> {
+        let partial = self.partial();
+        files::remove_all(&partial).during("remove the leftovers of an earlier attempt")?;
+        if let Some(threads) = partial.parent() {
+            fs::create_dir_all(threads).during("make the folder of the threads")?;
+        }
+        Ok(partial)
+    }
+
+    /// An empty folder there, for whom the worktree is.
+    pub(super) fn begin_partial(&self) -> Result<PathBuf> {
+        let partial = self.clear_partial()?;
+        self.make_folder(&partial)
+            .during("make the worktree's folder")?;
+        Ok(partial)
     }
 
     /// Closed to others where it is for somebody; then what is written into it is for him too.
@@ -592,7 +611,7 @@ impl Worktree {
     }
 
     /// The thread's id.
-    fn name(&self) -> &OsStr {
+    pub(super) fn name(&self) -> &OsStr {
         self.path
             .file_name()
             .expect("a worktree's path ends in its thread's id")
