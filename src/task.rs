@@ -333,6 +333,8 @@ where
     };
     let mut made = std::thread::scope(|scope| {
         let others: Vec<_> = (1..rest.len().min(ABREAST))
+            // Those who began first may be through by now.
+            .take_while(|_| next.load(Ordering::Relaxed) < rest.len())
             .map(|_| scope.spawn(worker))
             .collect();
         let mut made = worker();

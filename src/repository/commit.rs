@@ -15,10 +15,12 @@ use super::{
     gate::Keeper,
     guard::Repair,
     index::{Damaged, Entry, Index, Moment},
+    look::Memory,
     message,
     objects::{NewObjects, commit_text, signed},
     refs::Branch,
-    worktree::{CommitRequest, Committed, Scope, Worktree, summarise},
+    scan::Unfinished,
+    worktree::{CommitRequest, Committed, Known, Scope, Worktree, summarise},
 };
 use crate::{domain::CommitSummary, lease::Fence, task};
 
@@ -43,19 +45,22 @@ struct Holding {
     repo: Option<Repository>,
     /// Has the repository while it reads ahead.
     reader: Option<JoinHandle<Repository>>,
-    folders: Vec<PathBuf>,
+    memory: Memory,
 }
 
 impl Drop for Held {
     fn drop(&mut self) {
         let held = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let repo = held.repo.take();
-        // A disk that does not answer keeps whoever closes a file of it waiting, and this may be
-        // dropped where nobody has to wait.
-        let closer = std::thread::Builder::new().name("repository's end".into());
-        if repo.is_some() {
-            closer.spawn(move || drop(repo)).ok();
+        let (repo, reader) = (held.repo.take(), held.reader.take());
+        if repo.is_none() && reader.is_none() {
+            return;
         }
+        // A disk that does not answer keeps whoever closes a file of it waiting, and this may be
+        // dropped where nobody has to wait. (A reader that is through holds its repository until it is
+        // joined or dropped.)
+        let closer = std::thread::Builder::new().name("repository's end".into());
+        let close = move || drop((repo, reader.map(JoinHandle::join)));
+        closer.spawn(close).ok();
     }
 }
 
@@ -104,13 +109,13 @@ impl Kept {
         self.lock().reader = reader.spawn(read).ok();
     }
 
-    /// The folders of references, as they were seen last: where to look first.
-    pub(super) fn folders(&self) -> Vec<PathBuf> {
-        self.lock().folders.clone()
+    /// What earlier looks at the git directory have seen.
+    pub(super) fn memory(&self) -> Memory {
+        self.lock().memory.clone()
     }
 
-    pub(super) fn note_folders(&self, folders: Vec<PathBuf>) {
-        self.lock().folders = folders;
+    pub(super) fn remember(&self, memory: Memory) {
+        self.lock().memory = memory;
     }
 
     fn lock(&self) -> MutexGuard<'_, Holding> {
@@ -126,6 +131,8 @@ pub(super) struct Opened {
     pub(super) now: Option<Moment>,
     /// The index's file, if it was read.
     pub(super) index: Option<Result<Index, Damaged>>,
+    /// What a scan by that index has found, if there was one.
+    pub(super) ahead: Option<Unfinished>,
     /// Nothing odd was seen on the way to the branch.
     pub(super) is_as_left: bool,
     pub(super) repairs: Vec<Repair>,
@@ -156,7 +163,10 @@ impl Worktree {
         opened: &mut Opened,
         request: &CommitRequest<'_>,
     ) -> Result<Committed> {
-        let mut known = opened.index.take();
+        let mut known = Known {
+            index: opened.index.take(),
+            ahead: opened.ahead.take(),
+        };
         let (repo, head) = (&opened.repo, opened.head);
         let head_tree = self.tree(repo, head)?;
         let keeper = Keeper::new(request.held_dir);
@@ -169,6 +179,7 @@ impl Worktree {
         let changes = std::mem::take(found.stage.changes());
         let mut index = found.index.take();
         if index.is_none() && (tree != head_tree.id() || !changes.is_empty()) {
+            let known = known.index;
             let known = known.unwrap_or_else(|| Index::read(&self.index_file()));
             // Nothing of the index may make it look as if the commit had failed.
             match Index::of_known(known, repo, &head_tree) {
@@ -252,7 +263,11 @@ impl Worktree {
                 .is_as_left
                 .then(|| scope.spawn(|| branch.begin(step.from, step.to)));
             let meant = meanwhile();
-            ((task::end(written), begun.map(task::end)), prepared.map(task::end), meant)
+            (
+                (task::end(written), begun.map(task::end)),
+                prepared.map(task::end),
+                meant,
+            )
         });
         written?;
         step.fence.check()?;

@@ -78,11 +78,7 @@ impl Plan<'_> {
     /// Makes it and puts it in its place, where nothing is. Says whether the thread came along: one that
     /// began elsewhere, or whose files are there, is left to [`UserRepository::ensure_thread`]. So is one
     /// that a crash parts from its repository.
-    pub(super) fn make(
-        &self,
-        repository: &UserRepository,
-        workshop: Workshop<'_>,
-    ) -> Result<bool> {
+    pub(super) fn make(&self, repository: &UserRepository, workshop: Workshop<'_>) -> Result<bool> {
         const LEFTOVERS: &str = "remove the leftovers of an earlier attempt";
         const MAKE: &str = "make the repository's folder";
         let scratch = workshop.scratch;
@@ -115,9 +111,8 @@ impl Plan<'_> {
             drop(repo);
             furnish(bench, scratch, tip, thread.map(|(worktree, _)| worktree))?;
             // The rename replaces an empty folder, and fails on anything else.
-            let place = |from: &Path, to: &Path| {
-                fs::rename(from, to).during("put the repository in place")
-            };
+            let place =
+                |from: &Path, to: &Path| fs::rename(from, to).during("put the repository in place");
             place(scratch, &repository.project)?;
             if let Some((worktree, fence)) = thread {
                 fence.check()?;
@@ -349,4 +344,3 @@ fn commit_template(repo: &Repository, site: &[TemplateFile], committer: &Signatu
     make_branch(repo, TEMPLATE_BRANCH, commit)?;
     Ok(commit)
 }
-

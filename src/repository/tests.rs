@@ -14,6 +14,7 @@ use crate::{
     lease::Fence,
 };
 
+mod along;
 mod checkout;
 mod drafts;
 
