@@ -14,8 +14,9 @@
  *   it. A change by another mount of the same source causes no file event.
  * - No extended attributes, no O_TMPFILE.
  *
- * What is harsher: that a name does not exist is never believed, each time it is a round trip; and a write
- * is one at once, where NFS would gather pieces until the file is closed.
+ * What is harsher: that a name does not exist is not believed, each time it is a round trip (with --gone-s it is
+ * for so long, whatever becomes of its folder, where NFS asks for that again when it sees the folder change); and
+ * a write is one at once, where NFS would gather pieces until the file is closed.
  *
  * SIGUSR1: prints what was called since the last time, one line of JSON {"lookup":7,...}. Stopped (SIGSTOP) it
  * is a disk that does not answer. It ends when it is unmounted. With SLOW_DISK_TRACE, the name of a file, each
@@ -46,7 +47,7 @@
 #define NAMES_PER_CALL 128
 
 static FILE *trace;
-static double read_ms = 1.5, write_ms = 3.0, piece_ms = 0.6, mbps = 100, file_s = 3, folder_s = 30, calls = 64;
+static double read_ms = 1.5, write_ms = 3.0, piece_ms = 0.6, mbps = 100, file_s = 3, folder_s = 30, gone_s = 0, calls = 64;
 static int device;
 
 #define NAMES(X) X(lookup) X(getattr) X(readlink) X(list) X(open) X(close) X(read) X(statfs) \
@@ -349,9 +350,17 @@ static void serve(struct fuse_in_header *in, void *args)
 		about.folder = at ? at->fd : -1;
 	}
 	switch (in->opcode) {
-	case FUSE_LOOKUP:
+	case FUSE_LOOKUP: {
+		struct fuse_entry_out entry = { 0 };
 		take(C_lookup, 0);
-		return answer_entry(in->unique, 0, at->fd, name);
+		error = look_up(at->fd, name, &entry);
+		if (error == ENOENT && gone_s > 0) {
+			entry.entry_valid = (uint64_t)gone_s; /* of no file */
+			entry.entry_valid_nsec = nanos(gone_s);
+			error = 0;
+		}
+		return answer(in->unique, error, &entry, sizeof entry);
+	}
 	case FUSE_FORGET:
 		return forget(in->nodeid, ((struct fuse_forget_in *)args)->nlookup);
 	case FUSE_BATCH_FORGET: {
@@ -556,7 +565,7 @@ int main(int count, char **words)
 {
 	struct { const char *name; double *value; } options[] = {
 		{ "--read-ms", &read_ms }, { "--write-ms", &write_ms }, { "--piece-ms", &piece_ms }, { "--mbps", &mbps },
-		{ "--file-s", &file_s }, { "--folder-s", &folder_s }, { "--calls", &calls },
+		{ "--file-s", &file_s }, { "--folder-s", &folder_s }, { "--gone-s", &gone_s }, { "--calls", &calls },
 	};
 	char how[256];
 	sigset_t set;
