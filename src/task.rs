@@ -333,6 +333,8 @@ where
     };
     let mut made = std::thread::scope(|scope| {
         let others: Vec<_> = (1..rest.len().min(ABREAST))
+            // Those who began first may be through by now.
+            .take_while(|_| next.load(Ordering::Relaxed) < rest.len())
             .map(|_| scope.spawn(worker))
             .collect();
         let mut made = worker();
@@ -350,6 +352,13 @@ where
     made.sort_unstable_by_key(|(at, _)| *at);
     done.extend(made.into_iter().map(|(_, one)| one));
     done
+}
+
+/// Waits for a thread; its panic is the caller's.
+pub fn end<T>(thread: std::thread::ScopedJoinHandle<'_, T>) -> T {
+    thread
+        .join()
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 #[cfg(test)]

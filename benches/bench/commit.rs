@@ -70,14 +70,15 @@ fn size(
         Workshop {
             scratch: &folder.join("scratch"),
             local: None,
-            with_spare: false,
+            thread: None,
         },
         &source,
         &Remotes::default(),
         &key("t0")?.user_key(),
         None,
         &who,
-    )?;
+    )?
+    .repository;
     let clone = vec![ms(started)];
     let by_hand = folder.join("by-hand");
     let started = Instant::now();

@@ -5,6 +5,7 @@ use std::{
     collections::BTreeMap,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread::JoinHandle,
 };
 
 use git2::{ObjectType, Oid, Repository};
@@ -14,12 +15,17 @@ use super::{
     gate::Keeper,
     guard::Repair,
     index::{Damaged, Entry, Index, Moment},
+    look::Memory,
     message,
     objects::{NewObjects, commit_text, signed},
     refs::Branch,
-    worktree::{CommitRequest, Committed, Scope, Worktree, summarise},
+    scan::Unfinished,
+    worktree::{CommitRequest, Committed, Known, Scope, Worktree, summarise},
 };
-use crate::{domain::CommitSummary, lease::Fence};
+use crate::{domain::CommitSummary, lease::Fence, task};
+
+/// Changed files whose folders are read ahead, at most.
+const READ_AHEAD: usize = 20;
 
 /// What an index has to be told; `None`: the file is gone.
 type Changes = BTreeMap<Vec<u8>, Option<Entry>>;
@@ -32,18 +38,29 @@ type Changes = BTreeMap<Vec<u8>, Option<Entry>>;
 pub(super) struct Kept(Arc<Held>);
 
 #[derive(Default)]
-struct Held(Mutex<(Option<Repository>, Vec<PathBuf>)>);
+struct Held(Mutex<Holding>);
+
+#[derive(Default)]
+struct Holding {
+    repo: Option<Repository>,
+    /// Has the repository while it reads ahead.
+    reader: Option<JoinHandle<Repository>>,
+    memory: Memory,
+}
 
 impl Drop for Held {
     fn drop(&mut self) {
         let held = self.0.get_mut().unwrap_or_else(PoisonError::into_inner);
-        let repo = held.0.take();
-        // A disk that does not answer keeps whoever closes a file of it waiting, and this may be
-        // dropped where nobody has to wait.
-        let closer = std::thread::Builder::new().name("repository's end".into());
-        if repo.is_some() {
-            closer.spawn(move || drop(repo)).ok();
+        let (repo, reader) = (held.repo.take(), held.reader.take());
+        if repo.is_none() && reader.is_none() {
+            return;
         }
+        // A disk that does not answer keeps whoever closes a file of it waiting, and this may be
+        // dropped where nobody has to wait. (A reader that is through holds its repository until it is
+        // joined or dropped.)
+        let closer = std::thread::Builder::new().name("repository's end".into());
+        let close = move || drop((repo, reader.map(JoinHandle::join)));
+        closer.spawn(close).ok();
     }
 }
 
@@ -55,23 +72,53 @@ impl std::fmt::Debug for Kept {
 
 impl Kept {
     pub(super) fn take(&self) -> Option<Repository> {
-        self.lock().0.take()
+        let (kept, reader) = {
+            let mut held = self.lock();
+            (held.repo.take(), held.reader.take())
+        };
+        kept.or_else(|| reader?.join().ok())
     }
 
     pub(super) fn put(&self, repo: Repository) {
-        self.lock().0 = Some(repo);
+        self.lock().repo = Some(repo);
     }
 
-    /// The folders of references, as they were seen last: where to look first.
-    pub(super) fn folders(&self) -> Vec<PathBuf> {
-        self.lock().1.clone()
+    /// The same after a commit of ours, which libgit2 has not seen: what the next one begins with is read
+    /// ahead where that takes a while. Whoever takes it waits for that.
+    fn put_after(&self, repo: Repository, commit: &CommitSummary) {
+        if !task::is_disk_slow() {
+            return self.put(repo);
+        }
+        let id = commit.id.clone();
+        let changed = commit.files.iter().take(READ_AHEAD);
+        let changed: Vec<_> = changed.map(|file| PathBuf::from(&file.path)).collect();
+        let read = move || {
+            let ahead = || -> std::result::Result<(), git2::Error> {
+                let tree = repo.find_commit(Oid::from_str(&id)?)?.tree()?;
+                for path in &changed {
+                    // One that is gone leads there as well.
+                    tree.get_path(path).ok();
+                }
+                Ok(())
+            };
+            // Whoever needs it finds out what is amiss.
+            ahead().ok();
+            repo
+        };
+        let reader = std::thread::Builder::new().name("reads ahead".into());
+        self.lock().reader = reader.spawn(read).ok();
     }
 
-    pub(super) fn note_folders(&self, folders: Vec<PathBuf>) {
-        self.lock().1 = folders;
+    /// What earlier looks at the git directory have seen.
+    pub(super) fn memory(&self) -> Memory {
+        self.lock().memory.clone()
     }
 
-    fn lock(&self) -> MutexGuard<'_, (Option<Repository>, Vec<PathBuf>)> {
+    pub(super) fn remember(&self, memory: Memory) {
+        self.lock().memory = memory;
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Holding> {
         (self.0.0).lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -84,6 +131,8 @@ pub(super) struct Opened {
     pub(super) now: Option<Moment>,
     /// The index's file, if it was read.
     pub(super) index: Option<Result<Index, Damaged>>,
+    /// What a scan by that index has found, if there was one.
+    pub(super) ahead: Option<Unfinished>,
     /// Nothing odd was seen on the way to the branch.
     pub(super) is_as_left: bool,
     pub(super) repairs: Vec<Repair>,
@@ -100,19 +149,24 @@ struct Step<'a> {
     fence: &'a Fence,
 }
 
-fn end<T>(thread: std::thread::ScopedJoinHandle<'_, T>) -> T {
-    thread
-        .join()
-        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-}
-
 impl Worktree {
+    /// Keeps the repository for the next commit, after this one.
+    pub(super) fn keep_after(&self, repo: Repository, commit: Option<&CommitSummary>) {
+        match commit {
+            Some(commit) => self.kept.put_after(repo, commit),
+            None => self.kept.put(repo),
+        }
+    }
+
     pub(super) fn commit_onto(
         &self,
         opened: &mut Opened,
         request: &CommitRequest<'_>,
     ) -> Result<Committed> {
-        let mut known = opened.index.take();
+        let mut known = Known {
+            index: opened.index.take(),
+            ahead: opened.ahead.take(),
+        };
         let (repo, head) = (&opened.repo, opened.head);
         let head_tree = self.tree(repo, head)?;
         let keeper = Keeper::new(request.held_dir);
@@ -125,6 +179,7 @@ impl Worktree {
         let changes = std::mem::take(found.stage.changes());
         let mut index = found.index.take();
         if index.is_none() && (tree != head_tree.id() || !changes.is_empty()) {
+            let known = known.index;
             let known = known.unwrap_or_else(|| Index::read(&self.index_file()));
             // Nothing of the index may make it look as if the commit had failed.
             match Index::of_known(known, repo, &head_tree) {
@@ -208,7 +263,11 @@ impl Worktree {
                 .is_as_left
                 .then(|| scope.spawn(|| branch.begin(step.from, step.to)));
             let meant = meanwhile();
-            ((end(written), begun.map(end)), prepared.map(end), meant)
+            (
+                (task::end(written), begun.map(task::end)),
+                prepared.map(task::end),
+                meant,
+            )
         });
         written?;
         step.fence.check()?;

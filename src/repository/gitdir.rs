@@ -8,9 +8,7 @@
 //! and symlinks and alternates are refused.
 
 use std::{
-    collections::BTreeMap,
-    ffi::{OsStr, OsString},
-    fs, io,
+    fs,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -18,7 +16,10 @@ use std::{
 
 use git2::{Config, Repository, RepositoryOpenFlags};
 
-use super::{Operation as _, RepositoryError, Result, files};
+use super::{
+    Operation as _, RepositoryError, Result, files,
+    look::{Look, Memory, Wanted},
+};
 use crate::task;
 
 /// The git directory of one user (`project/.git`).
@@ -41,14 +42,14 @@ impl GitDir {
 
     /// Opens it with `workdir` as the working directory.
     pub(super) fn open(&self, workdir: &Path) -> Result<Repository> {
-        self.check(&self.look(Vec::new()))?;
+        self.check(&self.look(Vec::new(), &Memory::default()))?;
         self.open_at(&self.0, workdir)
     }
 
     /// Opens `admin`, one of its worktree entries, with `workdir` as the working directory.
     pub(super) fn open_worktree(&self, admin: &Path, workdir: &Path) -> Result<Repository> {
         let folders = [admin.to_owned(), admin.join("logs")].map(Wanted::Folder);
-        let look = self.look(folders.into());
+        let look = self.look(folders.into(), &Memory::default());
         self.check(&look)?;
         self.check_entry(&look, admin)?;
         self.open_at(admin, workdir)
@@ -56,7 +57,7 @@ impl GitDir {
 
     /// Refuses a worktree entry that leads elsewhere.
     pub(super) fn check_entry(&self, look: &Look, admin: &Path) -> Result<()> {
-        look.refuse_link(admin)?;
+        refuse_link(look, admin)?;
         for name in [
             "HEAD",
             "index",
@@ -67,7 +68,7 @@ impl GitDir {
             "refs",
             "set-aside",
         ] {
-            look.refuse_link(&admin.join(name))?;
+            refuse_link(look, &admin.join(name))?;
         }
         Ok(())
     }
@@ -77,8 +78,9 @@ impl GitDir {
         self.open_at(admin, workdir)
     }
 
-    /// Looks at all that steers libgit2 here, and at what else is wanted.
-    pub(super) fn look(&self, mut wanted: Vec<Wanted>) -> Look {
+    /// Looks at all that steers libgit2 here, and at what else is wanted. What `memory` holds of folders
+    /// that stand as they did is not listed again.
+    pub(super) fn look(&self, mut wanted: Vec<Wanted>, memory: &Memory) -> Look {
         const FOLDERS: [&str; 14] = [
             "",
             "info",
@@ -101,23 +103,15 @@ impl GitDir {
         wanted.sort_unstable();
         wanted.dedup();
         let mut look = Look::default();
-        look.take(&wanted);
+        look.take(&wanted, memory);
         // All references, however deep: those of folders that nobody asked for level by level.
         loop {
-            let refs = self.0.join("refs");
-            let found = look.folders.iter();
-            let below = found.filter(|(folder, _)| folder.starts_with(&refs));
-            let deeper = below.flat_map(|(folder, listing)| {
-                let listing = listing.as_ref().ok().into_iter().flatten();
-                let folders = listing.filter(|(_, kind)| kind.is_dir());
-                folders.map(|(name, _)| folder.join(name))
-            });
-            let deeper = deeper.filter(|folder| !look.folders.contains_key(folder));
-            let deeper: Vec<_> = deeper.map(Wanted::Folder).collect();
+            let deeper = look.unseen_below(&self.0.join("refs"));
             if deeper.is_empty() {
                 return look;
             }
-            look.take(&deeper);
+            let deeper: Vec<_> = deeper.into_iter().map(Wanted::Folder).collect();
+            look.take(&deeper, memory);
         }
     }
 
@@ -159,18 +153,18 @@ impl GitDir {
             "logs/refs/heads",
             "worktrees",
         ] {
-            look.refuse_link(&dir.join(name))?;
+            refuse_link(look, &dir.join(name))?;
         }
         // Links, pipes and the like among the objects and references, wherever they are: an object
         // would be read from, or written to, another place, and a pipe is waited for.
         let refs = dir.join("refs");
-        for (folder, listing) in &look.folders {
+        for (folder, listing) in look.folders() {
             let objects = ["objects", "objects/info", "objects/pack"];
             let is_of_objects = || objects.iter().any(|name| *folder == dir.join(name));
             if !folder.starts_with(&refs) && !is_of_objects() {
                 continue;
             }
-            for (name, kind) in listing.as_ref().map_err(again).during(WHAT)? {
+            for (name, kind) in listing.during(WHAT)? {
                 if !kind.is_file() && !kind.is_dir() {
                     let path = folder.join(name);
                     let path = path.strip_prefix(dir).unwrap_or(&path);
@@ -250,137 +244,13 @@ impl GitDir {
     }
 }
 
-/// What is looked at, by its full path.
-#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Wanted {
-    /// What is in it.
-    Folder(PathBuf),
-    /// The content of a small regular file.
-    File(PathBuf),
-    /// What stands there.
-    Kind(PathBuf),
-}
-
-type Listing = BTreeMap<OsString, fs::FileType>;
-
-/// What stands in a git directory, all of it looked at in one go: on a network disk each name by itself
-/// would be a wait.
-#[derive(Default)]
-pub(super) struct Look {
-    /// Empty where there is no such folder.
-    folders: BTreeMap<PathBuf, io::Result<Listing>>,
-    files: BTreeMap<PathBuf, Option<Vec<u8>>>,
-    kinds: BTreeMap<PathBuf, io::Result<Option<fs::FileType>>>,
-}
-
-impl Look {
-    /// The folders below this one, and itself, as far as they were looked at.
-    pub(super) fn folders_below(&self, folder: &Path) -> Vec<PathBuf> {
-        let below = self.folders.keys().filter(|path| path.starts_with(folder));
-        below.cloned().collect()
-    }
-
-    fn take(&mut self, wanted: &[Wanted]) {
-        enum Found {
-            Folder(io::Result<Listing>),
-            File(Option<Vec<u8>>),
-            Kind(io::Result<Option<fs::FileType>>),
+fn refuse_link(look: &Look, path: &Path) -> Result<()> {
+    match look.kind_of(path).during("look at the repository")? {
+        Some(kind) if !kind.is_file() && !kind.is_dir() => {
+            let name = path.file_name().unwrap_or_default();
+            Err(strange(&name.to_string_lossy(), kind))
         }
-        let found = task::side_by_side(wanted, |wanted| match wanted {
-            Wanted::Folder(path) => Found::Folder(list(path)),
-            Wanted::File(path) => Found::File(files::read_small(path)),
-            Wanted::Kind(path) => Found::Kind(files::kind_of(path)),
-        });
-        for (wanted, found) in wanted.iter().zip(found) {
-            match (wanted, found) {
-                (Wanted::Folder(path), Found::Folder(listing)) => {
-                    self.folders.insert(path.clone(), listing);
-                }
-                (Wanted::File(path), Found::File(content)) => {
-                    self.files.insert(path.clone(), content);
-                }
-                (Wanted::Kind(path), Found::Kind(kind)) => {
-                    self.kinds.insert(path.clone(), kind);
-                }
-                _ => unreachable!("each is answered by its like"),
-            }
-        }
-    }
-
-    /// What stands at `path`, whose folder was looked at.
-    pub(super) fn kind_of(&self, path: &Path) -> io::Result<Option<fs::FileType>> {
-        if let Some(kind) = self.kinds.get(path) {
-            return kind.as_ref().map(|kind| *kind).map_err(again);
-        }
-        let (Some(folder), Some(name)) = (path.parent(), path.file_name()) else {
-            return Ok(None);
-        };
-        match self.folders.get(folder) {
-            Some(listing) => {
-                let listing = listing.as_ref().map_err(again)?;
-                Ok(listing.get(name).copied())
-            }
-            None => files::kind_of(path),
-        }
-    }
-
-    /// The names in a folder that was looked at.
-    pub(super) fn names_in(&self, folder: &Path) -> impl Iterator<Item = &OsStr> {
-        let listing = self
-            .folders
-            .get(folder)
-            .and_then(|found| found.as_ref().ok());
-        listing
-            .into_iter()
-            .flatten()
-            .map(|(name, _)| name.as_os_str())
-    }
-
-    /// The content of a small regular file that was looked at.
-    pub(super) fn content_of(&self, path: &Path) -> Option<&[u8]> {
-        self.files.get(path)?.as_deref()
-    }
-
-    /// The text of the same.
-    pub(super) fn text_of(&self, path: &Path) -> Option<&str> {
-        str::from_utf8(self.content_of(path)?).ok()
-    }
-
-    fn refuse_link(&self, path: &Path) -> Result<()> {
-        match self.kind_of(path).during("look at the repository")? {
-            Some(kind) if !kind.is_file() && !kind.is_dir() => {
-                let name = path.file_name().unwrap_or_default();
-                Err(strange(&name.to_string_lossy(), kind))
-            }
-            _ => Ok(()),
-        }
-    }
-}
-
-fn list(folder: &Path) -> io::Result<Listing> {
-    let entries = match fs::read_dir(folder) {
-        Err(error)
-            if matches!(
-                error.kind(),
-                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
-            ) =>
-        {
-            return Ok(Listing::new());
-        }
-        entries => entries?,
-    };
-    let named = entries.map(|entry| {
-        let entry = entry?;
-        Ok((entry.file_name(), entry.file_type()?))
-    });
-    named.collect()
-}
-
-/// The same error once more.
-fn again(error: &io::Error) -> io::Error {
-    match error.raw_os_error() {
-        Some(code) => io::Error::from_raw_os_error(code),
-        None => error.kind().into(),
+        _ => Ok(()),
     }
 }
 

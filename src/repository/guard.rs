@@ -12,7 +12,7 @@
 use std::{
     collections::BTreeSet,
     fmt, fs,
-    io::Read as _,
+    io::{self, Read as _},
     path::{Path, PathBuf},
 };
 
@@ -22,9 +22,13 @@ use super::{
     Operation as _, RepositoryError, Result,
     commit::Opened,
     files::{self, Found, Root},
-    gitdir::{self, Look, Wanted},
+    gitdir,
     index::{Damaged, Index, Moment},
-    refs, vet,
+    look::{Look, Memory, Wanted},
+    refs,
+    scan::{self, Unfinished},
+    vet,
+    watch::Watch,
     worktree::Worktree,
 };
 use crate::lease::Fence;
@@ -186,18 +190,25 @@ struct Sight {
     look: Look,
     now: Option<Moment>,
     index: Option<Result<Index, Damaged>>,
+    ahead: Option<Unfinished>,
 }
 
 impl Worktree {
     /// Brings the thread's branch and the worktree's entry, link and HEAD into a state from
-    /// which a commit can be made, and opens it.
+    /// which a commit can be made, and opens it. With `watch` the files are looked at meanwhile, and watched
+    /// from then on; what comes of that counts only where there was nothing to be put right.
     ///
     /// # Errors
     /// [`RepositoryError::Locked`] if a live git command is at work there,
     /// [`RepositoryError::Tampered`] for what cannot be put right, [`RepositoryError::NoSuchBranch`]
     /// if nobody knows the branch.
-    pub(super) fn put_right(&self, strangers: Strangers, fence: &Fence) -> Result<Opened> {
-        let look = match self.open_as_left(self.look_at_all())? {
+    pub(super) fn put_right(
+        &self,
+        strangers: Strangers,
+        fence: &Fence,
+        watch: Option<&Watch>,
+    ) -> Result<Opened> {
+        let look = match self.open_as_left(self.look_at_all(watch))? {
             Ok(opened) => return Ok(opened),
             Err(look) => look,
         };
@@ -237,6 +248,7 @@ impl Worktree {
             head: tip,
             now: None,
             index: None,
+            ahead: None,
             is_as_left: false,
             repairs,
         })
@@ -244,28 +256,45 @@ impl Worktree {
 
     /// Opens the worktree if there is nothing to be put right. Writes nothing.
     pub(super) fn open_if_right(&self) -> Result<Option<Opened>> {
-        Ok(self.open_as_left(self.look_at_all())?.ok())
+        Ok(self.open_as_left(self.look_at_all(None))?.ok())
     }
 
     /// Looks, asks the clock and reads the index, all at once: either takes as long.
-    fn look_at_all(&self) -> Sight {
+    fn look_at_all(&self, watch: Option<&Watch>) -> Sight {
+        let memory = self.kept.memory();
         let (look, now, index) = std::thread::scope(|scope| {
             let now = scope.spawn(|| self.now().ok());
-            let index = scope.spawn(|| Index::read(&self.index_file()));
-            let look = self.survey();
+            let index = scope.spawn(|| {
+                let index = Index::read(&self.index_file());
+                let ahead = watch.and_then(|watch| self.scan_ahead(watch, index.as_ref().ok()?));
+                (index, ahead)
+            });
+            let look = self.survey(&memory);
             (look, now.join().ok().flatten(), index.join().ok())
         });
-        self.kept
-            .note_folders(look.folders_below(&self.git.path().join("refs")));
-        Sight { look, now, index }
+        let (index, ahead) = index.unzip();
+        let refs = self.git.path().join("refs");
+        self.kept.remember(memory.after(&look, &refs, now));
+        Sight {
+            look,
+            now,
+            index,
+            ahead: ahead.flatten(),
+        }
+    }
+
+    /// Looks at the files by an index that may not be the commit's, or in a worktree that has to be put
+    /// right.
+    fn scan_ahead(&self, watch: &Watch, index: &Index) -> Option<Unfinished> {
+        watch.begin(&self.path, index);
+        scan::compare(&self.path, index, &|| self.now().map_err(io::Error::other)).ok()
     }
 
     /// All that [`put_right`](Self::put_right) looks at, and nothing that it would write.
-    fn survey(&self) -> Look {
+    fn survey(&self, memory: &Memory) -> Look {
         let git = self.git.path();
         let (branch, known) = self.references();
-        let seen = self.kept.folders();
-        let mut wanted: Vec<_> = seen.into_iter().map(Wanted::Folder).collect();
+        let mut wanted: Vec<_> = memory.references().map(Wanted::Folder).collect();
         // libgit2 and we write to these, so that no folder on the way may lead elsewhere.
         for reference in [&branch, &known] {
             let folders = Path::new(reference).ancestors().skip(1);
@@ -284,7 +313,7 @@ impl Worktree {
         let linked = self.links();
         wanted.extend(linked.into_iter().map(|(file, _)| Wanted::File(file)));
         wanted.push(Wanted::Kind(self.path.clone()));
-        self.git.look(wanted)
+        self.git.look(wanted, memory)
     }
 
     /// Opens the worktree if all stands as we left it, so that there is nothing to be put right:
@@ -306,6 +335,7 @@ impl Worktree {
             head,
             now: sight.now,
             index: sight.index,
+            ahead: sight.ahead,
             is_as_left: true,
             repairs: Vec::new(),
         }))

@@ -27,7 +27,9 @@ mod github;
 mod guard;
 mod index;
 mod landing;
+mod look;
 mod loss;
+mod make;
 mod merge;
 mod message;
 mod objects;
@@ -60,11 +62,12 @@ pub use diff::{DiffText, SiteDiff};
 pub use draft::{Draft, Snapshot};
 pub use github::{GitHub, GitHubRepository, NoPullRequests, PullRequest, PullRequestText};
 pub use guard::{Repair, Strangers};
+pub use make::{FirstThread, Workshop};
 pub use publish::{Destination, Mover, Origin, PublishRequest, Published, PushedBranch, Synced};
 pub use remote::{RemoteError, RemoteErrorKind, RemoteUse, Remotes};
 pub use site::SiteFiles;
 pub use source::{Source, SourceError, TemplateFile, parse_source};
-pub use user::{ThreadState, UserRepository, Workshop};
+pub use user::{Created, ThreadState, UserRepository};
 pub use watch::Watch;
 pub use worktree::{CommitRequest, CommitText, Committed, LogEntry, Scope, Worktree};
 
@@ -177,7 +180,7 @@ pub fn init() {
     reason = "libgit2's global options; set once, before it is used"
 )]
 fn set_up() -> std::result::Result<(), git2::Error> {
-    use git2::{ConfigLevel, opts};
+    use git2::{ConfigLevel, ObjectType, opts};
     // SAFETY: these write globals of libgit2 without a lock. `Once` makes this the only writer,
     // and no repository is opened before `init` has returned.
     unsafe {
@@ -195,6 +198,8 @@ fn set_up() -> std::result::Result<(), git2::Error> {
         opts::set_verify_owner_validation(false)?;
         // The defaults (256 MB of objects, 8 GB of mapped packs) are a workstation's.
         opts::set_cache_max_size(32 << 20)?;
+        // A folder of a hundred files is larger than the default (4 KB), and would be read each time.
+        opts::set_cache_object_limit(ObjectType::Tree, 256 << 10)?;
         opts::set_mwindow_size(16 << 20)?;
         opts::set_mwindow_mapped_limit(256 << 20)?;
         // Each object that a new one names would be looked for on the disk. We name what we have just

@@ -70,16 +70,15 @@ pub(super) struct Scan {
 }
 
 /// Compares the worktree at `root` with `index`. `now` tells the file system's time, which is asked
-/// before contents are read.
+/// before contents are read. No repository is asked.
 ///
 /// # Errors
 /// If the worktree cannot be read at all.
-pub(super) fn scan(
+pub(super) fn compare(
     root: &Path,
     index: &Index,
-    repo: &Repository,
     now: &(dyn Fn() -> io::Result<Moment> + Sync),
-) -> io::Result<Scan> {
+) -> io::Result<Unfinished> {
     let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
     let above = nix::fcntl::open(root, flags, Mode::empty())?;
     let crew = Crew {
@@ -103,7 +102,7 @@ pub(super) fn scan(
         true => (index.len() / SLOW_FILES_PER_THREAD).clamp(1, SLOW_MAX_THREADS),
         false => (index.len() / FILES_PER_THREAD).clamp(1, cores.min(MAX_THREADS)),
     };
-    let mut scan = std::thread::scope(|scope| {
+    let scan = std::thread::scope(|scope| {
         let others: Vec<_> = (1..threads).map(|_| scope.spawn(|| crew.work())).collect();
         let mut scan = crew.work();
         for other in others {
@@ -117,11 +116,22 @@ pub(super) fn scan(
     if let Some(error) = lock(&crew.state).failed.take() {
         return Err(error);
     }
-    scan.list_new(root, repo);
-    scan.paths.sort_unstable();
-    scan.paths.dedup();
-    scan.paths.truncate(MAX_PATHS);
-    Ok(scan)
+    Ok(Unfinished(scan))
+}
+
+/// What a scan found without a repository: which of the new files are ignored is not known.
+pub(super) struct Unfinished(Scan);
+
+impl Unfinished {
+    /// Lists what is new and not ignored, by the rules of a repository that was seen to be right.
+    pub(super) fn finish(self, root: &Path, repo: &Repository) -> Scan {
+        let Self(mut scan) = self;
+        scan.list_new(root, repo);
+        scan.paths.sort_unstable();
+        scan.paths.dedup();
+        scan.paths.truncate(MAX_PATHS);
+        scan
+    }
 }
 
 /// Compares only what a watch names with the commit's tree. `None` if that does not do: something has

@@ -14,6 +14,7 @@ use crate::{
     lease::Fence,
 };
 
+mod along;
 mod checkout;
 mod drafts;
 
@@ -121,7 +122,7 @@ impl Place {
             Workshop {
                 scratch: &scratch,
                 local: None,
-                with_spare: false,
+                thread: None,
             },
             source,
             &remotes,
@@ -129,6 +130,7 @@ impl Place {
             base_branch,
             &who,
         )
+        .map(|created| created.repository)
     }
 
     fn create(&self, user: &str) -> UserRepository {

@@ -11,7 +11,14 @@ use std::{
 };
 
 use git2::{ErrorCode, ObjectType, Oid, Repository, Tree};
-use nix::sys::time::TimeSpec;
+use nix::{
+    errno::Errno,
+    fcntl::AT_FDCWD,
+    sys::{
+        stat::{UtimensatFlags, lstat, utimensat},
+        time::TimeSpec,
+    },
+};
 
 use super::{
     Operation as _, RepositoryError, Result, checkout,
@@ -25,7 +32,7 @@ use super::{
     message,
     objects::{NewObjects, commit_text},
     refs,
-    scan::{look, scan},
+    scan::{Unfinished, compare, look},
     spare::Spare,
     stage::{Stage, in_tree},
     user,
@@ -168,13 +175,19 @@ impl Worktree {
     pub fn commit(&self, request: &CommitRequest<'_>) -> Result<Committed> {
         let mut opened = match self.is_main {
             true => self.open_anew(None)?,
-            false => self.put_right(request.strangers, request.fence)?,
+            false => {
+                let watch = match request.scope {
+                    Scope::AllAndWatch(watch) => Some(watch),
+                    Scope::All | Scope::Since(_) => None,
+                };
+                self.put_right(request.strangers, request.fence, watch)?
+            }
         };
         let repairs = std::mem::take(&mut opened.repairs);
         let mut committed = self.commit_onto(&mut opened, request)?;
         committed.repairs.splice(0..0, repairs);
         if !self.is_main {
-            self.kept.put(opened.repo);
+            self.keep_after(opened.repo, committed.commit.as_ref());
         }
         Ok(committed)
     }
@@ -191,6 +204,7 @@ impl Worktree {
             head,
             now: None,
             index: None,
+            ahead: None,
             is_as_left: false,
             repairs: Vec::new(),
         })
@@ -241,7 +255,8 @@ impl Worktree {
         head: &'a Tree<'a>,
         keeper: Keeper<'a>,
     ) -> Result<Staged<'a>> {
-        self.stage_in(repo, head, keeper, Scope::All, self.now()?, &mut None)
+        let mut known = Known::default();
+        self.stage_in(repo, head, keeper, Scope::All, self.now()?, &mut known)
     }
 
     pub(super) fn stage_in<'a>(
@@ -251,7 +266,7 @@ impl Worktree {
         keeper: Keeper<'a>,
         scope: Scope<'_>,
         now: Moment,
-        known: &mut Option<Result<Index, Damaged>>,
+        known: &mut Known,
     ) -> Result<Staged<'a>> {
         const WHAT: &str = "scan the worktree";
         let mut stage = Stage::new(repo, head, &self.path, now, keeper)?;
@@ -268,15 +283,23 @@ impl Worktree {
                 repairs: Vec::new(),
             });
         }
-        let known = known
-            .take()
-            .unwrap_or_else(|| Index::read(&self.index_file()));
+        let ahead = known.ahead.take();
+        let known = known.index.take();
+        let known = known.unwrap_or_else(|| Index::read(&self.index_file()));
+        let is_of_head = known.as_ref().is_ok_and(|index| index.is_of(head.id()));
+        let ahead = ahead.filter(|_| is_of_head);
         let (index, damage) = Index::of_known(known, repo, head).during("read the index")?;
-        if let Scope::AllAndWatch(watch) = scope {
-            watch.begin(&self.path, &index);
-        }
-        let now = || self.now().map_err(io::Error::other);
-        let scan = scan(&self.path, &index, repo, &now).during(WHAT)?;
+        let scan = match ahead {
+            Some(scan) => scan,
+            None => {
+                if let Scope::AllAndWatch(watch) = scope {
+                    watch.begin(&self.path, &index);
+                }
+                let now = || self.now().map_err(io::Error::other);
+                compare(&self.path, &index, &now).during(WHAT)?
+            }
+        };
+        let scan = scan.finish(&self.path, repo);
         if let Some((path, fault)) = scan.forbidden {
             let path = message::one_line(&path.to_string_lossy(), 200);
             let what = format!("{path} {fault}");
@@ -331,14 +354,30 @@ impl Worktree {
     /// The time by the clock of the file system that the worktree is on.
     pub(super) fn now(&self) -> Result<Moment> {
         const WHAT: &str = "ask the disk for the time";
-        let file = File::options()
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(self.admin.join("greenroom.now"))
-            .during(WHAT)?;
-        let stat = nix::sys::stat::futimens(&file, &TimeSpec::UTIME_NOW, &TimeSpec::UTIME_NOW)
-            .and_then(|()| nix::sys::stat::fstat(&file));
+        let place = self.admin.join("greenroom.now");
+        let now = TimeSpec::UTIME_NOW;
+        let ask = || -> nix::Result<_> {
+            utimensat(
+                AT_FDCWD,
+                &place,
+                &now,
+                &now,
+                UtimensatFlags::NoFollowSymlink,
+            )?;
+            lstat(&place)
+        };
+        let stat = match ask() {
+            Err(Errno::ENOENT) => {
+                let made = File::options().write(true).create_new(true).open(&place);
+                match made {
+                    // Somebody else asks as well.
+                    Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                    made => drop(made.during(WHAT)?),
+                }
+                ask()
+            }
+            asked => asked,
+        };
         let stat = stat.map_err(io::Error::from).during(WHAT)?;
         Ok((stat.st_mtime as u32, stat.st_mtime_nsec as u32))
     }
@@ -460,7 +499,7 @@ impl Worktree {
 
     /// Makes the worktree, or mends it; see `UserRepository::ensure_thread`.
     pub(super) fn ensure(&self, fence: &Fence) -> Result<()> {
-        let opened = self.put_right(Strangers::Keep, fence)?;
+        let opened = self.put_right(Strangers::Keep, fence, None)?;
         if self.mend_index(&opened.repo, opened.head)? {
             tracing::warn!(branch = self.branch, "an index was damaged; made anew");
         }
@@ -482,14 +521,7 @@ impl Worktree {
     /// First checkout, under another name until it is whole: a half made worktree would look
     /// like one in which somebody deleted files.
     pub(super) fn check_out(&self) -> Result<()> {
-        let mut hidden = OsStr::new(".").to_owned();
-        hidden.push(self.name());
-        hidden.push(".partial");
-        let partial = self.path.with_file_name(hidden);
-        files::remove_all(&partial).during("remove the leftovers of an earlier attempt")?;
-        if let Some(threads) = partial.parent() {
-            fs::create_dir_all(threads).during("make the folder of the threads")?;
-        }
+        let partial = self.clear_partial()?;
         // Whatever index there is belongs to files that are gone.
         files::remove_all(&self.admin.join("index")).during("remove the old index")?;
         let in_progress = Self {
@@ -512,6 +544,32 @@ impl Worktree {
         };
         in_progress.write_index(&index, tree, &BTreeMap::new());
         fs::rename(&partial, &self.path).during("put the worktree in place")
+    }
+
+    /// Where its files are written until they are whole.
+    pub(super) fn partial(&self) -> PathBuf {
+        let mut hidden = OsStr::new(".").to_owned();
+        hidden.push(self.name());
+        hidden.push(".partial");
+        self.path.with_file_name(hidden)
+    }
+
+    /// Nothing is there after this, and what it lies in is.
+    fn clear_partial(&self) -> Result<PathBuf> {
+        let partial = self.partial();
+        files::remove_all(&partial).during("remove the leftovers of an earlier attempt")?;
+        if let Some(threads) = partial.parent() {
+            fs::create_dir_all(threads).during("make the folder of the threads")?;
+        }
+        Ok(partial)
+    }
+
+    /// An empty folder there, for whom the worktree is.
+    pub(super) fn begin_partial(&self) -> Result<PathBuf> {
+        let partial = self.clear_partial()?;
+        self.make_folder(&partial)
+            .during("make the worktree's folder")?;
+        Ok(partial)
     }
 
     /// Closed to others where it is for somebody; then what is written into it is for him too.
@@ -592,7 +650,7 @@ impl Worktree {
     }
 
     /// The thread's id.
-    fn name(&self) -> &OsStr {
+    pub(super) fn name(&self) -> &OsStr {
         self.path
             .file_name()
             .expect("a worktree's path ends in its thread's id")
@@ -694,6 +752,14 @@ impl Worktree {
             .and_then(|commit| commit.tree())
             .during("read the commit")
     }
+}
+
+/// What was seen of a worktree before a commit of it began.
+#[derive(Default)]
+pub(super) struct Known {
+    pub(super) index: Option<Result<Index, Damaged>>,
+    /// By that index, and watched since where that is wanted.
+    pub(super) ahead: Option<Unfinished>,
 }
 
 /// What [`Worktree::stage`] found.

@@ -25,7 +25,9 @@ use crate::{
     lease::{Fence, Lease, Patience},
     owner::{Owner, make_folder},
     preview::{PreviewSite, pick_port},
-    repository::{self, Source, ThreadState, UserRepository, Watch, Workshop, Worktree},
+    repository::{
+        self, Created, FirstThread, Source, ThreadState, UserRepository, Watch, Workshop, Worktree,
+    },
     task,
     turn::{Accepted, Journal, StoredContext, TurnFile, TurnSite},
     workspace::{
@@ -204,8 +206,12 @@ fn check_out(
     let base = wishes
         .as_ref()
         .and_then(|wishes| wishes.base_branch.as_deref());
-    let repository = if present.is_some() && project.join(".git").exists() {
-        UserRepository::open(&project)?
+    let is_there = present.is_some() && project.join(".git").exists();
+    let created = if is_there {
+        Created {
+            repository: UserRepository::open(&project)?,
+            has_thread: false,
+        }
     } else {
         let source = match &repo_url {
             Some(url) => repository::parse_source(url, settings.allowed_local_repos.as_deref())?,
@@ -214,7 +220,12 @@ fn check_out(
         let workshop = Workshop {
             scratch: &paths.user.scratch(),
             local: Some(&inner.cache().scratch()),
-            with_spare: owner.is_none(),
+            thread: Some(FirstThread {
+                key,
+                worktree: &paths.worktree(),
+                owner,
+                fence,
+            }),
         };
         let created = UserRepository::create(
             &project,
@@ -228,8 +239,9 @@ fn check_out(
         lap(&mut timings, "cloneMs");
         created
     };
-    let repository = repository.making_for(owner);
+    let repository = created.repository.making_for(owner);
     let now = Timestamp::now();
+    let has_thread = created.has_thread;
     let (created, base_branch) = match present {
         Some(metadata) => (metadata.created, metadata.base_branch),
         None => (now, base.map(str::to_owned)),
@@ -257,7 +269,9 @@ fn check_out(
             .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         (small, state)
     });
-    let (context, state) = (small?, state?);
+    let (context, mut state) = (small?, state?);
+    // What was made along with the repository was not there before.
+    state.resumed &= !has_thread;
     lap(&mut timings, "worktreeMs");
     let notes = read_notes(&worktree);
     let place = place(inner, key, paths)?;

@@ -14,11 +14,13 @@
  *   it. A change by another mount of the same source causes no file event.
  * - No extended attributes, no O_TMPFILE.
  *
- * What is harsher: that a name does not exist is never believed, each time it is a round trip; and a write
- * is one at once, where NFS would gather pieces until the file is closed.
+ * What is harsher: that a name does not exist is not believed, each time it is a round trip (with --gone-s it is
+ * for so long, whatever becomes of its folder, where NFS asks for that again when it sees the folder change); and
+ * a write is one at once, where NFS would gather pieces until the file is closed.
  *
  * SIGUSR1: prints what was called since the last time, one line of JSON {"lookup":7,...}. Stopped (SIGSTOP) it
- * is a disk that does not answer. It ends when it is unmounted.
+ * is a disk that does not answer. It ends when it is unmounted. With SLOW_DISK_TRACE, the name of a file, each
+ * call is told there: when it came and when it was answered (ms), the caller's thread, the call, where.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -44,7 +46,8 @@
 /* Names that one listing call of NFS brings, about. */
 #define NAMES_PER_CALL 128
 
-static double read_ms = 1.5, write_ms = 3.0, piece_ms = 0.6, mbps = 100, file_s = 3, folder_s = 30, calls = 64;
+static FILE *trace;
+static double read_ms = 1.5, write_ms = 3.0, piece_ms = 0.6, mbps = 100, file_s = 3, folder_s = 30, gone_s = 0, calls = 64;
 static int device;
 
 #define NAMES(X) X(lookup) X(getattr) X(readlink) X(list) X(open) X(close) X(read) X(statfs) \
@@ -55,14 +58,37 @@ enum called { NAMES(AS_ENUM) CALLED };
 static const char *const called_names[] = { NAMES(AS_TEXT) };
 static _Atomic unsigned long counts[CALLED];
 
+/* What the call that this thread serves is about. */
+static _Thread_local struct { uint32_t caller; int folder; const char *name; } about;
+
+static double now_ms(void)
+{
+	struct timespec time;
+	clock_gettime(CLOCK_MONOTONIC, &time);
+	return time.tv_sec * 1e3 + time.tv_nsec / 1e6;
+}
+
+static void tell_call(enum called what, double begun)
+{
+	char link[32], folder[4096];
+	snprintf(link, sizeof link, "/proc/self/fd/%d", about.folder);
+	ssize_t length = readlink(link, folder, sizeof folder - 1);
+	folder[length < 0 ? 0 : length] = 0;
+	fprintf(trace, "%.2f %.2f %u %s %s%s%s\n", begun, now_ms(), about.caller, called_names[what], folder,
+		about.name ? "/" : "", about.name ? about.name : "");
+}
+
 /* Takes the time of a call. */
 static void take(enum called what, size_t bytes)
 {
+	double begun = trace ? now_ms() : 0;
 	double ms = what == C_read || what == C_write ? piece_ms : what < C_setattr ? read_ms : write_ms;
 	double s = ms / 1e3 + bytes / (mbps * 1e6);
 	struct timespec time = { (time_t)s, (long)((s - (time_t)s) * 1e9) };
 	counts[what]++;
 	nanosleep(&time, NULL);
+	if (trace)
+		tell_call(what, begun);
 }
 
 /* A file or folder that the kernel knows. Its number is its place in memory. */
@@ -312,10 +338,29 @@ static void serve(struct fuse_in_header *in, void *args)
 	struct node *at = node(in->nodeid);
 	const char *name = args;
 	int error, fd, folder;
+	if (trace) {
+		int named = in->opcode == FUSE_LOOKUP || in->opcode == FUSE_UNLINK || in->opcode == FUSE_RMDIR ? 0
+			: in->opcode == FUSE_MKDIR ? (int)sizeof(struct fuse_mkdir_in)
+			: in->opcode == FUSE_CREATE ? (int)sizeof(struct fuse_create_in)
+			: in->opcode == FUSE_RENAME ? (int)sizeof(struct fuse_rename_in)
+			: in->opcode == FUSE_RENAME2 ? (int)sizeof(struct fuse_rename2_in)
+			: in->opcode == FUSE_LINK ? (int)sizeof(struct fuse_link_in) : -1;
+		about.caller = in->pid;
+		about.name = named < 0 ? NULL : (const char *)args + named;
+		about.folder = at ? at->fd : -1;
+	}
 	switch (in->opcode) {
-	case FUSE_LOOKUP:
+	case FUSE_LOOKUP: {
+		struct fuse_entry_out entry = { 0 };
 		take(C_lookup, 0);
-		return answer_entry(in->unique, 0, at->fd, name);
+		error = look_up(at->fd, name, &entry);
+		if (error == ENOENT && gone_s > 0) {
+			entry.entry_valid = (uint64_t)gone_s; /* of no file */
+			entry.entry_valid_nsec = nanos(gone_s);
+			error = 0;
+		}
+		return answer(in->unique, error, &entry, sizeof entry);
+	}
 	case FUSE_FORGET:
 		return forget(in->nodeid, ((struct fuse_forget_in *)args)->nlookup);
 	case FUSE_BATCH_FORGET: {
@@ -504,6 +549,8 @@ static void *tell(void *set)
 			printf("%c\"%s\":%lu", separator, called_names[what], atomic_exchange(&counts[what], 0));
 		printf("}\n");
 		fflush(stdout);
+		if (trace)
+			fflush(trace);
 	}
 	return NULL;
 }
@@ -518,7 +565,7 @@ int main(int count, char **words)
 {
 	struct { const char *name; double *value; } options[] = {
 		{ "--read-ms", &read_ms }, { "--write-ms", &write_ms }, { "--piece-ms", &piece_ms }, { "--mbps", &mbps },
-		{ "--file-s", &file_s }, { "--folder-s", &folder_s }, { "--calls", &calls },
+		{ "--file-s", &file_s }, { "--folder-s", &folder_s }, { "--gone-s", &gone_s }, { "--calls", &calls },
 	};
 	char how[256];
 	sigset_t set;
@@ -544,6 +591,8 @@ int main(int count, char **words)
 		files.rlim_cur = files.rlim_max;
 		setrlimit(RLIMIT_NOFILE, &files);
 	}
+	if (getenv("SLOW_DISK_TRACE") && !(trace = fopen(getenv("SLOW_DISK_TRACE"), "w")))
+		die("SLOW_DISK_TRACE");
 	umask(0);
 	prctl(PR_SET_TIMERSLACK, 1);
 	root.fd = open(words[1], O_PATH | O_DIRECTORY | O_CLOEXEC);

@@ -264,6 +264,141 @@ async fn two_containers_share_a_slow_disk() {
     );
 }
 
+/// As NFS does: what was not there is believed not to be there for a while, and folders' attributes last.
+#[tokio::test]
+async fn a_thread_goes_back_and_forth_while_names_are_believed_gone() {
+    let folders = Folders::new();
+    let forgetful = ["--gone-s", "30", "--read-ms", "0.5", "--write-ms", "1"];
+    let Some(one) = Disk::mount(&folders, "one", &forgetful) else {
+        return;
+    };
+    let two = Disk::mount(&folders, "two", &forgetful).expect("as the first one");
+    let site = folders.site("site", SITE);
+    let without_pages = |disk, name| options(&folders, disk, name).env("ASTRO_DEV_MODE", "false");
+    let mut here = TestGreenroom::start(without_pages(&one, "one")).await;
+    let mut there = TestGreenroom::start(without_pages(&two, "two")).await;
+    let alice = who("acme", "alice", "main");
+    here.init(&alice, json!({"repoUrl": site})).await.ok();
+    let mut written = Vec::new();
+    for round in 0..4 {
+        // Whoever has it writes; the other one looks, and finds names that will be there soon missing.
+        let name = format!("{round}.txt");
+        here.execute(&alice, &format!("write {name} {round}"))
+            .await
+            .ok();
+        there
+            .init(&alice, json!({}))
+            .await
+            .error(409, "thread_busy_elsewhere");
+        written.push(name);
+        here.stop().await;
+        let taken = there.init(&alice, json!({})).await.ok();
+        assert_eq!(taken["resumed"], json!(true));
+        let history = there.get(&format!("{}/history", alice.path())).await.ok();
+        let turns = history["result"]["turns"].as_array().unwrap();
+        assert_eq!(turns.len(), written.len(), "{history}");
+        assert!(
+            turns.iter().all(|turn| turn["status"] == "completed"),
+            "{history}"
+        );
+        here = here.restart().await;
+        std::mem::swap(&mut here, &mut there);
+    }
+    let worktree = one.worktree(&alice);
+    assert_eq!(git(&worktree, &["status", "--porcelain"]), "");
+    let commits = git(&worktree, &["log", "--format=%s", "--grep=^Turn-Id"]);
+    assert_eq!(commits.lines().count(), written.len(), "{commits}");
+    for name in &written {
+        assert!(worktree.join(name).exists(), "{name}");
+    }
+    let project = one.source.join("workspace/acme/alice/project");
+    git(project, &["fsck", "--strict"]);
+}
+
+/// The first init builds all of it aside, side by side, and puts it in place by two renames.
+#[tokio::test]
+async fn a_first_init_that_is_killed_anywhere_is_made_up_for() {
+    let folders = Folders::new();
+    // Slower still, so that there is time to see how far it has come.
+    let Some(disk) = Disk::mount(&folders, "one", &["--write-ms", "12"]) else {
+        return;
+    };
+    let site = folders.site("site", SITE);
+    let options = options(&folders, &disk, "one").env("ASTRO_DEV_MODE", "false");
+    let mut greenroom = TestGreenroom::start(options).await;
+    // What is on the disk when it is killed, and what is not there yet.
+    let moments = [
+        (".greenroom/scratch", "threads/main"),
+        (".greenroom/scratch/.git/objects", "threads/main"),
+        (".greenroom/scratch/.git/refs/heads/thread", "threads/main"),
+        ("threads/.main.partial", "threads/main"),
+        ("threads/.main.partial/src", "threads/main"),
+        ("threads/.main.partial/.git", "threads/main"),
+        (".greenroom/scratch/.git/worktrees/main/index", "project"),
+        ("project", ".greenroom/threads/main/preview.json"),
+        ("threads/main", ".greenroom/threads/main/preview.json"),
+        ("metadata.json", ".greenroom/threads/main/preview.json"),
+    ];
+    let (mut cut_off, mut parted) = (0, 0);
+    for (number, (there, missing)) in moments.into_iter().enumerate() {
+        let who = who("acme", &format!("user{number}"), "main");
+        let home = disk.source.join("workspace/acme").join(&who.user);
+        let sent = Sent::new("POST", "/api/init", &who.body(json!({"repoUrl": site})));
+        let (place, port) = (home.join(there), greenroom.api_port);
+        let has_come = async {
+            while !place.exists() {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        let is_cut_off = tokio::select! {
+            _ = request(port, sent) => false,
+            () = has_come => true,
+        };
+        greenroom.kill().await;
+        cut_off += u32::from(is_cut_off);
+        parted += u32::from(home.join("project").exists() && !home.join("threads/main").exists());
+        println!(
+            "at {there}: {missing} is there: {}",
+            home.join(missing).exists()
+        );
+        greenroom = greenroom.restart().await;
+
+        greenroom.init(&who, json!({"repoUrl": site})).await.ok();
+        let (project, worktree) = (home.join("project"), home.join("threads/main"));
+        git(&project, &["fsck", "--strict"]);
+        for folder in [&project, &worktree] {
+            assert_eq!(git(folder, &["status", "--porcelain"]), "", "{there}");
+        }
+        // By the path that it has on the slow disk.
+        let mounted = disk.workspace().join("acme").join(&who.user);
+        let worktrees = git(
+            mounted.join("project"),
+            &["worktree", "list", "--porcelain"],
+        );
+        let own = format!("worktree {}", mounted.join("threads/main").display());
+        assert!(worktrees.lines().any(|line| line == own), "{worktrees}");
+        assert!(!worktrees.contains("prunable"), "{worktrees}");
+        let branch = git(&worktree, &["symbolic-ref", "HEAD"]);
+        assert_eq!(branch, format!("refs/heads/{}", who.branch()));
+        for leftover in ["threads/.main.partial", ".greenroom/scratch"] {
+            assert!(!home.join(leftover).exists(), "{leftover} after {there}");
+        }
+        let turn = greenroom.execute(&who, "write after.txt after").await.ok();
+        assert_eq!(
+            turn["commit"]["files"].as_array().unwrap().len(),
+            1,
+            "{turn}"
+        );
+        assert_eq!(git(&worktree, &["status", "--porcelain"]), "", "{there}");
+    }
+    println!(
+        "{cut_off} of {} had no answer, {parted} had a repository alone",
+        moments.len()
+    );
+    // On however quick a machine: the first ones are long before the end.
+    assert!(cut_off >= 4, "{cut_off}");
+}
+
 #[tokio::test]
 async fn a_disk_that_does_not_answer_hangs_nothing_for_good() {
     let seconds = std::env::var("SLOW_DISK_STALL_SECONDS");

@@ -172,3 +172,30 @@ fn a_worktree_that_is_another_one_is_looked_at_as_a_whole() {
     assert!(committed.commit.unwrap().files.len() >= 60);
     assert_eq!(site.status(), "");
 }
+
+#[test]
+fn what_was_seen_ahead_counts_only_for_the_commit_that_it_was_compared_with() {
+    let (_place, site) = place();
+    let watch = Watch::default();
+    let index = site.worktree.index_file();
+    // As a crash leaves it: the index knows nothing of the last commit, whose files come first in it.
+    let behind = fs::read(&index).unwrap();
+    write(site.dir.join("a/first.md"), "first\n");
+    site.commit("First");
+    fs::write(&index, behind).unwrap();
+    write(site.dir.join("a2/b2/2.md"), "by hand\n");
+    let committed = begin(&site, &watch).commit.unwrap();
+    let paths: Vec<_> = committed.files.iter().map(|file| &file.path).collect();
+    assert_eq!(paths, ["a2/b2/2.md"]);
+    write(site.dir.join("a1/b1/1.md"), "by the turn\n");
+    assert_eq!(end(&site, &watch).commit.unwrap().files.len(), 1);
+    assert_eq!(site.status(), "");
+
+    // Its folder was gone: what is watched from then on is the new one.
+    fs::remove_dir_all(&site.dir).unwrap();
+    let begun = begin(&site, &watch);
+    assert_eq!((begun.commit, begun.repairs), (None, vec![Repair::Folder]));
+    write(site.dir.join("a1/b1/1.md"), "once more\n");
+    assert_eq!(end(&site, &watch).commit.unwrap().files.len(), 1);
+    assert_eq!(site.status(), "");
+}
