@@ -369,7 +369,7 @@ mod tests {
     fn slow_work_is_done_side_by_side_and_answered_in_order() {
         let items: Vec<u64> = (0..64).collect();
         let begun = Instant::now();
-        let waits = Duration::from_millis(20);
+        let waits = Duration::from_millis(100);
         let done = side_by_side(&items, |item| {
             std::thread::sleep(waits);
             item * 2

@@ -285,7 +285,8 @@ impl DevServer {
                     notes.ask_for(port, &first, probe::WARM_UP).await;
                 });
                 let (worktree, tell) = (self.site.worktree.clone(), run.tell.clone());
-                self.aside("preview listener", hmr::listen(port, worktree, tell));
+                let notes = self.notes.clone();
+                self.aside("preview listener", hmr::listen(port, worktree, notes, tell));
                 Phase::Running(run)
             }
             (Event::Proved(Err(why)), Phase::Running(run)) => {

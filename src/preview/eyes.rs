@@ -315,7 +315,10 @@ mod tests {
             write(".git/x", "22");
             write("src/pages/index.astro", "22");
             next(&mut seen, "src/pages/index.astro", Kind::Changed).await;
-            write("src/deep/er/new.css", "1");
+            // Whole at once: it is no change of an empty one.
+            write("src/deep/er/.new", "1");
+            let deep = root.join("src/deep/er");
+            std::fs::rename(deep.join(".new"), deep.join("new.css")).unwrap();
             next(&mut seen, "src/deep/er/new.css", Kind::New).await;
             let once_more = timeout(Duration::from_millis(300), seen.recv()).await;
             assert!(once_more.is_err(), "one file, one change: {once_more:?}");

@@ -24,7 +24,7 @@ use tokio_tungstenite::tungstenite::{
     Message, client::IntoClientRequest, protocol::WebSocketConfig,
 };
 
-use super::{frames::text_frame, output::place_in};
+use super::{frames::text_frame, notes::Notes, output::place_in};
 use crate::{domain::PreviewError, text::cut};
 
 /// A broken configuration makes one message of 17 MB, with the bundler's source in it.
@@ -86,11 +86,11 @@ pub(crate) enum Word {
 }
 
 /// Listens until nobody hears it any more.
-pub(crate) async fn listen(port: u16, worktree: PathBuf, words: mpsc::Sender<Word>) {
+pub(crate) async fn listen(port: u16, worktree: PathBuf, notes: Notes, words: mpsc::Sender<Word>) {
     loop {
         tokio::select! {
             () = words.closed() => return,
-            _ = once(port, &worktree, &words) => {}
+            _ = once(port, &worktree, &notes, &words) => {}
         }
         if words.send(Word::Listening(false)).await.is_err() {
             return;
@@ -100,7 +100,7 @@ pub(crate) async fn listen(port: u16, worktree: PathBuf, words: mpsc::Sender<Wor
 }
 
 /// One connection, to its end.
-async fn once(port: u16, worktree: &Path, words: &mpsc::Sender<Word>) -> Option<()> {
+async fn once(port: u16, worktree: &Path, notes: &Notes, words: &mpsc::Sender<Word>) -> Option<()> {
     let mut request = format!("ws://localhost:{port}/")
         .into_client_request()
         .ok()?;
@@ -129,6 +129,11 @@ async fn once(port: u16, worktree: &Path, words: &mpsc::Sender<Word>) -> Option<
         if let Message::Text(text) = message
             && let Some(word) = word(&text, worktree)
         {
+            // At once, and not when the driver gets to it: a browser that was told the same asks for
+            // its page in some milliseconds, and that page is no older than this news.
+            if word == Word::Updated {
+                notes.note_update();
+            }
             words.send(word).await.ok()?;
         }
     }

@@ -24,6 +24,9 @@ use crate::{
 const MAX_TAIL: u64 = 16 << 20;
 /// The CLI writes its last lines after it told the result.
 const LATENESS: Duration = Duration::from_secs(1);
+/// Looks at the transcript, each after twice the time, while it lacks what the CLI has counted: on a
+/// busy machine the last lines may be some seconds late.
+const LOOKS: u32 = 4;
 const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Compares in the background: nobody waits for it.
@@ -47,20 +50,26 @@ pub(super) fn reconcile(site: &TurnSite, account: Account, outcome: &RunOutcome,
     );
     let stop = site.tasks.token().clone();
     let compare = async move {
-        let written = stop.run_until_cancelled(tokio::time::sleep(LATENESS));
-        if written.await.is_none() {
-            return;
+        let mut transcript = None;
+        for look in 0..LOOKS {
+            let written = tokio::time::sleep(LATENESS * (1 << look));
+            if stop.run_until_cancelled(written).await.is_none() {
+                return;
+            }
+            let (config_dir, session) = (config_dir.clone(), session.clone());
+            let read = move || {
+                let path = super::run::transcript(&config_dir, &session?)?;
+                let tokens = transcribed(&path, began, ended).inspect_err(|error| {
+                    tracing::debug!(%error, "failed to read a transcript");
+                });
+                tokens.ok()
+            };
+            let read = task::blocking("reading a transcript", DEADLINE, read).await;
+            transcript = read.ok().flatten().map(Counts::from);
+            if transcript == Some(cli) {
+                break;
+            }
         }
-        let read = move || {
-            let session = session?;
-            let path = super::run::transcript(&config_dir, &session)?;
-            let tokens = transcribed(&path, began, ended).inspect_err(|error| {
-                tracing::debug!(%error, "failed to read a transcript");
-            });
-            tokens.ok()
-        };
-        let transcript = task::blocking("reading a transcript", DEADLINE, read).await;
-        let transcript = transcript.ok().flatten().map(Counts::from);
         ledger.compare(&account, &counted, cli, usage.cost_usd, transcript);
     };
     site.tasks.spawn("reconciling", compare);

@@ -14,7 +14,7 @@ use tokio::time::timeout;
 
 use crate::support::package_managers;
 
-const SOON: Duration = Duration::from_secs(60);
+const SOON: Duration = Duration::from_secs(120);
 
 /// Notes each run in its download folder, then does as the site's package.json says.
 const NPM: &str = r#"

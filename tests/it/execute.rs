@@ -266,9 +266,13 @@ async fn a_conversation_goes_on_over_turns_restarts_and_a_killed_agent() {
     // No init in this process: execute needs none.
     recall(&stage.greenroom, &stage.alice).await;
 
-    let agents = claude_below(&stage.folders.workspace());
-    assert_eq!(agents.len(), 1, "one warm agent");
-    kill(Pid::from_raw(agents[0]), Signal::SIGKILL).unwrap();
+    // What it starts is called as it is for a moment.
+    let agent = wait_for("one warm agent", || {
+        let agents = claude_below(&stage.folders.workspace());
+        (agents.len() == 1).then(|| agents[0])
+    })
+    .await;
+    kill(Pid::from_raw(agent), Signal::SIGKILL).unwrap();
     recall(&stage.greenroom, &stage.alice).await;
 
     // With its transcript gone the conversation goes on from a summary, and says so.
@@ -342,9 +346,7 @@ async fn a_plan_changes_nothing() {
 #[tokio::test]
 async fn turns_of_a_thread_wait_in_line() {
     let slow = json!({"rules": [
-        {"match": "first", "steps": [
-            {"tool": {"name": "Write", "input": {"file_path": "{cwd}/1.txt", "content": "1\n"}}, "delay_ms": 1500},
-        ]},
+        rule("first", &[runs("until [ -e go ]; do sleep 0.05; done; rm go; echo 1 > 1.txt")]),
         rule("second", &[writes("2.txt", "2\n")]),
         rule("third", &[writes("3.txt", "3\n")]),
     ]});
@@ -367,6 +369,7 @@ async fn turns_of_a_thread_wait_in_line() {
     assert_eq!(stage.greenroom.turn(&first).await["status"], "running");
     let health = stage.greenroom.get("/health").await.body;
     assert_eq!(health["activeTurns"], 1, "{health}");
+    fs::write(stage.folders.worktree(&stage.alice).join("go"), "").unwrap();
     for id in [&first, &second, &third] {
         assert_eq!(stage.greenroom.ended(id).await["status"], "completed");
     }
@@ -498,15 +501,22 @@ async fn a_turn_over_its_time_is_stopped_and_keeps_its_edits() {
         ]),
     ]});
     let stage = Stage::new(script).await;
-    let fields = json!({"instruction": "too long", "timeoutSeconds": 4});
-    let answer = stage
-        .greenroom
-        .execute_with(&stage.alice, fields)
-        .await
-        .answer;
-    let body = answer.body.clone();
-    let sentence = answer.error(504, "turn_timeout");
-    assert!(sentence.contains("4 s"), "{sentence}");
+    // A slow machine needs longer until anything is written.
+    let mut body = Value::Null;
+    for seconds in [4, 20, 60] {
+        let fields = json!({"instruction": "too long", "timeoutSeconds": seconds});
+        let answer = stage
+            .greenroom
+            .execute_with(&stage.alice, fields)
+            .await
+            .answer;
+        body = answer.body.clone();
+        let sentence = answer.error(504, "turn_timeout");
+        assert!(sentence.contains(&format!("{seconds} s")), "{sentence}");
+        if body["result"]["commit"].is_object() {
+            break;
+        }
+    }
     let result = &body["result"];
     assert_eq!(body["turnId"], result["turnId"]);
     assert_eq!(
@@ -546,7 +556,7 @@ async fn a_wrong_credential_fails_at_once_and_keeps_edits() {
         .await
         .answer;
     assert!(
-        begun.elapsed() < Duration::from_secs(30),
+        begun.elapsed() < Duration::from_secs(100),
         "the CLI alone tries for three minutes"
     );
     let result = answer.body["result"].clone();
@@ -573,7 +583,7 @@ async fn a_wrong_credential_fails_at_once_and_keeps_edits() {
         .execute(&bob, "Change the heading to X")
         .await
         .answer;
-    assert!(begun.elapsed() < Duration::from_secs(30));
+    assert!(begun.elapsed() < Duration::from_secs(100));
     answer.error(502, "agent_failed");
     assert!(!api.requests().is_empty(), "it was asked");
 }
@@ -837,7 +847,8 @@ async fn a_killed_agent_fails_its_turn_alone() {
     let doomed = stage.greenroom.begin(&stage.alice, "doomed").await;
     wait_for("the command runs", || stage.file("begun.txt")).await;
     for pid in claude_below(&stage.folders.workspace()) {
-        kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap();
+        // What it just started may be gone.
+        kill(Pid::from_raw(pid), Signal::SIGKILL).ok();
     }
     let result = stage.greenroom.ended(&doomed).await;
     assert_eq!(

@@ -635,7 +635,11 @@ async fn a_kill_in_an_undo_is_all_or_nothing() {
     stage.does("undo", json!({})).await;
     stage.does("redo", json!({})).await;
     let took = begun.elapsed() / 2;
-    for round in 0..ROUNDS {
+    // A busy machine may need more time than was measured: until some got through.
+    for round in 0..ROUNDS * 5 {
+        if round >= ROUNDS && applied > 0 {
+            break;
+        }
         let is_undone = stage
             .history()
             .await

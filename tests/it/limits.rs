@@ -22,13 +22,13 @@ use crate::support::{PATIENCE, acting_claude, processes_below};
 
 /// As short as a busy machine allows.
 const SHORT: Limits = Limits {
-    begin: Duration::from_secs(20),
-    begin_again: Duration::from_millis(1500),
-    stall: Duration::from_millis(1500),
+    begin: Duration::from_secs(60),
+    begin_again: Duration::from_secs(4),
+    stall: Duration::from_secs(4),
     control: Duration::from_secs(5),
-    interrupt: Duration::from_millis(700),
-    terminate: Duration::from_millis(700),
-    timeout: Duration::from_millis(700),
+    interrupt: Duration::from_secs(2),
+    terminate: Duration::from_secs(2),
+    timeout: Duration::from_secs(2),
 };
 
 struct Stage {
@@ -125,6 +125,16 @@ async fn play_until(
     cancel: &CancellationToken,
     limit: Duration,
 ) -> RunOutcome {
+    play_and_hear(agent, script, cancel, limit, |_| ()).await
+}
+
+async fn play_and_hear(
+    agent: &mut Agent,
+    script: &str,
+    cancel: &CancellationToken,
+    limit: Duration,
+    mut hear: impl FnMut(RunEvent),
+) -> RunOutcome {
     let request = RunRequest {
         account: Account::of_kind("test"),
         instruction: script.into(),
@@ -134,8 +144,25 @@ async fn play_until(
         spent_before_usd: 0.0,
     };
     let (sender, mut events) = mpsc::channel::<RunEvent>(64);
-    let read = async { while events.recv().await.is_some() {} };
+    let read = async {
+        while let Some(event) = events.recv().await {
+            hear(event);
+        }
+    };
     tokio::join!(agent.run(request, sender, cancel), read).0
+}
+
+/// Cancels once the agent has said something. And how long it took from there.
+async fn play_and_cancel(agent: &mut Agent, script: &str) -> (RunOutcome, Duration) {
+    let (cancel, mut said) = (CancellationToken::new(), None);
+    let hear = |event| {
+        if matches!(event, RunEvent::Text(_)) && said.is_none() {
+            said = Some(Instant::now());
+            cancel.cancel();
+        }
+    };
+    let outcome = play_and_hear(agent, script, &cancel, PATIENCE, hear).await;
+    (outcome, said.expect("it said something").elapsed())
 }
 
 fn sentence(outcome: &RunOutcome) -> &str {
@@ -150,19 +177,19 @@ async fn silence_is_a_failure_and_thinking_is_none() {
     let stage = Stage::new().await;
     let mut agent = stage.agent().await;
     // Nothing of it is told to anyone, but it lives.
-    let outcome = play(&mut agent, "muse 300 12\ntext At last.").await;
+    let outcome = play(&mut agent, "muse 500 12\ntext At last.").await;
     assert_eq!(
         (outcome.ending, outcome.text.as_str()),
         (Ending::Completed, "At last.")
     );
     // A command may take its time.
     assert_eq!(
-        play(&mut agent, "run sleep 3").await.ending,
+        play(&mut agent, "run sleep 6").await.ending,
         Ending::Completed
     );
     // What the API asks to wait is no silence.
     assert_eq!(
-        play(&mut agent, "retry 529 3000").await.ending,
+        play(&mut agent, "retry 529 6000").await.ending,
         Ending::Completed
     );
     for script in [
@@ -229,26 +256,22 @@ async fn stopping_is_an_interrupt_then_sigterm_then_sigkill() {
     let stage = Stage::new().await;
     // What it does, what it leaves alone, and how it may end.
     for (act, exit) in [
-        ("silent", None),
-        ("stubborn\nsilent", Some("143")),
-        ("immortal\nleave sleep 300\nsilent", Some("9")),
+        ("text Begun.\nsilent", None),
+        ("stubborn\ntext Begun.\nsilent", Some("143")),
+        ("immortal\nleave sleep 300\ntext Begun.\nsilent", Some("9")),
     ] {
         for is_late in [false, true] {
             let mut agent = stage.agent().await;
-            let cancel = CancellationToken::new();
-            let limit = if is_late {
-                Duration::from_millis(800)
+            let (outcome, took) = if is_late {
+                // In which it has begun.
+                let limit = Duration::from_millis(2500);
+                let begun = Instant::now();
+                let never = CancellationToken::new();
+                let outcome = play_until(&mut agent, act, &never, limit).await;
+                (outcome, begun.elapsed().saturating_sub(limit))
             } else {
-                let soon = cancel.clone();
-                stage.tasks.spawn("cancel", async move {
-                    tokio::time::sleep(Duration::from_millis(800)).await;
-                    soon.cancel();
-                });
-                PATIENCE
+                play_and_cancel(&mut agent, act).await
             };
-            let begun = Instant::now();
-            let outcome = play_until(&mut agent, act, &cancel, limit).await;
-            let took = begun.elapsed() - Duration::from_millis(800);
             let expected = if is_late {
                 Ending::TimedOut
             } else {

@@ -17,8 +17,8 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::support::{
-    Answer, CANARY, Folders, Options, SITE, Sent, StandIn, TestGreenroom, files_below, git,
-    processes_below, request, request_at, rule, runs, wait_for, wait_for_async, who, writes,
+    Answer, CANARY, Folders, Options, PATIENCE, SITE, Sent, StandIn, TestGreenroom, files_below,
+    git, processes_below, request, request_at, rule, runs, wait_for, wait_for_async, who, writes,
 };
 
 /// What old callers send.
@@ -298,24 +298,24 @@ async fn a_run_that_fails_says_how() {
     // Over its time: SIGTERM first, which one that listens uses.
     let late = execute(
         &greenroom,
-        json!({"prompt": "trap 'echo tidy >&2; exit 7' TERM; sleep 60 & wait", "timeout": 300}),
+        json!({"prompt": "trap 'echo tidy >&2; exit 7' TERM; sleep 600 & wait", "timeout": 3000}),
     )
     .await;
     assert_eq!(late.body["exitCode"], 7, "{}", late.text);
     assert_eq!(late.body["stderr"], "tidy");
-    assert!(late.error(504, "turn_timeout").contains("0.3 s"));
+    assert!(late.error(504, "turn_timeout").contains("3 s"));
     // And one that does not is killed 5 s later, with all that it started.
     let begun = std::time::Instant::now();
     let deaf = execute(
         &greenroom,
-        json!({"prompt": "trap '' TERM; setsid sleep 3600 & while :; do sleep 1; done", "timeout": 300}),
+        json!({"prompt": "trap '' TERM; setsid sleep 3600 & while :; do sleep 1; done", "timeout": 3000}),
     )
     .await;
     assert_eq!(deaf.body["exitCode"], 137, "{}", deaf.text);
     deaf.error(504, "turn_timeout");
     let took = begun.elapsed();
     assert!(
-        took >= Duration::from_secs(5) && took < Duration::from_secs(20),
+        took >= Duration::from_secs(8) && took < Duration::from_secs(60),
         "{took:?}"
     );
     let sleeps = processes_below(&folders.join(""));
@@ -400,12 +400,28 @@ async fn exactly_the_limit_runs_at_once_and_none_is_lost() {
         assert_eq!(lines[1], n as u128, "each has its own answer");
         intervals.push((lines[0], lines[2]));
     }
-    assert_eq!(most_at_once(&intervals), 4);
+    assert!(most_at_once(&intervals) <= 4);
     let counted = figures(&greenroom).await;
     assert_eq!(counted["totalRequests"], 50);
     assert_eq!(counted["successfulRequests"], 50);
     assert_eq!(counted["activeRequests"], 0);
     assert_eq!(run_folders(&folders), Vec::<std::path::PathBuf>::new());
+
+    // On a machine that takes longer for a start than such a run sleeps they were never four.
+    let calls = (0..6).map(|_| execute(&greenroom, json!({"prompt": "exec sleep 3600"})));
+    let asleep = || {
+        let running = processes_below(&folders.join(""));
+        let asleep = running.iter().filter(|process| process.is_program("sleep"));
+        let asleep = asleep.count();
+        assert!(asleep <= 4, "{running:?}");
+        asleep
+    };
+    tokio::select! {
+        answers = join_all(calls) => panic!("{answers:?}"),
+        () = wait_for("as many as may", || (asleep() == 4).then_some(())) => {}
+    }
+    // Those in line have gone with the others' callers.
+    wait_for("their ends", || (asleep() == 0).then_some(())).await;
 }
 
 #[tokio::test]
@@ -433,8 +449,7 @@ async fn fifty_calls_of_the_real_cli_all_get_their_answers() {
         };
         request(port, Sent::new("POST", "/execute", &body))
     });
-    let answers = tokio::time::timeout(Duration::from_secs(270), join_all(calls)).await;
-    for (n, answer) in answers.expect("they end").into_iter().enumerate() {
+    for (n, answer) in join_all(calls).await.into_iter().enumerate() {
         let body = answer.unwrap().ok();
         let output: Value =
             serde_json::from_str(body["result"]["output"].as_str().unwrap()).unwrap();
@@ -495,7 +510,7 @@ async fn a_full_line_is_told_and_a_stop_answers_everybody() {
     for answer in answers {
         answer.unwrap().error(503, "draining");
     }
-    assert!(greenroom.wait_exit(Duration::from_secs(60)).await.success());
+    assert!(greenroom.wait_exit(PATIENCE).await.success());
 }
 
 #[tokio::test]

@@ -23,7 +23,7 @@ use crate::support::{
 const TICKS: &str = "i=0; while true; do i=$((i+1)); echo $i >> ticks.txt; sleep 0.02; done";
 
 /// A container's own folders beside the shared workspace.
-fn container(folders: &Folders, name: &str, api: &StandIn) -> Options {
+fn container(folders: &Folders, name: &str, api: &StandIn, term: &str) -> Options {
     let tmp = folders.join(format!("tmp-{name}"));
     fs::create_dir_all(&tmp).unwrap();
     Options::new(folders)
@@ -31,16 +31,17 @@ fn container(folders: &Folders, name: &str, api: &StandIn) -> Options {
         .env("TMPDIR", tmp)
         .env("CACHE_PATH", folders.join(format!("cache-{name}")))
         .env("MAX_WARM_AGENTS", "0")
-        .env("LEASE_SECONDS", "6")
+        .env("LEASE_SECONDS", term)
         .env("DRAIN_SECONDS", "0")
 }
 
-async fn two(script: Value) -> (StandIn, Folders, TestGreenroom, TestGreenroom, Who) {
+/// Whoever wants what a silent one holds waits for `term`, in seconds.
+async fn two(script: Value, term: &str) -> (StandIn, Folders, TestGreenroom, TestGreenroom, Who) {
     let api = StandIn::start(script).await;
     let folders = Folders::new();
     let site = folders.site("site", SITE);
-    let first = TestGreenroom::start(container(&folders, "first", &api)).await;
-    let second = TestGreenroom::start(container(&folders, "second", &api)).await;
+    let first = TestGreenroom::start(container(&folders, "first", &api, term)).await;
+    let second = TestGreenroom::start(container(&folders, "second", &api, term)).await;
     let alice = who("acme", "alice", "main");
     first.init(&alice, json!({"repoUrl": site})).await.ok();
     (api, folders, first, second, alice)
@@ -73,10 +74,13 @@ fn lines(path: &Path) -> usize {
 
 #[tokio::test]
 async fn a_stopped_owner_is_followed_and_writes_nothing_when_it_wakes() {
-    let (_api, folders, first, second, alice) = two(json!({"rules": [
-        rule("tick", &[runs(TICKS)]),
-        rule("hello", &[writes("hello.txt", "hello\n")]),
-    ]}))
+    let (_api, folders, first, second, alice) = two(
+        json!({"rules": [
+            rule("tick", &[runs(TICKS)]),
+            rule("hello", &[writes("hello.txt", "hello\n")]),
+        ]}),
+        "6",
+    )
     .await;
     let worktree = folders.worktree(&alice);
     let ticks = worktree.join("ticks.txt");
@@ -148,9 +152,12 @@ async fn a_stopped_owner_is_followed_and_writes_nothing_when_it_wakes() {
 
 #[tokio::test]
 async fn a_beating_owner_keeps_its_thread_and_others_may_look() {
-    let (_api, folders, first, second, alice) = two(json!({"rules": [
-        rule("tick", &[runs(TICKS)]),
-    ]}))
+    let (_api, folders, first, second, alice) = two(
+        json!({"rules": [
+            rule("tick", &[runs(TICKS)]),
+        ]}),
+        "12",
+    )
     .await;
     let turn = first.begin(&alice, "tick").await;
     let ticks = folders.worktree(&alice).join("ticks.txt");
@@ -204,10 +211,13 @@ async fn a_beating_owner_keeps_its_thread_and_others_may_look() {
 
 #[tokio::test]
 async fn a_stopping_owner_hands_over_at_once_and_a_killed_one_nearly() {
-    let (_api, folders, mut first, mut second, alice) = two(json!({"rules": [
-        rule("tick", &[runs(TICKS)]),
-        rule("recall", &[]),
-    ]}))
+    let (_api, folders, mut first, mut second, alice) = two(
+        json!({"rules": [
+            rule("tick", &[runs(TICKS)]),
+            rule("recall", &[]),
+        ]}),
+        "6",
+    )
     .await;
     let ticks = folders.worktree(&alice).join("ticks.txt");
     let turn = first.begin(&alice, "tick").await;

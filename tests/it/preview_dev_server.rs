@@ -24,7 +24,9 @@ use tokio::{
     time::timeout,
 };
 
-const SOON: Duration = Duration::from_secs(20);
+use crate::support::wait_for;
+
+const SOON: Duration = Duration::from_secs(60);
 const SLUG: &str = "acme-alice-main-0123456789ab";
 
 /// Answers every path with its environment.
@@ -222,8 +224,13 @@ async fn a_server_that_dies_comes_back() {
     let bench = Bench::new(Some("node server.cjs & echo $! > pid; wait $!"));
     bench.handle.start();
     let first = bench.until(|s| s.state == PreviewState::Live).await;
-    let pid = std::fs::read_to_string(bench.disk.path().join("site/pid")).unwrap();
-    let pid = nix::unistd::Pid::from_raw(pid.trim().parse().unwrap());
+    // The shell may be slower than what it started.
+    let pid = wait_for("its number", || {
+        let text = std::fs::read_to_string(bench.disk.path().join("site/pid")).ok()?;
+        text.strip_suffix('\n')?.parse().ok()
+    })
+    .await;
+    let pid = nix::unistd::Pid::from_raw(pid);
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
     let dead = bench.until(|s| s.state == PreviewState::Error).await;
     assert_eq!(dead.upstream, None);
@@ -243,7 +250,8 @@ async fn a_server_that_dies_comes_back() {
 #[tokio::test]
 async fn a_broken_site_says_what_is_wrong_and_waits_for_somebody_to_look() {
     let bench = Bench::new(Some(
-        "test -f fixed && exec node server.cjs; echo \"$PWD/src/x.astro:3:7 oh no\" >&2; exit 1",
+        // Beside the site, where no change is a reason to try again.
+        "test -f ../fixed && exec node server.cjs; echo \"$PWD/src/x.astro:3:7 oh no\" >&2; exit 1",
     ));
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let proxy = listener.local_addr().unwrap().port();
@@ -273,7 +281,7 @@ async fn a_broken_site_says_what_is_wrong_and_waits_for_somebody_to_look() {
         "{error:?}"
     );
 
-    std::fs::write(bench.disk.path().join("site/fixed"), "").unwrap();
+    std::fs::write(bench.disk.path().join("fixed"), "").unwrap();
     let page = get(proxy, "/", "text/html").await;
     assert!(
         page.starts_with("HTTP/1.1 503") && page.contains("oh no"),

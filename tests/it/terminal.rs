@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use crate::support::{
     CANARY, Folders, Options, PATIENCE, StandIn, TestGreenroom, files_below, holds, rule, runs,
-    tools, wait_for_async,
+    tools, wait_for, wait_for_async,
 };
 
 /// `greenroom claude` as a person starts it, in a folder of the person's.
@@ -147,11 +147,11 @@ async fn with_a_supervisor_it_uses_its_gateway_and_keeps_it_awake() {
             "{secret}: {out}"
         );
     }
-    assert!(
-        ledger(&folders).contains("\"kind\":\"cli\""),
-        "{}",
-        ledger(&folders)
-    );
+    // The supervisor may be slower with its books than the CLI with its end.
+    wait_for("the ledger has it", || {
+        ledger(&folders).contains("\"kind\":\"cli\"").then_some(())
+    })
+    .await;
 
     let slowly = terminal.run(&["-p", "Answer slowly"], "");
     let holds_it = wait_for_async("a holder", async || {

@@ -215,7 +215,7 @@ async fn a_workspace_of_before_is_taken_over_once() {
     let folders = Folders::open();
     let site = folders.site("site", SITE);
     let alice = who("acme", "alice", "main");
-    let begun = TestGreenroom::start(options(&folders, &api).on_this_kernel()).await;
+    let mut begun = TestGreenroom::start(options(&folders, &api).on_this_kernel()).await;
     begun.init(&alice, json!({"repoUrl": site})).await.ok();
     begun
         .execute(&alice, "Change the heading to Before")
@@ -223,7 +223,12 @@ async fn a_workspace_of_before_is_taken_over_once() {
         .ok();
     let worktree = folders.worktree(&alice);
     assert_eq!(Owner::of(&worktree), None);
-    drop(begun);
+    begun.kill().await;
+    // Its agent writes to the end.
+    wait_for("nothing of it is left", || {
+        processes_below(&folders.join("")).is_empty().then_some(())
+    })
+    .await;
     // As it is where the image's own user made it; and somebody planted a second name.
     let secret = folders.join("secret");
     fs::write(&secret, "secret").unwrap();

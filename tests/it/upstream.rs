@@ -113,9 +113,15 @@ async fn the_operator_s_proxy_and_authority_are_used() {
     // Nobody vouches for it.
     let greenroom = TestGreenroom::start(options.clone()).await;
     greenroom.init(&alice, json!({"repoUrl": site})).await.ok();
-    let fields = json!({"instruction": "Change the heading to One", "timeoutSeconds": 5});
-    let answer = greenroom.execute_with(&alice, fields).await.answer;
-    assert!(answer.status >= 500, "{}", answer.text);
+    // A slow machine's agent needs longer for its first request.
+    for seconds in [5, 20, 60] {
+        let fields = json!({"instruction": "Change the heading to One", "timeoutSeconds": seconds});
+        let answer = greenroom.execute_with(&alice, fields).await.answer;
+        assert!(answer.status >= 500, "{}", answer.text);
+        if !asked.lock().unwrap().is_empty() {
+            break;
+        }
+    }
     assert!(!asked.lock().unwrap().is_empty() && api.requests().is_empty());
     drop(greenroom);
     let greenroom = TestGreenroom::start(options.env("SSL_CERT_FILE", authority)).await;

@@ -10,7 +10,8 @@ use std::{fs, process::Command};
 use serde_json::{Value, json};
 
 use crate::support::{
-    Folders, Options, SITE, StandIn, TestGreenroom, Who, files_below, rule, wait_for, who, writes,
+    Folders, Options, SITE, StandIn, TestGreenroom, Who, files_below, rule, wait_for,
+    wait_for_async, who, writes,
 };
 
 /// What a first request of the CLI costs at least, whatever the model.
@@ -246,7 +247,8 @@ async fn a_turn_that_passes_its_budget_ends_with_its_edits_kept() {
     let (result, id) = (&answer.body["result"], answer.body["turnId"].clone());
     assert_eq!(answer.status, 429, "{}", answer.text);
     assert_eq!(answer.body["code"], "budget_exceeded");
-    assert!(begun.elapsed().as_secs() < 20, "{:?}", begun.elapsed());
+    // The CLI alone would try for minutes.
+    assert!(begun.elapsed().as_secs() < 100, "{:?}", begun.elapsed());
     assert_eq!(result["status"], "failed");
     assert_eq!(result["turnId"], id);
     assert!(
@@ -584,6 +586,14 @@ async fn the_totals_are_those_of_ccusage() {
         ] {
             program.execute(&who, says).await.ok();
         }
+        // The CLI writes its transcript after its result, and greenroom has looked at that.
+        wait_for_async("the transcripts are whole", async || {
+            let figures = program.get("/metrics").await.text;
+            figures
+                .contains("greenroom_usage_compared_total 3\n")
+                .then_some(())
+        })
+        .await;
     }
     let greenroom = greenroom.unwrap();
     for period in ["daily", "weekly", "monthly"] {

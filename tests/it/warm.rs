@@ -117,7 +117,9 @@ async fn an_agent_that_grew_or_is_old_is_started_anew_between_turns() {
         let options = Options::new(&folders).api(&api).env(setting, value);
         let greenroom = TestGreenroom::start(options).await;
         greenroom.init(&alice, json!({"repoUrl": site})).await.ok();
-        let first = agents(&folders);
+        // What it starts is called as it is for a moment.
+        let one = || Some(agents(&folders)).filter(|agents| agents.len() == 1);
+        let first = wait_for("an agent waits", one).await;
         greenroom
             .execute(&alice, "Change the heading to One")
             .await
@@ -129,7 +131,7 @@ async fn an_agent_that_grew_or_is_old_is_started_anew_between_turns() {
             })
             .await
         } else {
-            agents(&folders)
+            wait_for("the agent waits", one).await
         };
         assert_eq!(second == first, !is_replaced, "{setting}={value}");
         let said = api.requests().last().unwrap().messages;

@@ -37,8 +37,9 @@ use crate::{
 /// A change of content is told after 0.5 s, most others at once.
 const QUIET: Duration = Duration::from_millis(1500);
 /// A server that has been silent for so long may be busy (with its first page, say): until it
-/// answers something small, this long at most, it is not in doubt.
-const BUSY: Duration = Duration::from_secs(1);
+/// answers something small, this long at most, it is not in doubt. One that is deaf has the time to
+/// answer at once.
+const BUSY: Duration = Duration::from_secs(5);
 /// Several files are written at once.
 const SETTLE: Duration = Duration::from_millis(300);
 /// A broken configuration alone keeps Vite from answering for 6 s.
@@ -146,7 +147,6 @@ impl DevServer {
                 Word::Updated => {
                     truth.checks = 0;
                     status.updates += 1;
-                    self.notes.note_update();
                     is_to_check = matches!(status.state, PreviewState::Error | PreviewState::Stale);
                 }
                 Word::Reloaded { name } => {

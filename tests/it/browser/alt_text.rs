@@ -4,9 +4,10 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use super::{Page, Room, thread};
+use super::{Page, Room, settles, thread};
 use crate::{
     label::{name_of, picture_of},
+    label_batch::quick_cli,
     support::{StandIn, Who},
 };
 
@@ -28,10 +29,10 @@ async fn heard(page: &Page) -> Vec<String> {
     images.map(name).collect()
 }
 
-/// A page as it is now.
+/// A page as it is now, once it does not load again.
 async fn hears_on(room: &Room, url: &str) -> Vec<String> {
-    let page = room.chromium.open(url).await;
-    page.wait_for("document.readyState === 'complete'").await;
+    let page = room.open(url).await;
+    settles(&page).await;
     heard(&page).await
 }
 
@@ -100,7 +101,15 @@ async fn the_template_s_images_are_heard_again() {
 #[tokio::test]
 async fn thirty_images_are_heard() {
     let api = StandIn::start(json!({"rules": []})).await;
-    let room = Room::with(|options| options.without_rehearsal().api(&api)).await;
+    let room = Room::with(|options| {
+        let cli = quick_cli(&options.folders);
+        options
+            .without_rehearsal()
+            .api(&api)
+            .env("CLAUDE_BIN", cli)
+            .env("MAX_WARM_AGENTS", "0")
+    })
+    .await;
     let main = thread("main");
     let url = room.init(&main).await;
     let site = room.folders.worktree(&main);

@@ -16,8 +16,8 @@ const FAST: &str = "
 
 #[tokio::test]
 async fn a_visible_page_is_a_person_and_an_open_socket_is_nobody() {
-    // 6 seconds.
-    let mut room = Room::with(|options| options.env("AUTO_SHUTDOWN_MINUTES", "0.1")).await;
+    // 15 seconds, in which a slow machine's browser opens a page.
+    let mut room = Room::with(|options| options.env("AUTO_SHUTDOWN_MINUTES", "0.25")).await;
     let url = room.init(&thread("main")).await;
     let page = room
         .chromium
@@ -42,7 +42,17 @@ async fn a_visible_page_is_a_person_and_an_open_socket_is_nobody() {
     blank.show().await;
     page.wait_for("document.visibilityState === 'hidden'").await;
     let hidden = Instant::now();
-    let said = page.eval("said()").await;
+    // What it was saying just then is said.
+    let mut said = page.eval("said()").await;
+    loop {
+        tokio::time::sleep(Duration::from_secs(2)).await;
+        let now = page.eval("said()").await;
+        if said == now {
+            break;
+        }
+        assert!(hidden.elapsed() < Duration::from_secs(30), "it goes on");
+        said = now;
+    }
     let open = page.eval("heard.length").await;
     let ended = room.greenroom.wait_exit(PATIENCE).await;
     assert!(ended.success(), "{ended}");
@@ -66,7 +76,7 @@ async fn a_stop_with_the_browser_open_ends_everything() {
     let ended = room.greenroom.stop().await;
     assert!(ended.success(), "{ended}");
     assert_eq!(room.children(), []);
-    assert!(begun.elapsed() < Duration::from_secs(30));
+    assert!(begun.elapsed() < Duration::from_secs(60));
     // The page is still there, with what it showed.
     page.wait_for_text("h1", "Good pots").await;
 }

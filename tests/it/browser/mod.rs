@@ -12,12 +12,16 @@ mod private;
 mod site;
 mod studio;
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::Path,
+    time::{Duration, Instant},
+};
 
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::sync::{Mutex, MutexGuard};
 
-use crate::support::{Folders, Options, TestGreenroom, Who, git, who};
+use crate::support::{Folders, Options, PATIENCE, TestGreenroom, Who, git, who};
 use chromium::{Chromium, Page};
 
 /// A dev server, a CLI and a browser take most of a gigabyte: within one process one after the
@@ -52,11 +56,13 @@ impl Room {
         let turn = ONE_AT_A_TIME.lock().await;
         let folders = Folders::new();
         let options = Options::new(&folders).rehearsal().astro();
+        // First: the program may end by itself before a slow machine has started a browser.
+        let chromium = Chromium::start().await;
         let greenroom = TestGreenroom::start(more(options)).await;
         Self {
             program: greenroom.pid(),
             greenroom,
-            chromium: Chromium::start().await,
+            chromium,
             folders,
             _turn: turn,
         }
@@ -111,6 +117,24 @@ async fn listen(page: &Page) {
     for _ in 0..2 {
         page.eval("window.heard = []; location.reload()").await;
         hears(page).await;
+    }
+}
+
+/// Waits until a page that [hears](listen) is whole and has been told nothing for a second: what was
+/// to be said of earlier changes has been said.
+async fn settles(page: &Page) {
+    let begun = Instant::now();
+    let mut before = Value::Null;
+    loop {
+        let told =
+            "document.readyState === 'complete' && `${performance.timeOrigin} ${heard.length}`";
+        let now = page.try_eval(told).await.unwrap_or_default();
+        if now.is_string() && now == before {
+            return;
+        }
+        assert!(begun.elapsed() < PATIENCE, "it never comes to rest");
+        before = now;
+        tokio::time::sleep(Duration::from_secs(1)).await;
     }
 }
 

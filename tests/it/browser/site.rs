@@ -6,7 +6,7 @@ use nix::{
 };
 use serde_json::{Value, json};
 
-use super::{LISTEN, Room, hears, thread};
+use super::{LISTEN, Room, hears, settles, thread};
 use crate::support::wait_for_async;
 
 const HEADING: &str = "Good pots for ordinary days";
@@ -46,6 +46,7 @@ async fn an_edit_shows_by_itself_and_is_the_whole_commit() {
 
     // Style: swapped in the page that is there.
     hears(&page).await;
+    settles(&page).await;
     page.eval("window.mark = 'still the same page'").await;
     let before = page.eval(ACCENT).await;
     room.greenroom
@@ -193,6 +194,7 @@ async fn two_threads_side_by_side_keep_to_themselves() {
     let (red_url, blue_url) = (room.init(&red).await, room.init(&blue).await);
     let (red_page, blue_page) = (room.open(&red_url).await, room.open(&blue_url).await);
     blue_page.wait_for_text("h1", HEADING).await;
+    settles(&blue_page).await;
     blue_page.eval("window.mark = 'not loaded again'").await;
 
     room.greenroom
@@ -200,6 +202,8 @@ async fn two_threads_side_by_side_keep_to_themselves() {
         .await
         .ok();
     red_page.wait_for_text("h1", "Red pots").await;
+    hears(&red_page).await;
+    settles(&red_page).await;
     red_page.eval("window.mark = 'not loaded again'").await;
     assert_eq!(blue_page.eval("window.mark").await, "not loaded again");
 
@@ -246,6 +250,7 @@ async fn the_hmr_port_is_a_bridge_for_the_sites_own_pages_alone() {
     let bridge = format!("ws://{red_host}:{}/any/path", room.greenroom.hmr_port);
 
     // A client of no subprotocol, as a page of the site could open one.
+    settles(&red_page).await;
     red_page.eval("window.heard = []").await;
     assert_eq!(red_page.eval(&dial(&bridge, "[]")).await, "open");
     hears(&red_page).await;

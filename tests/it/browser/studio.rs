@@ -129,7 +129,7 @@ async fn a_running_turn_is_seen_and_stopped_by_keyboard() {
         .await;
     page.eval("document.getElementById('instruction').focus()")
         .await;
-    page.type_text("Think slowly for 120 seconds").await;
+    page.type_text("Think slowly for 300 seconds").await;
     page.press("Enter").await;
     page.wait_for(&format!("{TURNS}[0]?.dataset.status === 'running'"))
         .await;

@@ -41,7 +41,7 @@ mod sockets;
 
 use bench::{Bench, Client, echo_heads, eventually, live, say, starting};
 
-const SOON: Duration = Duration::from_secs(10);
+const SOON: Duration = Duration::from_secs(60);
 const A: &str = "acme-alice-main-0123456789ab";
 const B: &str = "acme-alice-blue-ba9876543210";
 

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use tokio::{
     io::{AsyncBufReadExt, AsyncRead, BufReader},
     process::{Child, Command},
+    task::JoinHandle,
     time::timeout,
 };
 
@@ -143,6 +144,8 @@ impl Options {
     /// It runs dev servers.
     pub(crate) fn previews(self) -> Self {
         self.env("ASTRO_DEV_MODE", "true")
+            // A slow machine is no failure.
+            .env("PREVIEW_READY_SECONDS", "250")
     }
 
     /// It runs dev servers, and installs what they need from npm once for all tests.
@@ -154,10 +157,7 @@ impl Options {
         for (name, value) in npm_settings() {
             self = self.env(&name, value);
         }
-        self.previews()
-            .env("CACHE_PATH", cache)
-            // A slow machine is no failure.
-            .env("PREVIEW_READY_SECONDS", "300")
+        self.previews().env("CACHE_PATH", cache)
     }
 
     fn spawn(&self) -> Child {
@@ -217,6 +217,8 @@ pub(crate) struct TestGreenroom {
     pub(crate) service_port: u16,
     child: Child,
     log: Arc<Mutex<Vec<String>>>,
+    /// Ends with the log.
+    reading: Option<JoinHandle<()>>,
 }
 
 impl TestGreenroom {
@@ -226,7 +228,7 @@ impl TestGreenroom {
         let log = Arc::new(Mutex::new(Vec::new()));
         let stderr = child.stderr.take().unwrap();
         #[expect(clippy::disallowed_methods, reason = "it ends with the program")]
-        tokio::spawn(read_log(stderr, log.clone()));
+        let reading = tokio::spawn(read_log(stderr, log.clone()));
         let mut greenroom = Self {
             options,
             api_port: 0,
@@ -235,6 +237,7 @@ impl TestGreenroom {
             service_port: 0,
             child,
             log,
+            reading: Some(reading),
         };
         let lines = greenroom.log.clone();
         let child = &mut greenroom.child;
@@ -361,10 +364,15 @@ impl TestGreenroom {
         self.child.try_wait().unwrap()
     }
 
-    /// Waits for its end.
+    /// Waits for its end; then all of its log is there.
     pub(crate) async fn wait_exit(&mut self, limit: Duration) -> ExitStatus {
         let ended = timeout(limit, self.child.wait()).await;
-        ended.expect("it ends").unwrap()
+        let ended = ended.expect("it ends").unwrap();
+        if let Some(reading) = self.reading.take() {
+            // Somebody that it left behind may hold the pipe.
+            timeout(Duration::from_secs(5), reading).await.ok();
+        }
+        ended
     }
 
     /// SIGTERM, and its end.
