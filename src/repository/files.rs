@@ -367,10 +367,15 @@ pub(super) fn copy_all(from: &Path, to: &Path) -> io::Result<()> {
 
 /// Removes what is at `path`, whatever it is; nothing there is fine.
 pub(super) fn remove_all(path: &Path) -> io::Result<()> {
-    match kind_of(path)? {
+    let removed = match kind_of(path)? {
         None => Ok(()),
         Some(kind) if kind.is_dir() => fs::remove_dir_all(path),
         Some(_) => fs::remove_file(path),
+    };
+    match removed {
+        // A network disk believes for some seconds that a file is there which somebody else removed.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
     }
 }
 
