@@ -115,11 +115,6 @@ impl Series {
         state.waiting.truncate(most);
     }
 
-    /// How many CLIs wait, or are being started.
-    pub fn waiting(&self) -> usize {
-        self.state().waiting.len()
-    }
-
     /// Counts a run in.
     pub(super) fn enter<'a>(&'a self, args: &'a Args) -> Member<'a> {
         self.state().under_way += 1;
