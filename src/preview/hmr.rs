@@ -171,9 +171,22 @@ fn word(text: &str, worktree: &Path) -> Option<Word> {
     match told.kind.as_str() {
         "connected" => Some(Word::Listening(true)),
         "update" | "full-reload" | "prune" => Some(Word::Updated),
-        "error" => Some(Word::Error(error(told.err?, worktree))),
+        "error" => {
+            let err = told.err?;
+            (!is_of_a_vanished_page(&err)).then(|| Word::Error(error(err, worktree)))
+        }
         _ => None,
     }
+}
+
+/// Whoever replaces a page writes a file beside it and renames that. Astro may list its pages in
+/// between, not find the file any more and report its own rejection (measured with 7.3.5); it lists
+/// them once more when it hears of the renaming. No page is broken by that.
+fn is_of_a_vanished_page(err: &ViteError) -> bool {
+    let words = &err.message;
+    words.starts_with("Astro detected an unhandled rejection")
+        && words.contains("ENOENT: no such file or directory, stat ")
+        && words.contains("/core/routing/create-manifest.js")
 }
 
 fn error(err: ViteError, worktree: &Path) -> PreviewError {
@@ -291,6 +304,30 @@ mod tests {
             Some(Word::Listening(true))
         );
         assert_eq!(word("nonsense", root), None);
+
+        let rejection = |what: &str, at: &str| {
+            let message = format!(
+                "Astro detected an unhandled rejection. Here&#39;s the stack trace:\nError: {what}\n    \
+                 at Object.statSync (node:fs:1746:25)\n    at walk ({at}:65:20)\nMake sure …"
+            );
+            serde_json::json!({"type": "error", "err": {"message": message}}).to_string()
+        };
+        let routes = "/w/t/node_modules/astro/dist/core/routing/create-manifest.js";
+        let gone =
+            "ENOENT: no such file or directory, stat &#39;/w/t/src/pages/a.astro.tmp.7.8f&#39;";
+        assert_eq!(word(&rejection(gone, routes), root), None);
+        for broken in [
+            rejection(gone, "/w/t/src/pages/a.astro"),
+            rejection(
+                "EACCES: permission denied, stat &#39;/w/t/src/pages&#39;",
+                routes,
+            ),
+        ] {
+            assert!(
+                matches!(word(&broken, root), Some(Word::Error(_))),
+                "{broken}"
+            );
+        }
     }
 
     #[tokio::test]
