@@ -5,14 +5,17 @@
 //! at all files each second.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     io,
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
 
 use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher, event::ModifyKind};
-use tokio::{sync::mpsc, time::sleep};
+use tokio::{
+    sync::mpsc,
+    time::{Instant, sleep},
+};
 
 use crate::task::blocking;
 
@@ -27,11 +30,13 @@ const EVERY: Duration = Duration::from_secs(1);
 const MOST_FILES: usize = 20_000;
 
 /// One file's.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub(crate) struct Change {
     /// Below the worktree, with `/`.
     pub(crate) path: String,
     pub(crate) kind: Kind,
+    /// When the kernel told of it; where it tells nothing, when the file was last seen as it was.
+    pub(crate) at: Instant,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -63,7 +68,7 @@ pub(crate) async fn watch(root: PathBuf, changes: mpsc::Sender<Change>) {
 
 async fn by_events(
     mut eyes: Eyes,
-    mut seen: mpsc::Receiver<notify::Event>,
+    mut seen: mpsc::Receiver<(Instant, notify::Event)>,
     changes: &mpsc::Sender<Change>,
 ) {
     let mut events = Vec::new();
@@ -93,8 +98,9 @@ async fn by_events(
 }
 
 async fn by_looking(root: PathBuf, changes: &mpsc::Sender<Change>) {
-    let mut before: Option<Files> = None;
+    let mut before: Option<(Instant, Files)> = None;
     loop {
+        let begun = Instant::now();
         let root = root.clone();
         let look = blocking("looking for changes", DISK_DEADLINE, move || {
             let mut files = Files::new();
@@ -102,14 +108,14 @@ async fn by_looking(root: PathBuf, changes: &mpsc::Sender<Change>) {
             files
         });
         let Ok(now) = look.await else { return };
-        if let Some(before) = &before {
-            for change in compare(before, &now) {
+        if let Some((at, before)) = &before {
+            for change in compare(before, &now, *at) {
                 if changes.send(change).await.is_err() {
                     return;
                 }
             }
         }
-        before = Some(now);
+        before = Some((begun, now));
         tokio::select! {
             () = changes.closed() => return,
             () = sleep(EVERY) => {}
@@ -120,10 +126,11 @@ async fn by_looking(root: PathBuf, changes: &mpsc::Sender<Change>) {
 /// When a file was written last, and its length.
 type Files = BTreeMap<String, (Option<SystemTime>, u64)>;
 
-fn compare(before: &Files, now: &Files) -> Vec<Change> {
+fn compare(before: &Files, now: &Files, at: Instant) -> Vec<Change> {
     let change = |path: &String, kind| Change {
         path: path.clone(),
         kind,
+        at,
     };
     let present = now.iter().filter_map(|(path, at)| match before.get(path) {
         None => Some(change(path, Kind::New)),
@@ -178,10 +185,10 @@ struct Eyes {
 }
 
 impl Eyes {
-    fn open(root: PathBuf, tell: mpsc::Sender<notify::Event>) -> io::Result<Self> {
+    fn open(root: PathBuf, tell: mpsc::Sender<(Instant, notify::Event)>) -> io::Result<Self> {
         let told = move |event: notify::Result<notify::Event>| {
             if let Ok(event) = event {
-                tell.try_send(event).ok();
+                tell.try_send((Instant::now(), event)).ok();
             }
         };
         let watcher = notify::recommended_watcher(told).map_err(io::Error::other)?;
@@ -209,7 +216,7 @@ impl Eyes {
     }
 
     /// What events say, in their order, each file once.
-    fn take_in(&mut self, events: Vec<notify::Event>) -> Vec<Change> {
+    fn take_in(&mut self, events: Vec<(Instant, notify::Event)>) -> Vec<Change> {
         let mut found: Vec<Change> = Vec::new();
         let is_change = |event: &notify::Event| match event.kind {
             EventKind::Access(_) | EventKind::Modify(ModifyKind::Metadata(_)) => false,
@@ -219,8 +226,15 @@ impl Eyes {
             | EventKind::Remove(_)
             | EventKind::Other => true,
         };
-        let paths = events.into_iter().filter(is_change).flat_map(|e| e.paths);
-        for path in paths {
+        let events = events.into_iter().filter(|(_, event)| is_change(event));
+        let paths: Vec<(Instant, PathBuf)> = events
+            .flat_map(|(at, event)| event.paths.into_iter().map(move |path| (at, path)))
+            .collect();
+        // What is found now is how the last event of a file left it.
+        let last: HashMap<PathBuf, Instant> =
+            paths.iter().map(|(at, path)| (path.clone(), *at)).collect();
+        for (at, path) in paths {
+            let at = last.get(&path).copied().unwrap_or(at);
             let Some(name) = name_below(&self.root, &path) else {
                 continue;
             };
@@ -229,17 +243,21 @@ impl Eyes {
                     let before = self.known.clone();
                     // What can't be watched any more is unseen; what is known stays so.
                     self.add(&path).ok();
-                    found.extend(compare(&before, &self.known));
+                    found.extend(compare(&before, &self.known, at));
                 }
                 Ok(meta) => {
-                    let at = (meta.modified().ok(), meta.len());
-                    let kind = match self.known.insert(name.clone(), at) {
+                    let now = (meta.modified().ok(), meta.len());
+                    let kind = match self.known.insert(name.clone(), now) {
                         None => Kind::New,
                         // One writing makes several events.
-                        Some(then) if then == at => continue,
+                        Some(then) if then == now => continue,
                         Some(_) => Kind::Changed,
                     };
-                    found.push(Change { path: name, kind });
+                    found.push(Change {
+                        path: name,
+                        kind,
+                        at,
+                    });
                 }
                 Err(_) => {
                     let below = format!("{name}/");
@@ -249,7 +267,7 @@ impl Eyes {
                     for path in gone {
                         self.known.remove(&path);
                         let kind = Kind::Gone;
-                        found.push(Change { path, kind });
+                        found.push(Change { path, kind, at });
                     }
                 }
             }
@@ -267,15 +285,12 @@ mod tests {
     use super::*;
 
     async fn next(seen: &mut mpsc::Receiver<Change>, path: &str, kind: Kind) {
-        let wanted = Change {
-            path: path.to_owned(),
-            kind,
-        };
+        let wanted = (path, kind);
         let wait = async {
             while let Some(change) = seen.recv().await {
                 let is_other = change.path.contains("node_modules") || change.path.contains(".git");
                 assert!(!is_other, "{change:?}");
-                if change == wanted {
+                if (change.path.as_str(), change.kind) == wanted {
                     return;
                 }
             }
