@@ -175,11 +175,8 @@ impl Run {
     fn counted_usage(&self) -> Usage {
         let (before, now) = self.counted;
         Usage {
-            input_tokens: before.input_tokens + now.input_tokens,
-            output_tokens: before.output_tokens + now.output_tokens,
-            cache_read_tokens: before.cache_read_tokens + now.cache_read_tokens,
-            cache_creation_tokens: before.cache_creation_tokens + now.cache_creation_tokens,
             cost_usd: 0.0,
+            ..before + now
         }
     }
 

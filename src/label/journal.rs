@@ -144,7 +144,7 @@ impl Past {
             }
             Event::Labelled(done) | Event::Failed(done) => {
                 let done = *done;
-                self.usage = sum(self.usage, done.result.outcome.usage());
+                self.usage = self.usage + done.result.outcome.usage();
                 let image = done.result.image.clone();
                 let known = Known::Done {
                     digest: done.digest,
@@ -155,17 +155,6 @@ impl Past {
             Event::Completed(summary) | Event::Stopped(summary) => self.summary = Some(summary),
             Event::Started { .. } | Event::Unknown => {}
         }
-    }
-}
-
-/// Both together.
-pub(super) fn sum(a: Usage, b: Usage) -> Usage {
-    Usage {
-        input_tokens: a.input_tokens + b.input_tokens,
-        output_tokens: a.output_tokens + b.output_tokens,
-        cache_read_tokens: a.cache_read_tokens + b.cache_read_tokens,
-        cache_creation_tokens: a.cache_creation_tokens + b.cache_creation_tokens,
-        cost_usd: a.cost_usd + b.cost_usd,
     }
 }
 

@@ -2,10 +2,7 @@
 
 use std::time::Instant;
 
-use super::{
-    journal::sum,
-    outcome::{Code, Outcome, Progress, Summary},
-};
+use super::outcome::{Code, Outcome, Progress, Summary};
 use crate::domain::Usage;
 
 #[derive(Debug)]
@@ -62,7 +59,7 @@ impl Tally {
             }
         }
         if is_new {
-            self.usage = sum(self.usage, outcome.usage());
+            self.usage = self.usage + outcome.usage();
         }
         self.progress()
     }
