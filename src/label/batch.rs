@@ -258,10 +258,11 @@ impl Run<'_> {
         let path = image.path.clone();
         let limit = picture::MAX_BYTES as u64;
         let read = task::blocking("reading an image", DISK_DEADLINE, move || {
-            read_bounded(&path, limit)
+            let bytes = read_bounded(&path, limit)?;
+            Ok(bytes.map(|bytes| (hex::encode(Sha256::digest(&bytes)), bytes)))
         });
-        let bytes = match read.await {
-            Ok(Ok(Some(bytes))) => bytes,
+        let (digest, bytes) = match read.await {
+            Ok(Ok(Some(read))) => read,
             Ok(Ok(None)) => {
                 // Removed since, because nobody needs it any more.
                 if let Some(Known::Done { entry, .. }) = self.past.get(&image.name) {
@@ -289,7 +290,6 @@ impl Run<'_> {
                     .await;
             }
         };
-        let digest = hex::encode(Sha256::digest(&bytes));
         if let Some(known) = self.known(image, &digest) {
             return self.keep(image, &digest, known).await;
         }

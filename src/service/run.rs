@@ -96,11 +96,16 @@ pub(super) fn spec(
     profile.owner = Some(scratch.root().to_owned());
     let mut args = args.clone();
     args.model = args.model.or_else(|| settings.model.clone());
+    let mut env = settings.environment(&scratch.home(), &scratch.temporary(), token);
+    // The CLI is a program of Bun's, which collects all garbage once a second though nothing moves: of
+    // one that waits for two seconds that was a quarter of all its processor time (2.1.329). Garbage
+    // is still collected as memory fills.
+    env.push(("BUN_GC_TIMER_DISABLE".into(), "1".into()));
     Spec {
         name: "one-shot claude",
         program: settings.program.clone(),
         args: args.command_line(&settings.tools, settings.is_confined, site.note),
-        env: settings.environment(&scratch.home(), &scratch.temporary(), token),
+        env,
         cwd: site.cwd.clone().unwrap_or_else(|| scratch.work()),
         stdin: Stdin::Piped,
         profile,
