@@ -18,7 +18,7 @@ use axum::{
     extract::{MatchedPath, Request, State},
     http::{
         HeaderMap, HeaderValue, Method, StatusCode,
-        header::{AUTHORIZATION, CONTENT_TYPE, HOST, ORIGIN},
+        header::{AUTHORIZATION, CONTENT_TYPE, EXPECT, HOST, ORIGIN},
     },
     middleware::Next,
     response::{IntoResponse, Response},
@@ -32,7 +32,12 @@ use subtle::{Choice, ConstantTimeEq};
 use tokio::sync::Semaphore;
 use tracing::Instrument;
 
-use super::{ApiError, Base, batches, error::REQUEST_ID, label, rate::Peer};
+use super::{
+    ApiError, Base, batches,
+    error::{Asking, REQUEST},
+    label,
+    rate::Peer,
+};
 use crate::{
     config::Secret,
     lifecycle::{Guard, HolderKind},
@@ -49,6 +54,8 @@ const MAX_BODY: usize = 1 << 20;
 const BODY_DEADLINE: Duration = Duration::from_secs(30);
 /// Of a body that is too large.
 const MAX_DISCARDED: usize = 128 << 20;
+/// Who sends nothing for so long listens.
+const DISCARD_PAUSE: Duration = Duration::from_secs(2);
 /// How far a signature's clock may be from ours, in milliseconds.
 const CLOCK_SKEW_MS: i64 = 30_000;
 /// Signatures that are remembered: two thousand a second for as long as one may be good. Older ones
@@ -105,7 +112,7 @@ impl Bounds {
             LABEL => Self {
                 bytes: label::MAX_BODY,
                 named: "an image of 10 MiB",
-                mebibytes: 14,
+                mebibytes: 15,
                 deadline: BODY_DEADLINE * 3,
                 takes_forms: true,
             },
@@ -355,6 +362,12 @@ fn host_name(host: &str) -> &str {
     }
 }
 
+/// Is it one of those about labels?
+fn is_label(path: &str) -> bool {
+    path.strip_prefix(LABEL)
+        .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
 /// The frame of every request.
 pub(super) async fn check(State(state): State<Base>, request: Request, next: Next) -> Response {
     let id = uuid::Uuid::now_v7().simple().to_string();
@@ -369,7 +382,6 @@ pub(super) async fn check(State(state): State<Base>, request: Request, next: Nex
         let started = std::time::Instant::now();
         let response = match admit(&state, request).await {
             Ok(request) => next.run(request).await,
-            Err(error) if path == LABEL => error.of_a_label().into_response(),
             Err(error) => error.into_response(),
         };
         let elapsed_ms = started.elapsed().as_millis() as u64;
@@ -384,7 +396,11 @@ pub(super) async fn check(State(state): State<Base>, request: Request, next: Nex
         }
         response
     };
-    let mut response = REQUEST_ID.scope(id.clone(), answer.instrument(span)).await;
+    let asking = Asking {
+        id: id.clone(),
+        is_label: is_label(&path),
+    };
+    let mut response = REQUEST.scope(asking, answer.instrument(span)).await;
     let headers = response.headers_mut();
     if let Ok(id) = HeaderValue::from_str(&id) {
         headers.insert("x-request-id", id);
@@ -448,7 +464,8 @@ async fn admit(state: &Base, request: Request) -> Result<Request, ApiError> {
     let claim = state.access.claim(&parts.headers, now())?;
     let bounds = Bounds::of(parts.uri.path());
     if body.size_hint().lower() > bounds.bytes as u64 {
-        if bounds.takes_forms {
+        // Who asks first has sent nothing yet.
+        if !parts.headers.contains_key(EXPECT) {
             discard(body).await;
         }
         return Err(ApiError::too_large(bounds.named));
@@ -491,7 +508,7 @@ async fn admit(state: &Base, request: Request) -> Result<Request, ApiError> {
 async fn discard(mut body: Body) {
     let all = async {
         let mut left = MAX_DISCARDED;
-        while let Some(Ok(frame)) = body.frame().await {
+        while let Ok(Some(Ok(frame))) = tokio::time::timeout(DISCARD_PAUSE, body.frame()).await {
             let length = frame.data_ref().map_or(0, Bytes::len);
             let Some(rest) = left.checked_sub(length) else {
                 return;
@@ -502,8 +519,8 @@ async fn discard(mut body: Body) {
     tokio::time::timeout(BODY_DEADLINE, all).await.ok();
 }
 
-async fn read_body(body: Body, bounds: &Bounds) -> Result<Bytes, ApiError> {
-    let read = Limited::new(body, bounds.bytes).collect();
+async fn read_body(mut body: Body, bounds: &Bounds) -> Result<Bytes, ApiError> {
+    let read = Limited::new(&mut body, bounds.bytes).collect();
     let read = tokio::time::timeout(bounds.deadline, read);
     match read.await {
         Err(_) => Err(ApiError::new(
@@ -513,6 +530,7 @@ async fn read_body(body: Body, bounds: &Bounds) -> Result<Bytes, ApiError> {
         )),
         Ok(Ok(body)) => Ok(body.to_bytes()),
         Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => {
+            discard(body).await;
             Err(ApiError::too_large(bounds.named))
         }
         Ok(Err(_)) => Err(ApiError::invalid("the request's body broke off")),

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use axum::{
     Json as Answer,
     body::Bytes,
-    extract::{FromRequest, Path, Request, State},
+    extract::{FromRequest, Request, State},
     http::{HeaderMap, StatusCode},
     response::{IntoResponse, Response},
 };
@@ -16,7 +16,8 @@ use utoipa::ToSchema;
 use super::{
     ApiError, Pins, Shared,
     body::{self, JsonOrNothing, success},
-    label::{Asked, ImageBody, decoded, is_form, read_form},
+    label::{Asked, decoded, is_form, read_form},
+    params::Path,
     sse,
     turns::last_event_id,
 };
@@ -38,8 +39,12 @@ const MAX_NAME: usize = 200;
 pub(super) struct NamedImage {
     /// What it is called in the answer.
     name: Option<String>,
-    #[serde(flatten)]
-    image: ImageBody,
+    /// The file in base64, at most 10 MiB of it; the beginning of a data URL is passed over.
+    #[schema(required)]
+    data: Option<String>,
+    /// What the caller takes it for; the file itself says what it is.
+    #[serde(rename = "mediaType")]
+    _media_type: Option<String>,
 }
 
 /// The same as a form (`multipart/form-data`), each file as a field `image`.
@@ -91,7 +96,8 @@ impl<S: Send + Sync> FromRequest<S> for BatchRequest {
             let mut images = Vec::new();
             for (at, named) in body.images.unwrap_or_default().into_iter().enumerate() {
                 let field = format!("images[{at}].data");
-                let data = named.image.data.unwrap_or_default();
+                let missing = || ApiError::invalid(format!("{field} is missing"));
+                let data = named.data.ok_or_else(missing)?;
                 images.push((named.name.unwrap_or_default(), decoded(&field, &data)?));
             }
             let asked = Asked {

@@ -50,6 +50,12 @@ impl<S: Send + Sync, T: DeserializeOwned + Default> FromRequest<S> for JsonOrNot
 }
 
 fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
+    // The parser would take an array for an object's fields in their order.
+    if body.trim_ascii_start().starts_with(b"[") {
+        return Err(ApiError::invalid(
+            "the body has to be a JSON object, not an array",
+        ));
+    }
     let mut reader = serde_json::Deserializer::from_slice(body);
     let parsed = serde_path_to_error::deserialize(&mut reader);
     let value = parsed.map_err(|error| {
@@ -75,17 +81,34 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
     Ok(value)
 }
 
-/// The reason without the position, which names no field.
+/// Most of a caller's own value that an error says again, in characters.
+const MAX_FOUND: usize = 60;
+
+/// The reason without the position, which names no field, as somebody says it who has not written
+/// this; of a value no more than its beginning.
 fn plain(error: &serde_json::Error) -> String {
     let text = error.to_string();
-    let text = text.split(" at line ").next().unwrap_or_default();
-    // As somebody says it who has not written this.
-    match text.rsplit_once(", expected ") {
-        Some((found, "u16" | "u32" | "u64" | "usize")) => {
-            format!("{found}, expected a whole number")
-        }
-        Some((found, "f32" | "f64")) => format!("{found}, expected a number"),
-        _ => text.to_owned(),
+    let text = text
+        .rsplit_once(" at line ")
+        .map_or(&*text, |(text, _)| text);
+    let Some((found, expected)) = text.rsplit_once(", expected ") else {
+        return shortened(text);
+    };
+    let expected = match expected {
+        "u16" | "u32" | "u64" | "usize" => "a whole number",
+        "f32" | "f64" => "a number",
+        "a sequence" => "an array",
+        "a map" => "an object",
+        name if name.starts_with("struct ") => "an object",
+        other => other,
+    };
+    format!("{}, expected {expected}", shortened(found))
+}
+
+fn shortened(text: &str) -> String {
+    match text.char_indices().nth(MAX_FOUND) {
+        None => text.to_owned(),
+        Some((end, _)) => format!("{}…", &text[..end]),
     }
 }
 
@@ -191,6 +214,12 @@ mod tests {
             ),
             (br#"{"mode":1"#, "not valid JSON"),
             (b"[]", "JSON object"),
+            (b" [\"acme\"]", "JSON object"),
+            (b"7", "integer `7`, expected an object"),
+            (
+                br#"{"clientId":{}}"#,
+                "clientId: invalid type: map, expected a string",
+            ),
             (b"", "not valid JSON"),
             (b"{}{}", "not valid JSON"),
             (b"{\"clientId\":\"\xff\"}", "valid JSON"),
@@ -198,6 +227,18 @@ mod tests {
             let error = parse::<Shape>(body).unwrap_err();
             assert!(format!("{error:?}").contains(said), "{error:?}");
             assert_eq!(error.into_response().status(), 400);
+        }
+    }
+
+    #[test]
+    fn what_was_sent_is_not_said_again_at_length() {
+        let long = "ä, expected at line ".repeat(100_000);
+        for body in [
+            format!(r#"{{"limit":"{long}"}}"#),
+            format!(r#"{{"mode":"{long}"}}"#),
+        ] {
+            let said = format!("{:?}", parse::<Shape>(body.as_bytes()).unwrap_err());
+            assert!(said.len() < 1000, "{} bytes", said.len());
         }
     }
 

@@ -12,7 +12,7 @@ use std::{
 };
 
 use axum::{
-    extract::{Path, State},
+    extract::State,
     http::HeaderMap,
     response::{
         IntoResponse, Response,
@@ -30,7 +30,8 @@ use utoipa::ToSchema;
 use super::{
     ApiError, Shared,
     body::{check_pins, success},
-    error::{REQUEST_ID, request_id},
+    error::{Asking, REQUEST},
+    params::Path,
     sse::COMMENT_EVERY,
     threads::accepts,
     turns,
@@ -266,7 +267,7 @@ impl Calls {
             .hold(HolderKind::Request, format!("{prefix} for {}", call.key));
         let (answer, answered) = oneshot::channel();
         let (calls, ended_id) = (self.clone(), id.clone());
-        let work = REQUEST_ID.scope(request_id().unwrap_or_default(), async move {
+        let work = REQUEST.scope(Asking::now(), async move {
             let result = work(running).await;
             let status = match &result {
                 Ok(Ended::Done(_) | Ended::Accepted(_)) => CallStatus::Completed,
@@ -334,8 +335,7 @@ fn streamed(
     ended: impl Future<Output = Result<(String, Ended), ApiError>> + Send + 'static,
     caller: Caller,
 ) -> Response {
-    let id = request_id().unwrap_or_default();
-    let end = REQUEST_ID.scope(id, async move {
+    let end = REQUEST.scope(Asking::now(), async move {
         match ended.await {
             Ok((_, Ended::Done(result))) => {
                 event(&format!("{prefix}.completed"), &json!({ "result": result }))

@@ -34,13 +34,29 @@ use crate::{
 const STALL_SECONDS: u64 = 10;
 
 tokio::task_local! {
-    /// The id of the request being answered: in its error, and on its log lines.
-    pub(super) static REQUEST_ID: String;
+    /// The request being answered.
+    pub(super) static REQUEST: Asking;
+}
+
+/// What an error says of the request that it answers.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Asking {
+    /// In its error, and on its log lines.
+    pub(super) id: String,
+    /// Is it about labels? Their callers read an error's `status` and `message`.
+    pub(super) is_label: bool,
+}
+
+impl Asking {
+    /// The request being answered by this task; elsewhere it has no id.
+    pub(super) fn now() -> Self {
+        REQUEST.try_with(Self::clone).unwrap_or_default()
+    }
 }
 
 /// The id of the request being answered.
 pub(super) fn request_id() -> Option<String> {
-    REQUEST_ID.try_with(String::clone).ok()
+    REQUEST.try_with(|asking| asking.id.clone()).ok()
 }
 
 /// An error's body.
@@ -179,13 +195,6 @@ impl ApiError {
         }
     }
 
-    /// The same as callers of `/api/label` read it.
-    pub(super) fn of_a_label(mut self) -> Self {
-        self.details.status = Some(Status::Error);
-        self.details.message = Some(self.message.clone());
-        self
-    }
-
     fn with(self, details: Details) -> Self {
         Self {
             details: Box::new(details),
@@ -301,7 +310,7 @@ impl From<SupervisorError> for ApiError {
                 "clone_failed",
                 missing.to_string(),
             ),
-            E::Source(source) => Self::invalid(format!("repoUrl: {source}")),
+            E::Source(source) => Self::invalid(source.to_string()),
             E::Install(error) => Self::new(
                 StatusCode::UNPROCESSABLE_ENTITY,
                 "install_failed",
@@ -590,12 +599,17 @@ impl ApiError {
 }
 
 impl ApiError {
-    fn into_body(self) -> ErrorBody {
+    fn into_body(mut self) -> ErrorBody {
+        let asking = Asking::now();
+        if asking.is_label {
+            self.details.status = Some(Status::Error);
+            self.details.message = Some(self.message.clone());
+        }
         ErrorBody {
             success: false,
             error: self.message,
             code: self.code,
-            request_id: request_id().unwrap_or_default(),
+            request_id: asking.id,
             details: *self.details,
         }
     }

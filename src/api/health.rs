@@ -9,7 +9,7 @@ use std::{
 
 use axum::{
     Json,
-    extract::{Query, State},
+    extract::State,
     http::{HeaderMap, StatusCode, header},
     response::{IntoResponse, Response},
 };
@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use utoipa::ToSchema;
 
-use super::{ApiError, Base};
+use super::{ApiError, Base, params::Query};
 use crate::{
     domain::{BreakerState, PreviewState},
     ecs::Ecs,

@@ -17,6 +17,7 @@ mod label;
 mod one_shot;
 mod operations;
 mod page;
+mod params;
 mod publish;
 mod rate;
 mod serve;

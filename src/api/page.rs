@@ -1,12 +1,11 @@
 //! The page at `/`: static files without any data, embedded in the binary.
 
 use axum::{
-    extract::Path,
     http::{StatusCode, header},
     response::{IntoResponse, Response},
 };
 
-use super::ApiError;
+use super::{ApiError, params::Path};
 
 /// The page talks to its own origin alone; previews are frames of other origins.
 const POLICY: &str = "default-src 'self'; frame-src http: https:; base-uri 'none'; \

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use axum::{
     Json as Answer,
-    extract::{Path, Query, State},
+    extract::State,
     http::{
         HeaderMap,
         header::{ACCEPT, CONTENT_TYPE},
@@ -21,6 +21,7 @@ use super::{
     calls::CallView,
     error::request_id,
     operations::commit_id,
+    params::{Path, Query},
     sse,
     turns::{self, last_event_id, turn_id},
 };

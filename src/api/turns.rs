@@ -2,7 +2,7 @@
 
 use axum::{
     Json as Answer,
-    extract::{Path, State},
+    extract::State,
     http::{HeaderMap, StatusCode},
     response::{IntoResponse, Response},
 };
@@ -11,6 +11,7 @@ use serde_json::json;
 use super::{
     ApiError, Shared,
     body::{check_pins, success},
+    params::Path,
     sse,
 };
 use crate::{

@@ -3,7 +3,7 @@
 use std::{convert::Infallible, time::Duration};
 
 use axum::{
-    extract::{Query, State},
+    extract::State,
     response::{
         IntoResponse, Response,
         sse::{Event, KeepAlive, Sse},
@@ -16,6 +16,7 @@ use serde::Deserialize;
 use super::{
     ApiError, Shared,
     body::{check_tenants, success},
+    params::Query,
 };
 use crate::usage::{Live, Question, Report, Tenants};
 

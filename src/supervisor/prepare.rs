@@ -324,14 +324,16 @@ fn check_repository(
 ) -> Result<(), SupervisorError> {
     let Some(asked) = asked else { return Ok(()) };
     let asked = parse(asked)?.identity();
-    if let Some(present) = present
-        && parse(present)?.identity() == asked
-    {
-        return Ok(());
-    }
+    let present = match present.map(parse).transpose()? {
+        Some(present) if present.identity() == asked => return Ok(()),
+        // Where it lies on this machine is no caller's business.
+        Some(Source::Local(_)) => "one of this machine".to_owned(),
+        Some(present) => present.url().unwrap_or_default(),
+        None => "the built-in template".to_owned(),
+    };
     Err(SupervisorError::RepoMismatch {
         user: user.clone(),
-        present: present.unwrap_or("the built-in template").to_owned(),
+        present,
     })
 }
 

@@ -144,12 +144,16 @@ async fn with_secrets_every_call_needs_one() {
 
 /// Raw bytes in, the first line of the answer out.
 async fn raw(port: u16, bytes: &[u8]) -> String {
+    // Who is refused early may find the connection closed before all is sent.
+    raw_with(port, bytes, |sent| drop(sent)).await
+}
+
+async fn raw_with(port: u16, bytes: &[u8], sent: impl FnOnce(std::io::Result<()>)) -> String {
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     let mut socket = tokio::net::TcpStream::connect(("127.0.0.1", port))
         .await
         .unwrap();
-    // Who is refused early may find the connection closed before all is sent.
-    socket.write_all(bytes).await.ok();
+    sent(socket.write_all(bytes).await);
     let mut answer = Vec::new();
     let mut chunk = [0; 4096];
     let read = async {
@@ -224,6 +228,20 @@ async fn whoever_proves_nothing_sends_no_body() {
     }
     let answer = raw(port, endless.as_bytes()).await;
     assert!(answer.contains("413"), "{answer}");
+    // Who sends it all before listening hears why it was refused, whatever the route.
+    let large = "x".repeat(8 << 20);
+    for (path, times) in [("/execute", 1), ("/api/init", 1), ("/api/label", 3)] {
+        let body = large.repeat(times);
+        let declared = format!("Content-Length: {}\r\n{}", body.len(), claim(now()));
+        let chunked = format!("Transfer-Encoding: chunked\r\n{}", claim(now()));
+        for sent in [
+            head(path, &declared) + &body,
+            head(path, &chunked) + &format!("{:x}\r\n{body}\r\n0\r\n\r\n", body.len()),
+        ] {
+            let answer = raw_with(port, sent.as_bytes(), Result::unwrap).await;
+            assert!(answer.contains("413"), "{path}: {answer}");
+        }
+    }
     // A signed body in chunks is the same body.
     let body = "{}";
     let at = now();

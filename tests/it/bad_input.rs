@@ -239,6 +239,17 @@ async fn bodies() {
         .await
         .error(413, "payload_too_large");
 
+    for path in [
+        "/api/turns/%ff",
+        "/api/clients/%ff/users/a/threads/b",
+        "/api/threads?clientId=a&clientId=b&userId=c",
+        "/health?deep=0&deep=0",
+    ] {
+        greenroom
+            .api("GET", path, json!({}))
+            .await
+            .error(400, "invalid_request");
+    }
     for (method, path) in [
         ("GET", "/api/init"),
         ("PUT", "/api/init"),

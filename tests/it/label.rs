@@ -257,6 +257,41 @@ async fn what_is_wrong_is_told_before_anything_is_paid() {
         let refused = greenroom.api("POST", "/api/label", body).await;
         assert!(refused.error(400, "invalid_request").contains("image"));
     }
+    // What is not known is passed over, whatever it holds.
+    let unknown = "y".repeat(20_000);
+    let passed = greenroom
+        .send(form(b"<svg/>", &[("thumb", &unknown), ("note", "\u{1}")]))
+        .await;
+    passed.error(422, "invalid_image");
+    // Nobody wants to read 9 MB of what they sent.
+    let whole = json!({"image": "A".repeat(9 << 20)});
+    let refused = greenroom.api("POST", "/api/label", whole).await;
+    assert!(refused.text.len() < 1000, "{} bytes", refused.text.len());
+    assert!(refused.error(400, "invalid_request").contains("image"));
+    for (method, path, status) in [
+        ("GET", "/api/label", 405),
+        ("GET", "/api/label/batches/nothing", 404),
+        ("POST", "/api/label/batches", 400),
+    ] {
+        let refused = greenroom
+            .api(method, path, json!({"images": [{"name": "a"}]}))
+            .await;
+        assert_eq!(refused.status, status, "{}", refused.text);
+        assert_eq!(refused.body["status"], "error", "{}", refused.text);
+        assert_eq!(refused.body["message"], refused.body["error"]);
+        if status == 400 {
+            assert!(refused.text.contains("images[0].data"), "{}", refused.text);
+        }
+    }
+    let lines: String = STANDARD
+        .encode(vec![7; picture::MAX_BYTES])
+        .as_bytes()
+        .chunks(76)
+        .map(|line| format!("{}\r\n", String::from_utf8_lossy(line)))
+        .collect();
+    let wrapped = json!({"image": {"data": lines}});
+    let wrapped = greenroom.api("POST", "/api/label", wrapped).await;
+    wrapped.error(422, "invalid_image");
     let two = greenroom.send(form(&image, &[("image", "again")])).await;
     two.error(400, "invalid_request");
     let broken = Sent {
