@@ -89,7 +89,6 @@ pub(super) async fn execute(
         timeout: Duration::from_millis(timeout),
         account: Account::of_kind(Account::SERVICE),
         gate: None,
-        series: None,
     };
     let place = match body.cwd.filter(|cwd| !cwd.is_empty()) {
         None => None,

@@ -46,7 +46,7 @@ use crate::{
 };
 
 pub use credential::{Credential, load_credentials_file};
-pub use run::{ActiveRun, AgentToken, Gate, Hold, Passing, UpstreamNote};
+pub use run::{ActiveRun, AgentToken, Gate, Hold, Pass, Passing, UpstreamNote};
 pub use vault::{OAuthSettings, TOKEN_URL};
 
 use network::ClientTokens;

@@ -178,10 +178,18 @@ impl Relay {
         }
         let toll = is_model_request.then(|| Toll::new(run.meter.clone(), run.gate.clone()));
         let over = run.over.clone();
+        let answer = async {
+            let pass = match is_model_request {
+                true => run.wait_for_a_pass().await,
+                false => None,
+            };
+            let exchange = Exchange::start(run, toll.clone(), pass, door.hold());
+            self.forward(request, toll, exchange).await
+        };
         tokio::select! {
             biased;
             () = over.cancelled() => refuse(StatusCode::FORBIDDEN, "the run is over"),
-            answer = self.forward(request, toll.clone(), Exchange::start(run, toll, door.hold())) => answer,
+            answer = answer => answer,
         }
     }
 

@@ -60,8 +60,33 @@ pub struct Passing {
 #[derive(Clone)]
 pub struct Gate {
     ask: Arc<Ask>,
+    wait: Option<Arc<Wait>>,
     /// The most tokens that a prompt may have. By its bytes alone an image would pass for a book.
     pub(super) most_prompt: u64,
+}
+
+type Wait = dyn Fn() -> BoxFuture<'static, Pass> + Send + Sync;
+
+/// What a request waited for. It is told once the request was answered, successfully and whole.
+pub struct Pass(Option<Box<dyn FnOnce() + Send + Sync>>);
+
+impl Pass {
+    /// One that tells this.
+    pub fn new(answered: impl FnOnce() + Send + Sync + 'static) -> Self {
+        Self(Some(Box::new(answered)))
+    }
+
+    fn answered(&mut self) {
+        if let Some(tell) = self.0.take() {
+            tell();
+        }
+    }
+}
+
+impl fmt::Debug for Pass {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Pass")
+    }
 }
 
 type Ask = dyn Fn(Passing) -> BoxFuture<'static, Result<(), &'static str>> + Send + Sync;
@@ -74,8 +99,28 @@ impl Gate {
     ) -> Self {
         Self {
             ask: Arc::new(ask),
+            wait: None,
             most_prompt,
         }
+    }
+
+    /// The same for a run that was started ahead of its time: each of its requests waits for this before
+    /// anything of it goes up or is paid for. What it waits is not counted as the run's time
+    /// ([`ActiveRun::held`]).
+    #[must_use]
+    pub fn after(
+        self,
+        wait: impl Fn() -> BoxFuture<'static, Pass> + Send + Sync + 'static,
+    ) -> Self {
+        Self {
+            wait: Some(Arc::new(wait)),
+            ..self
+        }
+    }
+
+    /// Does it let requests wait?
+    pub fn waits(&self) -> bool {
+        self.wait.is_some()
     }
 
     pub(super) async fn ask(&self, passing: Passing) -> Result<(), &'static str> {
@@ -100,9 +145,37 @@ pub(super) struct Run {
     /// When it is over at the latest; `None`: nothing is held for it.
     deadline: Option<tokio::time::Instant>,
     pub(super) gate: Option<Gate>,
+    held: Mutex<Held>,
     hold: watch::Sender<Option<Hold>>,
     /// Cancelled when the run is over: what is still under way for it is cut.
     pub(super) over: CancellationToken,
+}
+
+/// How long requests of a run have waited for its [`Gate`].
+#[derive(Debug, Default)]
+struct Held {
+    before: Duration,
+    /// One waits since then.
+    since: Option<Instant>,
+}
+
+impl Held {
+    fn total(&self) -> Duration {
+        self.before + self.since.map_or(Duration::ZERO, |since| since.elapsed())
+    }
+}
+
+/// A request that waits.
+struct Waiting<'a>(&'a Run);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let mut held = self.0.held();
+        *held = Held {
+            before: held.total(),
+            since: None,
+        };
+    }
 }
 
 pub(super) type Digested = [u8; 32];
@@ -116,6 +189,7 @@ impl Run {
             note: Mutex::new(None),
             deadline,
             gate: None,
+            held: Mutex::default(),
             hold: watch::Sender::new(None),
             over: CancellationToken::new(),
         }
@@ -285,6 +359,11 @@ impl ActiveRun {
         *self.run.note()
     }
 
+    /// How long its requests have waited for its gate ([`Gate::after`]).
+    pub fn held(&self) -> Duration {
+        self.run.held().total()
+    }
+
     /// The pauses that are waited out for this run: the newest, as they begin.
     pub fn holds(&self) -> watch::Receiver<Option<Hold>> {
         self.run.hold.subscribe()
@@ -356,6 +435,20 @@ impl Run {
         true
     }
 
+    /// Waits for what a request of this run has to wait for. Cancel safe.
+    pub(super) async fn wait_for_a_pass(&self) -> Option<Pass> {
+        let wait = self.gate.as_ref()?.wait.as_ref()?;
+        self.held().since = Some(Instant::now());
+        let waiting = Waiting(self);
+        let pass = wait().await;
+        drop(waiting);
+        Some(pass)
+    }
+
+    fn held(&self) -> MutexGuard<'_, Held> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn note(&self) -> MutexGuard<'_, Option<UpstreamNote>> {
         self.note.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -382,6 +475,7 @@ pub(super) struct Exchange {
     status: Option<StatusCode>,
     bytes: u64,
     completed: bool,
+    pass: Option<Pass>,
     /// Somebody needs us until it is over.
     _guard: Option<ActivityGuard>,
 }
@@ -398,6 +492,7 @@ impl Exchange {
     pub(super) fn start(
         run: Arc<Run>,
         toll: Option<Arc<Toll>>,
+        pass: Option<Pass>,
         guard: Option<ActivityGuard>,
     ) -> Self {
         run.requests.fetch_add(1, Ordering::Relaxed);
@@ -409,6 +504,7 @@ impl Exchange {
             status: None,
             bytes: 0,
             completed: false,
+            pass,
             _guard: guard,
         }
     }
@@ -451,6 +547,11 @@ impl Exchange {
         self.completed = true;
         if let Some(toll) = &self.toll {
             toll.complete().await;
+        }
+        if let Some(pass) = &mut self.pass
+            && self.status.is_some_and(|status| status.is_success())
+        {
+            pass.answered();
         }
     }
 }

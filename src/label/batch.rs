@@ -11,7 +11,7 @@
 //! again by itself.
 //!
 //! It takes slots of [`Labels`] like anybody else and leaves one for others; while somebody's turn
-//! runs it has one image at a time under way. A limit of money, or a CLI that is not there, stops
+//! runs it has one image at a time under way ([`Pace`]). A limit of money, or a CLI that is not there, stops
 //! it; so does its stop token. Then what is under way ends in peace, and the rest waits for the
 //! next time.
 
@@ -20,29 +20,29 @@ use std::{
     collections::HashMap,
     fmt,
     path::PathBuf,
-    sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
-    },
+    pin::pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use bytes::Bytes;
-use futures_util::{StreamExt, future::BoxFuture, stream};
+use futures_util::{StreamExt, stream};
 use sha2::{Digest, Sha256};
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Labels, Prompt, Question,
+    BeforeSending, Failure, Label, Labels, Prompt, Question,
     cache::Cache,
+    gate,
     journal::{Done, Event, Journal, JournalError, Known, Past},
     outcome::{Code, Entry, Failed, Outcome, Progress, Summary},
+    pace::{Door, IDLE, Pace, STOPPED, Turn},
     retry::{Next, next},
     tally::Tally,
 };
 use crate::{
-    picture::{self, PictureError},
+    picture::{self, Picture, PictureError},
     task,
     workspace::{WorkspaceError, read_bounded, write_atomic},
 };
@@ -54,13 +54,11 @@ const TRIES: u32 = 4;
 /// Before the second try; four times as long before each further one.
 const PAUSE: Duration = Duration::from_secs(2);
 const MAX_PAUSE: Duration = Duration::from_secs(120);
-/// How often it is looked whether it may go on.
-const LOOK: Duration = Duration::from_millis(100);
 const DISK_DEADLINE: Duration = Duration::from_secs(60);
 
 /// Does somebody wait for an answer who comes first?
 #[derive(Clone)]
-pub struct Busy(Arc<dyn Fn() -> bool + Send + Sync>);
+pub struct Busy(pub(super) Arc<dyn Fn() -> bool + Send + Sync>);
 
 impl Busy {
     /// As this says.
@@ -128,8 +126,7 @@ struct Run<'a> {
     past: HashMap<String, Known>,
     model: String,
     twins: Mutex<HashMap<String, Twin>>,
-    /// Images about which somebody is asked now.
-    under_way: AtomicUsize,
+    pace: Pace,
     tally: Mutex<Tally>,
     stop: CancellationToken,
 }
@@ -165,6 +162,7 @@ pub(super) async fn run(
     mut tell: impl FnMut(&Entry, &Progress) -> bool,
 ) -> Result<Summary, BatchError> {
     let model = plan.question.model.as_deref().or(labels.service().model());
+    let stop = stop.child_token();
     let run = Run {
         labels,
         plan,
@@ -172,9 +170,9 @@ pub(super) async fn run(
         model: model.unwrap_or_default().to_owned(),
         twins: Mutex::new(twins_of(&past, plan.asks_again)),
         past: past.images,
-        under_way: AtomicUsize::new(0),
+        pace: Pace::new(plan.workers, plan.most_usd, plan.busy.clone(), stop.clone()),
         tally: Mutex::new(Tally::new(plan.images.len(), past.usage)),
-        stop: stop.child_token(),
+        stop,
     };
     let done = plan
         .images
@@ -190,7 +188,8 @@ pub(super) async fn run(
         let run = &run;
         let mut outcomes = stream::iter(0..plan.images.len())
             .map(move |at| run.one(&run.plan.images[at]))
-            .buffer_unordered(plan.workers.max(1));
+            // Those that get ready too.
+            .buffer_unordered(plan.workers.max(1) * 2);
         let mut ended = Ok(());
         while let Some(outcome) = outcomes.next().await {
             match outcome {
@@ -456,25 +455,7 @@ impl Run<'_> {
         };
         let mut pause = PAUSE;
         for attempt in 1.. {
-            let turn = self.wait_for_a_turn(image).await?;
-            let before = {
-                let (journal, name, digest) =
-                    (self.journal.clone(), image.name.clone(), digest.to_owned());
-                move || -> BoxFuture<'static, Result<(), &'static str>> {
-                    let journal = journal.clone();
-                    let event = Event::Sent {
-                        image: name.clone(),
-                        digest: digest.clone(),
-                    };
-                    Box::pin(async move {
-                        let written = journal.append(event).await;
-                        written.map_err(|_| "the batch's journal cannot be written")
-                    })
-                }
-            };
-            let question = self.question(image);
-            let asked = self.labels.ask(&picture, &question, Arc::new(before)).await;
-            drop(turn);
+            let asked = self.ask_once(image, digest, &picture).await?;
             let failure = match asked {
                 Ok(label) => {
                     return Ok(Outcome::Labelled {
@@ -511,56 +492,95 @@ impl Run<'_> {
         unreachable!("it ends after so many tries")
     }
 
-    /// Waits until one more image may be under way.
-    async fn wait_for_a_turn(&self, image: &Image) -> Result<UnderWay<'_>, Pause> {
-        let worst = self.labels.worst(&self.question(image));
+    /// The same, once.
+    async fn ask_once(
+        &self,
+        image: &Image,
+        digest: &str,
+        picture: &Picture,
+    ) -> Result<Result<Label, Failure>, Pause> {
+        let first = match self.pace.is_busy() {
+            true => Some(self.turn(image).await?),
+            false => None,
+        };
+        if let Some(asked) = self.ask_ahead(image, digest, picture, first).await? {
+            return Ok(asked);
+        }
+        let turn = self.turn(image).await?;
+        let asked = self.ask_ahead(image, digest, picture, Some(turn)).await?;
+        Ok(asked.expect("who has its turn does not wait for it"))
+    }
+
+    /// Begins its run, whose request waits for its turn; `None`: for too long, and it was ended.
+    async fn ask_ahead<'a>(
+        &'a self,
+        image: &Image,
+        digest: &str,
+        picture: &Picture,
+        turn: Option<Turn<'a>>,
+    ) -> Result<Option<Result<Label, Failure>>, Pause> {
+        let Some(preparing) = self.pace.prepare().await else {
+            return Err(Pause::Stop(STOPPED.to_owned()));
+        };
+        let door = Door::new();
+        let question = self.question(image);
+        let gate = gate(&question.prompt, self.before(image, digest));
+        let gate = gate.after(door.waiting(self.labels.service()));
+        let mut asked = pin!(self.labels.ask(picture, &question, gate));
+        let turn = match turn {
+            Some(turn) => turn,
+            None => {
+                let wait = async {
+                    tokio::select! {
+                        () = door.knocked() => {}
+                        () = self.stop.cancelled() => return Err(Pause::Stop(STOPPED.to_owned())),
+                    }
+                    timeout(IDLE, self.turn(image)).await.ok().transpose()
+                };
+                let turn = tokio::select! {
+                    // It ended before it asked.
+                    asked = &mut asked => return Ok(Some(asked)),
+                    turn = wait => turn?,
+                };
+                let Some(turn) = turn else { return Ok(None) };
+                turn
+            }
+        };
+        door.open();
+        drop(preparing);
+        let mut turn = Some(turn);
         loop {
-            if self.stop.is_cancelled() {
-                return Err(Pause::Stop(STOPPED.to_owned()));
-            }
-            let others = self.under_way.load(Ordering::Acquire);
-            let spent = lock(&self.tally).usage().cost_usd;
-            let is_over = |under_way: usize| {
-                let held = worst * under_way as f64;
-                self.plan.most_usd.is_some_and(|most| spent + held > most)
-            };
-            if is_over(1) {
-                let most = self.plan.most_usd.unwrap_or_default();
-                return Err(Pause::Stop(format!(
-                    "one more image might cost ${worst:.4}, and of the batch's own limit of \
-                     ${most:.2} ${spent:.4} is spent; raise it, or leave it out"
-                )));
-            }
-            let must_wait = others > 0 && ((self.plan.busy.0)() || is_over(others + 1));
-            let taken = !must_wait
-                && self
-                    .under_way
-                    .compare_exchange(others, others + 1, Ordering::AcqRel, Ordering::Acquire)
-                    .is_ok();
-            if taken {
-                return Ok(UnderWay(&self.under_way));
-            }
-            if must_wait {
-                tokio::select! {
-                    () = self.stop.cancelled() => {}
-                    () = sleep(LOOK) => {}
-                }
+            tokio::select! {
+                asked = &mut asked => return Ok(Some(asked)),
+                () = door.answered(), if turn.is_some() && self.pace.ends_with_answer() => turn = None,
             }
         }
+    }
+
+    /// What is written before a request about an image goes up.
+    fn before(&self, image: &Image, digest: &str) -> Arc<BeforeSending> {
+        let (journal, name, digest) = (self.journal.clone(), image.name.clone(), digest.to_owned());
+        Arc::new(move || {
+            let journal = journal.clone();
+            let event = Event::Sent {
+                image: name.clone(),
+                digest: digest.clone(),
+            };
+            Box::pin(async move {
+                let written = journal.append(event).await;
+                written.map_err(|_| "the batch's journal cannot be written")
+            })
+        })
+    }
+
+    /// Waits until one more image may be under way.
+    async fn turn(&self, image: &Image) -> Result<Turn<'_>, Pause> {
+        let worst = self.labels.worst(&self.question(image));
+        let spent = || lock(&self.tally).usage().cost_usd;
+        self.pace.turn(worst, spent).await.map_err(Pause::Stop)
     }
 
     fn count(&self, outcome: &Outcome, is_new: bool) -> Progress {
         lock(&self.tally).count(outcome, is_new)
     }
 }
-
-/// An image is under way.
-struct UnderWay<'a>(&'a AtomicUsize);
-
-impl Drop for UnderWay<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
-    }
-}
-
-const STOPPED: &str = "it was stopped before its end, and goes on when it is started again";

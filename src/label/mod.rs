@@ -6,7 +6,7 @@
 //!
 //! Each image has a run of its own: a fresh process with no tools and no session, confined like
 //! any other, that gets the image by its standard input. Nothing of an image touches a disk, and
-//! two images share nothing; in a batch the next ones are started while a model thinks ([`Series`]).
+//! two images share nothing; in a batch the next ones get ready while a model thinks ([`pace`]).
 //! The [`Gate`] of a run lets one request with one image through: the
 //! CLI drops an image that it cannot read and asks about nothing, and it asks again by itself when
 //! an answer has not the form that was asked for.
@@ -21,6 +21,7 @@ mod cache;
 mod journal;
 mod kept;
 mod outcome;
+mod pace;
 mod prompt;
 mod retry;
 mod tally;
@@ -61,7 +62,7 @@ use crate::{
     gateway::Gate,
     lease::Fence,
     picture::{self, Picture, PictureError},
-    service::{Args, Lean, RunSite, Series, Service, ServiceError, Shot},
+    service::{Args, Lean, RunSite, Service, ServiceError, Shot},
 };
 
 pub use crate::service::is_model_name;
@@ -89,8 +90,6 @@ pub struct LabelSettings {
 #[derive(Debug, Clone)]
 pub struct Labels {
     settings: Arc<LabelSettings>,
-    /// The batch that it works on.
-    series: Option<Series>,
 }
 
 /// What is asked about an image, and for whom.
@@ -170,7 +169,6 @@ impl Labels {
     pub fn new(settings: LabelSettings) -> Self {
         Self {
             settings: Arc::new(settings),
-            series: None,
         }
     }
 
@@ -201,8 +199,8 @@ impl Labels {
     /// [`Failure`].
     pub async fn label(&self, image: Bytes, question: &Question) -> Result<Label, Failure> {
         let picture = picture::develop(image).await?;
-        self.ask(&picture, question, Arc::new(|| Box::pin(async { Ok(()) })))
-            .await
+        let gate = gate(&question.prompt, Arc::new(|| Box::pin(async { Ok(()) })));
+        self.ask(&picture, question, gate).await
     }
 
     /// Labels a batch, over its journal: one that was begun before goes on. To its end, or until
@@ -217,27 +215,18 @@ impl Labels {
         journal: PathBuf,
         fence: Fence,
         stop: &CancellationToken,
-        mut tell: impl FnMut(&Entry, &Progress) -> bool,
+        tell: impl FnMut(&Entry, &Progress) -> bool,
     ) -> Result<Summary, BatchError> {
         let (journal, past) = Journal::open(journal, fence).await?;
-        let series = self.service().series(plan.workers, plan.images.len());
-        let labels = Self {
-            series: Some(series.clone()),
-            ..self.clone()
-        };
-        let tell = |entry: &Entry, progress: &Progress| {
-            series.set_left(progress.total.saturating_sub(progress.done));
-            tell(entry, progress)
-        };
-        batch::run(&labels, plan, Arc::new(journal), past, stop, tell).await
+        batch::run(self, plan, Arc::new(journal), past, stop, tell).await
     }
 
-    /// The same of a picture that is ready; `before` is awaited before its request goes up.
+    /// The same of a picture that is ready, through a [`gate`].
     async fn ask(
         &self,
         picture: &Picture,
         question: &Question,
-        before: Arc<BeforeSending>,
+        gate: Gate,
     ) -> Result<Label, Failure> {
         let shot = Shot {
             prompt: message(picture, &question.prompt),
@@ -248,8 +237,7 @@ impl Labels {
             }),
             timeout: question.timeout.unwrap_or(self.settings.timeout),
             account: question.account.clone(),
-            gate: Some(gate(&question.prompt, before)),
-            series: self.series.clone(),
+            gate: Some(gate),
         };
         let ran = self
             .settings

@@ -10,7 +10,6 @@
 //! [`Service::execute`] runs it in a task of its own, so that it ends in order (SIGTERM, 5 s,
 //! SIGKILL) when its caller goes away. State: the slots, the [breaker](Breaker), the figures.
 
-mod ahead;
 mod args;
 mod error;
 mod figures;
@@ -18,7 +17,6 @@ mod run;
 mod scratch;
 
 use std::{
-    convert::Infallible,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
@@ -27,15 +25,14 @@ use std::{
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
-pub use ahead::Series;
 pub use args::{Args, BadArgs, Lean, is_model_name};
 pub use error::{Remains, ServiceError};
 pub use figures::Figures;
 pub use run::RunSite;
 
-use ahead::{Fresh, Member};
 use figures::{Call, Calls};
 use run::End;
+use scratch::Scratch;
 
 use crate::{
     agent::AgentSettings,
@@ -86,9 +83,9 @@ pub struct Shot {
     pub account: Account,
     /// Asked about each of its requests. A run that has one is over with its first answer: it
     /// succeeded then, however the CLI ends.
+    /// One that waits ([`Gate::after`]) is a run that is started ahead: it has no slot, and takes one
+    /// ([`Service::slot`]) when it lets a request pass.
     pub gate: Option<Gate>,
-    /// The runs that this one is of, if more like it are to come.
-    pub series: Option<Series>,
 }
 
 /// What the CLI answered.
@@ -155,12 +152,12 @@ struct Inner {
 #[derive(Debug, Clone)]
 pub struct Service(Arc<Inner>);
 
-/// A call that was admitted and has a slot.
+/// A call that was admitted, and has a slot unless it is started ahead.
 #[derive(Debug)]
 pub struct Ticket {
     service: Service,
     _line: OwnedSemaphorePermit,
-    _slot: OwnedSemaphorePermit,
+    _slot: Option<OwnedSemaphorePermit>,
     call: Call,
 }
 
@@ -289,8 +286,25 @@ impl Service {
     /// # Errors
     /// Where it is of no use to wait: see [`ServiceError`].
     pub async fn admit(&self) -> Result<Ticket, ServiceError> {
-        let mut call = self.0.calls.begin();
-        let admitted = self.wait_in_line().await;
+        let call = self.0.calls.begin();
+        let admitted = async {
+            let line = self.stand_in_line()?;
+            Ok((line, Some(self.wait_for_a_slot().await?)))
+        };
+        self.ticket(call, admitted.await)
+    }
+
+    /// The same for a run that is started ahead: it waits for its slot later.
+    fn admit_ahead(&self) -> Result<Ticket, ServiceError> {
+        let call = self.0.calls.begin();
+        self.ticket(call, self.stand_in_line().map(|line| (line, None)))
+    }
+
+    fn ticket(
+        &self,
+        mut call: Call,
+        admitted: Result<(OwnedSemaphorePermit, Option<OwnedSemaphorePermit>), ServiceError>,
+    ) -> Result<Ticket, ServiceError> {
         match admitted {
             Ok((line, slot)) => Ok(Ticket {
                 service: self.clone(),
@@ -305,9 +319,7 @@ impl Service {
         }
     }
 
-    async fn wait_in_line(
-        &self,
-    ) -> Result<(OwnedSemaphorePermit, OwnedSemaphorePermit), ServiceError> {
+    fn stand_in_line(&self) -> Result<OwnedSemaphorePermit, ServiceError> {
         if self.0.draining.is_cancelled() {
             return Err(ServiceError::Draining);
         }
@@ -315,14 +327,21 @@ impl Service {
             return Err(ServiceError::CircuitOpen { retry_after });
         }
         let line = self.0.line.clone().try_acquire_owned();
-        let line = line.map_err(|_| ServiceError::QueueFull)?;
+        line.map_err(|_| ServiceError::QueueFull)
+    }
+
+    async fn wait_for_a_slot(&self) -> Result<OwnedSemaphorePermit, ServiceError> {
         tokio::select! {
             biased;
             () = self.0.draining.cancelled() => Err(ServiceError::Draining),
-            slot = self.0.slots.clone().acquire_owned() => {
-                Ok((line, slot.expect("the semaphore is never closed")))
-            }
+            slot = self.slot() => Ok(slot),
         }
+    }
+
+    /// One of the places for runs that are at work, for a run that was started ahead.
+    pub async fn slot(&self) -> OwnedSemaphorePermit {
+        let slot = self.0.slots.clone().acquire_owned().await;
+        slot.expect("the semaphore is never closed")
     }
 
     /// Runs in a throw-away folder or in `site`, to its end or until the caller goes away: dropping
@@ -336,7 +355,11 @@ impl Service {
 
     /// The same, for whoever wants to know what it cost.
     pub async fn run_alone(&self, shot: Shot, site: RunSite) -> Ran {
-        let ticket = match self.admit().await {
+        let ticket = match shot.gate.as_ref().is_some_and(Gate::waits) {
+            true => self.admit_ahead(),
+            false => self.admit().await,
+        };
+        let ticket = match ticket {
             Ok(ticket) => ticket,
             Err(error) => return error.into(),
         };
@@ -373,7 +396,6 @@ impl Service {
             timeout: PROBE_LIMIT,
             account: Account::of_kind(Account::HEALTH),
             gate: None,
-            series: None,
         };
         let ran = self.run(&shot, &RunSite::default(), &self.0.stop).await;
         let answer = match ran.answer {
@@ -434,22 +456,22 @@ impl Service {
         if let Err(Denied::OverBudget(breach)) = meter.check().await {
             return Err(ServiceError::OverBudget { breach });
         }
-        // One that was started ahead is in a throw-away folder.
-        let series = shot.series.as_ref().filter(|_| *site == RunSite::default());
-        let member = series.map(|series| series.enter(&shot.args));
+        let agent = inner.settings.agent.as_ref();
+        let agent = agent.ok_or(ServiceError::NotInstalled)?;
         let began = Instant::now();
         let deadline = tokio::time::Instant::now() + shot.timeout;
-        let taken = match &member {
-            Some(member) => member.take().await,
-            None => None,
-        };
-        let Fresh {
-            child,
-            scratch,
-            token,
-        } = match taken {
-            Some(fresh) => fresh,
-            None => Fresh::start(self, &shot.args, site).await?,
+        let owners = inner.launcher.runs_as_owners();
+        let place = site.write.first().cloned();
+        let scratch = Scratch::make(&inner.settings.scratch, owners, place).await;
+        let scratch = scratch.map_err(ServiceError::Folder)?;
+        let token = inner.gateway.issue();
+        let spec = run::spec(agent, site, &scratch, &shot.args, token.as_str());
+        let child = match inner.launcher.spawn(spec).await {
+            Ok(child) => child,
+            Err(error) => {
+                scratch.remove().await;
+                return Err(ServiceError::Start(error));
+            }
         };
         let active = match shot.gate.clone() {
             None => token.begin_until(shot.account.clone(), deadline),
@@ -461,12 +483,8 @@ impl Service {
             allowance: inner.settings.allowance,
             cancel,
         };
-        let follow = run::follow(child, &shot.prompt, &active, limits);
-        let raw = tokio::select! {
-            raw = follow => raw,
-            never = start_next(member.as_ref(), &active) => match never {},
-        };
-        let duration = began.elapsed();
+        let raw = run::follow(child, &shot.prompt, &active, limits).await;
+        let duration = began.elapsed().saturating_sub(active.held());
         if shot.gate.is_some() {
             settled(&active).await;
         }
@@ -551,18 +569,6 @@ impl Ticket {
         }
         ran
     }
-}
-
-/// Starts the CLI of a series' next run once this one has asked its question: until then both would
-/// want the processor.
-async fn start_next(member: Option<&Member<'_>>, active: &ActiveRun) -> Infallible {
-    if let Some(member) = member {
-        while active.requests() == 0 {
-            tokio::time::sleep(LOOK).await;
-        }
-        member.start_next();
-    }
-    std::future::pending().await
 }
 
 /// Waits until what a run sent is counted: its CLI is gone, and its connections with it.

@@ -64,6 +64,7 @@ pub(super) enum End {
 
 /// What a run is held to.
 pub(super) struct Limits<'a> {
+    /// What it waits for its gate comes on top.
     pub(super) deadline: Instant,
     /// It is over with the line that tells its result. The CLI takes 50 ms more to tidy up what is
     /// thrown away (measured with 2.1.329).
@@ -208,7 +209,12 @@ async fn reason_to_end(active: &ActiveRun, limits: &Limits<'_>, full: &Cancellat
         tokio::select! {
             () = limits.cancel.cancelled() => return Why::Cancelled,
             () = full.cancelled() => return Why::TooMuch,
-            () = sleep_until(limits.deadline) => return Why::Late,
+            // By now, that is: it moves on while a request waits.
+            () = sleep_until(limits.deadline + active.held()) => {
+                if Instant::now() >= limits.deadline + active.held() {
+                    return Why::Late;
+                }
+            }
             // The look goes on without news.
             _ = budget.changed() => {}
             _ = look.tick() => {}
