@@ -254,7 +254,9 @@ impl<'a> Page<'a> {
                 }
                 Piece::Close(at) => shape.extend(["</", self.slice(at)]),
                 Piece::Text(at) | Piece::Code(at) => shape.push(self.slice(at)),
-                Piece::Picture(picture) => shape.extend(["![", &picture.src]),
+                Piece::Picture(picture) => {
+                    shape.extend(["![", picture.src.as_deref().unwrap_or_default()])
+                }
             }
         }
         shape

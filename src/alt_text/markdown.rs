@@ -35,7 +35,7 @@ pub(super) fn scan(text: &str, from: usize) -> Result<Vec<Piece>, Unsure> {
                 pieces.push(Piece::Picture(Picture {
                     alt: at.start + 2..end,
                     at,
-                    src: dest_url.into_string(),
+                    src: Some(dest_url.into_string()),
                 }));
             }
             Event::End(TagEnd::Image) => images = images.saturating_sub(1),

@@ -6,10 +6,11 @@
 
 mod code;
 mod prose;
+mod references;
 
-use std::ops::Range;
+use std::{mem, ops::Range};
 
-use self::code::End;
+use self::{code::End, references::Addresses};
 
 /// How a file is read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -45,7 +46,7 @@ pub(super) enum Piece {
     Text(Range<usize>),
     /// Code without tags, in the place of a text.
     Code(Range<usize>),
-    /// `![alt](src)`.
+    /// `![alt](src)` or `![alt][name]`.
     Picture(Picture),
 }
 
@@ -90,7 +91,8 @@ pub(super) enum Value {
 pub(super) struct Picture {
     pub(super) at: Range<usize>,
     pub(super) alt: Range<usize>,
-    pub(super) src: String,
+    /// `None`: it stands elsewhere, in a way that is not read with certainty.
+    pub(super) src: Option<String>,
 }
 
 /// The file cannot be read with certainty.
@@ -112,28 +114,49 @@ const VOID: [&str; 14] = [
 pub(super) fn scan(text: &str, from: usize, dialect: Dialect) -> Result<Vec<Piece>, Unsure> {
     let mut scanner = Scanner {
         text: text.as_bytes(),
+        begin: from,
         at: from,
         dialect,
         depth: 0,
         reread: 0,
+        known: Addresses::new(),
+        addresses: Addresses::new(),
+        after_address: from,
         pieces: Vec::new(),
     };
-    match dialect {
-        Dialect::Jsx => {
-            scanner.code(End::File, true)?;
-        }
-        _ => scanner.content(None)?,
+    scanner.all()?;
+    if !scanner.addresses.is_empty() {
+        // A name may be used before it is said what it stands for.
+        scanner = Scanner {
+            known: mem::take(&mut scanner.addresses),
+            at: from,
+            depth: 0,
+            reread: 0,
+            addresses: Addresses::new(),
+            after_address: from,
+            pieces: Vec::new(),
+            ..scanner
+        };
+        scanner.all()?;
     }
     Ok(scanner.pieces)
 }
 
 struct Scanner<'a> {
     text: &'a [u8],
+    /// Where all of it begins.
+    begin: usize,
     at: usize,
     dialect: Dialect,
     depth: usize,
     /// Bytes that were read in vain, as the beginning of something that it was not.
     reread: usize,
+    /// What names of images' addresses stand for, where it is known yet.
+    known: Addresses,
+    /// The same, as it is found.
+    addresses: Addresses,
+    /// The line after the last one of these.
+    after_address: usize,
     pieces: Vec<Piece>,
 }
 
@@ -146,6 +169,13 @@ fn is_word(byte: u8) -> bool {
 }
 
 impl Scanner<'_> {
+    fn all(&mut self) -> Result<(), Unsure> {
+        match self.dialect {
+            Dialect::Jsx => self.code(End::File, true).map(drop),
+            _ => self.content(None),
+        }
+    }
+
     fn unsure<T>(&self) -> Result<T, Unsure> {
         Err(Unsure { at: self.at })
     }

@@ -252,6 +252,10 @@ fn a_page_that_is_made_to_be_read_for_ever_is_not() {
         ("src/a.mdx", full("![ ](\n")),
         ("src/a.mdx", full("\n")),
         ("src/a.mdx", full("\r\n")),
+        ("src/a.mdx", full("![][")),
+        ("src/a.mdx", full("[a]: b\n")),
+        ("src/a.mdx", half("\n", "x\n[a]: b\n")),
+        ("src/a.mdx", half("![][", "[a]: b\n")),
         ("src/a.mdx", ticks),
         ("src/a.mdx", half(" ", "<a<")),
         (ASTRO, half(" ", "< ")),
@@ -331,6 +335,45 @@ fn a_paragraph_ends_whatever_its_lines_end_with() {
 }
 
 #[test]
+fn an_address_that_stands_apart_is_found_by_its_name() {
+    let page = "# Pots\n\n![][The  Pot] and ![ ][b], ![][gone], ![Yes][b], ![][^b]\n\n[the pot]: ../assets/a.png \"T\"\n[B]: </b.png>\n[b]: /c.png\n\n```md\n[gone]: /c.png\n```\n";
+    let expected = page
+        .replace("![][The", "![An a][The")
+        .replace("![ ][b]", "![An b][b]");
+    for path in ["src/content/x.md", "src/content/x.mdx"] {
+        let (after, report) = plainly(path, page);
+        assert_eq!(after, expected, "{path}");
+        assert_eq!(
+            (report.done.len(), report.person.len()),
+            (2, 0),
+            "{path}: {report:?}"
+        );
+        let (after, report) = plainly(path, "![][a]\n\n[a]: https://example.com/a.png\n");
+        assert!(after.starts_with("![][a]"), "{path}");
+        assert!(report.person[0].why.contains("another server"), "{path}");
+    }
+    // An address that is put together by more than one line is a person's; what is none is a text.
+    for (address, person) in [
+        ("text\n[a]: /a.png", 1),
+        ("> [a]: /a.png", 1),
+        ("[a]:\n/a.png", 1),
+        ("[a]: /a.png \"T\nT\"", 1),
+        ("text [a]: /a.png", 0),
+        ("`[a]: /a.png`", 0),
+        ("{`\n\n[a]: /a.png`}", 0),
+    ] {
+        let page = format!("{address}\n\n![][a] ![Yes][a]\n");
+        let (after, report) = plainly("src/content/x.mdx", &page);
+        assert_eq!(after, page);
+        assert_eq!(report.person.len(), person, "{page}: {report:?}");
+        assert!(
+            report.person.iter().all(|left| left.why.contains("apart")),
+            "{report:?}"
+        );
+    }
+}
+
+#[test]
 fn a_hostile_text_stays_a_text() {
     let hostile = "{{ page.secret }} {% raw %} \" onerror=\"alert(1)\" x='y' <script>alert(1)</script> {process.exit()} ${x} `b` ](javascript:x) ![c](d) \\ && --> --- *e* _f_ | g\n\n# h";
     let clean = write::clean(hostile).unwrap();
@@ -351,7 +394,7 @@ fn a_hostile_text_stays_a_text() {
         ("src/a.svelte", "<p><img src='/a.png' alt=''></p>"),
         (
             "src/a.mdx",
-            "# A\n\na ` ![](/a.png) and <img src=\"/b.png\" />\n",
+            "# A\n\na ` ![](/a.png) ![][c] and <img src=\"/b.png\" />\n\n[c]: /c.png\n",
         ),
         (
             "src/a.md",

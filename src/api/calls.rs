@@ -49,6 +49,10 @@ const MAX_NEWS: usize = 64;
 /// Calls that are over and whose end is still known.
 const MAX_ENDED: usize = 256;
 
+/// Of a call that this process does not know.
+const OVER: &str = "no such call is under way: it is over, or ended with the program that ran it; what came of it is in \
+                    the thread's history";
+
 /// What a call is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "kebab-case")]
@@ -378,7 +382,7 @@ pub(super) async fn cancel(
     let call = state
         .calls
         .get(&id)
-        .ok_or_else(|| ApiError::not_found("there is no such call, or none any more"))?;
+        .ok_or_else(|| ApiError::not_found(OVER))?;
     check_pins(&state.pins, &call.key.user_key())?;
     call.stop.cancel();
     let mut view = call.view.clone();

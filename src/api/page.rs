@@ -39,6 +39,10 @@ pub(super) async fn file(Path(name): Path<String>) -> Result<Response, ApiError>
             "text/javascript; charset=utf-8",
             include_str!("../studio/studio.js"),
         )),
+        "describe.js" => Ok(asset(
+            "text/javascript; charset=utf-8",
+            include_str!("../studio/describe.js"),
+        )),
         // Browsers ask for it unasked.
         "favicon.ico" => Ok(StatusCode::NO_CONTENT.into_response()),
         _ => Err(ApiError::not_found("there is nothing at this address")),

@@ -255,7 +255,7 @@ fn command() -> Command {
             .arg(rehearsal()),
         )
         .subcommand(
-            with_settings(Command::new("health").about("Ask the running supervisor (HEALTHCHECK)"))
+            without_log(Command::new("health").about("Ask the running supervisor (HEALTHCHECK)"))
                 .arg(json()),
         )
         .subcommand(
@@ -321,9 +321,19 @@ fn max_usd() -> Arg {
 
 /// Adds a flag for every setting. Those of secrets are there to be refused with a reason.
 fn with_settings(command: Command) -> Command {
+    with_flags(command, |_| true)
+}
+
+/// The same of a command that logs nothing: a file that stays empty is not offered.
+fn without_log(command: Command) -> Command {
+    with_flags(command, |spec| spec.name != "LOG_FILE")
+}
+
+fn with_flags(command: Command, is_offered: fn(&Spec) -> bool) -> Command {
+    let offered = TABLE.iter().filter(|spec| is_offered(spec));
     command
         .args_override_self(true)
-        .args(TABLE.iter().map(|spec| {
+        .args(offered.map(|spec| {
             let arg = Arg::new(spec.name)
                 .long(spec.flag())
                 .alias(spec.name.to_ascii_lowercase().replace('_', "-"))
@@ -362,7 +372,8 @@ fn flags(args: &ArgMatches) -> Result<Flags, Usage> {
         ..Flags::default()
     };
     for spec in TABLE {
-        let Some(value) = args.get_one::<String>(spec.name) else {
+        // Not every command has all of them.
+        let Ok(Some(value)) = args.try_get_one::<String>(spec.name) else {
             continue;
         };
         if spec.kind == Kind::Secret {

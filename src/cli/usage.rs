@@ -50,7 +50,7 @@ pub(super) fn command() -> Command {
         .mut_arg("json", |arg| {
             arg.help("Print JSON; of live one object a second and line")
         });
-    super::with_settings(command).mut_arg("USAGE_TIME_ZONE", |arg| arg.visible_alias("time-zone"))
+    super::without_log(command).mut_arg("USAGE_TIME_ZONE", |arg| arg.visible_alias("time-zone"))
 }
 
 fn day(name: &'static str, help: &'static str) -> Arg {

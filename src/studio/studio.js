@@ -1,6 +1,13 @@
 // The studio's first room: one thread's conversation with the agent, its preview beside it.
 // Everything shown comes from agents, sites and people we do not know, so it reaches the page as text, never as markup.
 
+import { describeOrStop, reportParts, stopDescribing } from './describe.js';
+
+export {
+  $, ADVICE, ApiError, ConnectionLost, announce, connectionLost, events, failure, h, keepAtBottom, loadHistory, noteTurn, plural,
+  pollPreviewSoon, post, settle, shortPath, showComposer, showHint, showProblem, state, threadPath, throughOutages,
+};
+
 const state = {
   ids: null,                // {client, user, thread}
   pinned: {},               // what the service fixes; the switch dialog does not offer to change it
@@ -10,6 +17,7 @@ const state = {
   turns: new Map(),         // turnId → turn, oldest first
   draft: { text: '', mode: 'execute', key: null },
   sending: false,
+  describing: null,         // how far the images' descriptions are, while they are made
   preview: { state: 'off', errors: [] },
   previewTimer: 0,
   reconnecting: null,       // promise that resolves when the service answers again
@@ -106,9 +114,13 @@ async function call(path, options) {
   const response = await request(path, options);
   const answer = await response.json().catch(() => null);
   if (response.ok && answer) return answer;
+  throw failure(response.status, answer);
+}
+
+function failure(status, answer) {
   // A gateway in front gave up, or the service is leaving: both pass, and every call made here is safe to repeat.
-  if ((!answer?.code && response.status >= 502) || answer?.code === 'draining') throw connectionLost(answer?.error);
-  throw new ApiError(response.status, answer?.code ?? '', answer?.error ?? `The service answered ${response.status}.`);
+  if ((!answer?.code && status >= 502) || answer?.code === 'draining') return connectionLost(answer?.error);
+  return new ApiError(status, answer?.code ?? '', answer?.error ?? `The service answered ${status}.`);
 }
 
 const resultOf = (answer) => answer.result ?? answer;
@@ -272,7 +284,7 @@ function showActions(turn) {
   const isOver = !ACTIVE.has(status);
   const actions = [
     status === 'queued' && ['Remove from the line', () => cancel(turn)],
-    isOver && !turn.settled && !KINDS[turn.kind] && ['Show what it did', () => replay(turn)],
+    isOver && !turn.settled && (!KINDS[turn.kind] || turn.kind === 'alt-text') && ['Show what it did', () => replay(turn)],
     isOver && turn.commit && !OPERATIONS.has(turn.kind) && (turn.undoneBy
       ? ['Bring back', () => takeBack(turn, 'redo', 'It is there again.')]
       : ['Undo', () => takeBack(turn, 'undo', 'Its changes are taken back.')]),
@@ -285,10 +297,11 @@ function showActions(turn) {
 }
 
 function showOutcome(turn) {
-  const { status, error, code, heldBack, commit, preview } = turn;
+  const { status, error, code, heldBack, commit, preview, kind, report } = turn;
   for (const file of commit?.files ?? []) turn.files.set(file.path, file);
   const parts = [];
   if (turn.files.size) parts.push(h('ul', { className: 'files', ariaLabel: 'Files changed' }, [...turn.files.values()].map(fileLine)));
+  if (kind === 'alt-text' && report) parts.push(...reportParts(report));
   if (status === 'failed') {
     parts.push(h('div', { className: 'notice failed' }, h('strong', {}, error || 'This turn failed.'), ' ', ADVICE[code] ?? 'Put it back in the box to try again.'));
   }
@@ -453,25 +466,26 @@ async function checkOutcome(turn) {
 }
 
 async function readEvents(turn) {
+  const headers = turn.lastEventId ? { 'Last-Event-ID': turn.lastEventId } : {};
+  const refused = ({ status }) => (status >= 500 ? new ConnectionLost() : new ApiError(status, '', `The service answered ${status}.`));
+  for await (const message of events(`/api/turns/${encodeURIComponent(turn.id)}/events`, { headers }, refused)) {
+    if (Number(message.id) <= Number(turn.lastEventId || -1)) continue;   // a replay may overlap what we have
+    turn.lastEventId = message.id;
+    handleEvent(turn, message);
+    if (turn.settled) break;
+  }
+}
+
+/** What a request is answered with, event by event. `refused` makes the error of a response that has none. */
+async function* events(path, options, refused) {
   const quiet = new AbortController();
   let timer;
   const heard = () => { clearTimeout(timer); timer = setTimeout(() => quiet.abort(), SILENCE_MS); };
   heard();
   try {
-    const response = await request(`/api/turns/${encodeURIComponent(turn.id)}/events`, {
-      signal: quiet.signal,
-      headers: { Accept: 'text/event-stream', ...(turn.lastEventId && { 'Last-Event-ID': turn.lastEventId }) },
-    });
-    if (!response.ok) {
-      if (response.status >= 500) throw new ConnectionLost();
-      throw new ApiError(response.status, '', `The service answered ${response.status}.`);
-    }
-    for await (const message of messages(response.body, heard)) {
-      if (Number(message.id) <= Number(turn.lastEventId || -1)) continue;   // a replay may overlap what we have
-      turn.lastEventId = message.id;
-      handleEvent(turn, message);
-      if (turn.settled) break;
-    }
+    const response = await request(path, { ...options, signal: quiet.signal, headers: { ...options.headers, Accept: 'text/event-stream' } });
+    if (!response.ok) throw await refused(response);
+    yield* messages(response.body, heard);
   } finally {
     clearTimeout(timer);
   }
@@ -654,7 +668,10 @@ function showComposer() {
   $('send').textContent = state.sending ? 'Sending…' : 'Send';
   $('stop').hidden = !running;
   $('stop').disabled = running?.status === 'stopping';
-  document.title = `${running ? '● ' : ''}${state.ids?.thread ?? ''} · greenroom`;
+  const { describing } = state;
+  $('describe').disabled = state.phase !== 'ready';
+  $('describe').textContent = !describing ? 'Describe images' : describing.isStopping ? 'Stopping…' : 'Stop describing';
+  document.title = `${running || describing ? '● ' : ''}${state.ids?.thread ?? ''} · greenroom`;
   $('hint').textContent = hintText(running);
 }
 
@@ -662,6 +679,7 @@ function hintText(running) {
   if (Date.now() < state.hint.until) return state.hint.text;
   if (state.phase === 'failed') return 'Not ready: the preview says why';
   if (state.phase !== 'ready') return `Getting the site ready… ${sincePreparing()}`;
+  if (!running && state.describing) return 'You can send instructions meanwhile. Esc stops the describing.';
   return running ? 'You can send more; it waits in line. Esc stops.' : 'Enter sends, Shift+Enter makes a new line';
 }
 
@@ -679,10 +697,11 @@ function showProblem(error) {
 
 function escapePressed() {
   const running = runningTurn();
-  if (running?.status !== 'running') return;
+  if (running ? running.status !== 'running' : !state.describing) return;
   const isSecond = state.hint.armsStop && Date.now() < state.hint.until;
   state.hint.until = 0;
-  if (isSecond) cancel(running);
+  if (isSecond && running) cancel(running);
+  else if (isSecond) stopDescribing();
   else showHint('Press Esc again to stop.', true);
 }
 
@@ -927,6 +946,7 @@ function listen() {
     send();
   });
   $('stop').addEventListener('click', () => { cancel(runningTurn()); $('instruction').focus(); });
+  $('describe').addEventListener('click', describeOrStop);
   $('where').addEventListener('click', switchThread);
   $('rehearsal').addEventListener('click', () => toggleSamples($('samples').hidden));
   $('again').addEventListener('click', () => { state.tokenDeclined = false; start(); });

@@ -380,6 +380,7 @@ async fn killed_or_left_in_the_midst_nothing_is_half_done_and_nothing_paid_twice
 
     // Then it is killed.
     let mut events = stream(stage.greenroom.api_port, sent()).await;
+    let call = events.until("alt_text.started").await.data["callId"].take();
     events.until("alt_text.progress").await;
     wait_for("it asks about the cup again", || {
         (stage.api.requests_about("cup.png").len() == 2).then_some(())
@@ -403,6 +404,13 @@ async fn killed_or_left_in_the_midst_nothing_is_half_done_and_nothing_paid_twice
         (head, TEAM.to_owned())
     );
     assert_eq!(stage.git(&["status", "--porcelain"]), "");
+    // Of its call there is nothing left, and whoever asks is told so.
+    let thread = stage.greenroom.get(&stage.alice.path()).await.ok();
+    assert_eq!(thread["result"]["calls"], json!([]), "{thread}");
+    let cancel = format!("/api/calls/{}/cancel", call.as_str().unwrap());
+    let gone = stage.greenroom.api("POST", &cancel, json!({})).await;
+    let said = gone.error(404, "not_found");
+    assert!(said.contains("it is over"), "{said}");
 
     let sent = Sent::new("POST", &stage.path("alt-text"), &json!({}))
         .header("accept", "text/event-stream");

@@ -85,6 +85,9 @@ fn wrong_usage_is_status_2() {
         &["serve", "--api-port", "abc"],
         &["config", "--auto-shutdown-minutes", "-1"],
         &["serve", "--api-port"],
+        // They log nothing.
+        &["health", "--log-file", "log"],
+        &["usage", "daily", "--log-file", "log"],
         &["serve", "--anthropic-api-key", "canary-4c"],
         &["serve", "--hf-token=canary-4c"],
         &["--no-such-flag"],

@@ -53,6 +53,8 @@ const MAX_OPEN: usize = 200;
 
 const CHOSEN: &str =
     "its image is chosen when the page is made: give it a text from where the image comes from";
+const APART: &str =
+    "its address stands apart, where it is not read with certainty: give it a text by hand";
 const SPREAD: &str = "its attributes come from elsewhere ({...}): give it a text there";
 
 impl<'a> Images<'_, 'a> {
@@ -379,15 +381,17 @@ impl<'a> Images<'_, 'a> {
         if !self.page.slice(&picture.alt).trim().is_empty() {
             return;
         }
-        let is_ornament = is_ornament(stem(&picture.src));
+        let src = picture.src.as_deref();
+        let is_ornament = src.is_some_and(|src| is_ornament(stem(src)));
         self.found.push(Found {
             at: picture.at.clone(),
             line: 0,
-            what: match is_ornament || self.is_hidden() {
-                true => What::Decorative,
-                false => What::Wants,
+            what: match src {
+                _ if is_ornament || self.is_hidden() => What::Decorative,
+                Some(_) => What::Wants,
+                None => What::Person(APART),
             },
-            shown: Shown::Address(picture.src.clone()),
+            shown: src.map_or(Shown::Unknown, |src| Shown::Address(src.to_owned())),
             place: Place {
                 at: picture.alt.clone(),
                 before: String::new(),

@@ -17,6 +17,9 @@ impl Scanner<'_> {
                 self.skip_fence(mark, length);
                 return Ok(true);
             }
+            if self.address(text) {
+                return Ok(true);
+            }
         }
         match self.peek() {
             Some(b'\\') => {
@@ -128,8 +131,14 @@ impl Scanner<'_> {
             at += 1;
         }
         let alt = start + 2..at;
-        if self.text.get(at + 1) != Some(&b'(') {
-            return Err(at);
+        match self.text.get(at + 1) {
+            Some(b'(') => {}
+            Some(b'[') => {
+                let (src, end) = self.address_of(at + 1)?;
+                let at = start..end;
+                return Ok(Picture { at, alt, src });
+            }
+            _ => return Err(at),
         }
         let inner = at + 2;
         let mut end = inner;
@@ -155,7 +164,7 @@ impl Scanner<'_> {
         Ok(Picture {
             at: start..end + 1,
             alt,
-            src: src.to_owned(),
+            src: Some(src.to_owned()),
         })
     }
 }

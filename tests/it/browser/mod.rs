@@ -83,6 +83,12 @@ impl Room {
         page
     }
 
+    /// Opens the page at `/`.
+    async fn studio(&self) -> Page {
+        let url = format!("http://localhost:{}/", self.greenroom.api_port);
+        self.chromium.open(&url).await
+    }
+
     fn git(&self, who: &Who, args: &[&str]) -> String {
         git(self.folders.worktree(who), args)
     }

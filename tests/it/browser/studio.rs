@@ -9,10 +9,7 @@ const TURNS: &str = "[...document.querySelectorAll('.turn')]";
 #[tokio::test]
 async fn a_conversation_by_keyboard() {
     let room = Room::start().await;
-    let page = room
-        .chromium
-        .open(&format!("http://localhost:{}/", room.greenroom.api_port))
-        .await;
+    let page = room.studio().await;
     // It makes the thread ready by itself and shows its preview.
     page.wait_for("!document.getElementById('frame').hidden")
         .await;
@@ -121,10 +118,7 @@ async fn a_conversation_by_keyboard() {
 #[tokio::test]
 async fn a_running_turn_is_seen_and_stopped_by_keyboard() {
     let room = Room::with(|options| options.env("ASTRO_DEV_MODE", "false")).await;
-    let page = room
-        .chromium
-        .open(&format!("http://localhost:{}/", room.greenroom.api_port))
-        .await;
+    let page = room.studio().await;
     page.wait_for("!document.getElementById('send').disabled")
         .await;
     page.eval("document.getElementById('instruction').focus()")
