@@ -1,53 +1,24 @@
 //! What the model answered, out of the CLI's lines: by the schema where it kept to it, else by the
-//! lines that it was asked for. What leaves a doubt is no answer: nothing is ever filled in.
+//! lines that it was asked for, in the many forms that models write them. What leaves a doubt is no
+//! answer: nothing is ever filled in.
 
-use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
+
+use serde::{
+    Deserialize, Deserializer,
+    de::{MapAccess, Visitor},
+};
 use serde_json::Value;
-use utoipa::ToSchema;
 
+use super::Rating;
 use crate::text;
 
 /// Longest text that is kept of what the model said, in bytes.
 const MAX_RAW: usize = 64 << 10;
+/// Longest text that is read: an answer of 4096 tokens has far less.
+const MAX_READ: usize = 256 << 10;
 const MAX_TAGS: usize = 200;
 const MAX_TAG: usize = 200;
-
-/// For whom an image is fit.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "UPPERCASE")]
-pub enum Rating {
-    Safe,
-    Suggestive,
-    Adult,
-    Explicit,
-}
-
-impl Rating {
-    /// As in answers.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Safe => "SAFE",
-            Self::Suggestive => "SUGGESTIVE",
-            Self::Adult => "ADULT",
-            Self::Explicit => "EXPLICIT",
-        }
-    }
-
-    fn named(word: &str) -> Option<Self> {
-        [Self::Safe, Self::Suggestive, Self::Adult, Self::Explicit]
-            .into_iter()
-            .find(|rating| word.eq_ignore_ascii_case(rating.as_str()))
-    }
-
-    /// The one rating that a text begins with. "Not safe" is none, and neither is a choice of two.
-    fn of(text: &str) -> Option<Self> {
-        let words = text.split(|c: char| !c.is_alphabetic());
-        let mut words = words.filter(|word| !word.is_empty());
-        let rating = Self::named(words.next()?)?;
-        let is_clear = words.filter_map(Self::named).all(|other| other == rating);
-        is_clear.then_some(rating)
-    }
-}
 
 /// What the CLI printed, as far as it tells of an answer.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -123,204 +94,364 @@ impl Said {
         text::cut(&raw, MAX_RAW).to_owned()
     }
 
-    /// Understands it.
+    /// Understands it. Tags that lack are an error only if they were asked for.
     ///
     /// # Errors
     /// What is missing, for a person.
-    pub(super) fn parse(&self) -> Result<Parsed, &'static str> {
+    pub(super) fn parse(&self, wants_tags: bool) -> Result<Parsed, &'static str> {
         if let Some(value) = &self.structured {
-            return by_schema(value);
+            let fields = value.as_object().into_iter().flatten();
+            let object = Object(
+                fields
+                    .map(|(name, value)| (name.clone(), value.clone()))
+                    .collect(),
+            );
+            return object.parse(wants_tags);
         }
-        if self.text.trim().is_empty() {
+        if self.text.len() > MAX_READ {
+            return Err("the model's answer is longer than a label can be");
+        }
+        let text = clean(&self.text);
+        if text.trim().is_empty() {
             return Err("the model said nothing");
         }
-        match json_in(&self.text) {
-            Some(value) => by_schema(&value),
-            None => by_lines(&self.text),
+        let lines = Lines::read(&text)?;
+        match objects_in(&text)?.as_slice() {
+            [] => lines.parse(wants_tags),
+            [object] => match (object.rating()?, lines.rating()) {
+                (_, None) if lines.0.iter().all(Option::is_none) => object.parse(wants_tags),
+                // Quoted in a description.
+                (_, None) | (None, Some(_)) => lines.parse(wants_tags),
+                // Said both ways, or once by the model and once by what it read in the image.
+                (Some(one), Some(other)) if Some(one) == other => object
+                    .parse(wants_tags)
+                    .or_else(|_| lines.parse(wants_tags)),
+                (Some(_), Some(_)) => Err(NO_RATING),
+            },
+            _ => Err(TWICE),
         }
     }
 }
 
 const NO_DESCRIPTION: &str = "the model's answer has no description";
 const NO_RATING: &str = "the model's answer has no rating that is clear";
+const NO_TAGS: &str = "the model's answer has no tags";
+const TWICE: &str = "the model's answer says a field twice";
 
-fn by_schema(value: &Value) -> Result<Parsed, &'static str> {
-    let first = |names: &[&str]| names.iter().find_map(|name| value[*name].as_str());
-    let description = first(&["description", "caption"]).unwrap_or_default();
-    let rating = first(&["nsfw_rating", "nsfw", "rating"]).unwrap_or_default();
-    let tags = match &value["tags"] {
-        Value::String(list) => tags_of(list.split(',')),
-        Value::Array(tags) => tags_of(tags.iter().filter_map(Value::as_str)),
-        _ => return Err("the model's answer has no tags"),
-    };
-    checked(description, Rating::of(rating), tags)
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Field {
+    Description = 0,
+    Rating = 1,
+    Tags = 2,
 }
 
-/// The object that a text holds, in a fence or bare, and nothing else to be read as one.
-fn json_in(text: &str) -> Option<Value> {
-    let (start, end) = (text.find('{')?, text.rfind('}')?);
-    let value: Value = serde_json::from_str(text.get(start..=end)?).ok()?;
-    value.is_object().then_some(value)
-}
-
-/// `DESCRIPTION:` or `CAPTION:`, `NSFW:`, `TAGS:`, each with what follows up to the next.
-fn by_lines(text: &str) -> Result<Parsed, &'static str> {
-    let mut fields: [Option<String>; 3] = [None, None, None];
-    let mut at = None;
-    for line in text.lines() {
-        let line = line.trim();
-        if let Some((field, rest)) = named(line) {
-            if fields[field].is_some() {
-                return Err("the model's answer says a field twice");
-            }
-            fields[field] = Some(rest.to_owned());
-            at = Some(field);
-        } else if line.is_empty() && at.is_some_and(|field| field > 0) {
-            // What follows is said besides.
-            at = at.filter(|field| fields[*field].as_deref() == Some(""));
-        } else if let Some(known) = at.and_then(|field: usize| fields[field].as_mut()) {
-            known.push(' ');
-            known.push_str(line);
-        }
-    }
-    let [description, rating, tags] = fields;
-    let rating = rating.as_deref().and_then(Rating::of);
-    let tags = tags.ok_or("the model's answer has no tags")?;
-    checked(
-        description.as_deref().unwrap_or_default(),
-        rating,
-        tags_of(tags.split(',')),
-    )
-}
-
-/// Which field a line begins, and the rest of it. A model likes to make names bold.
-fn named(line: &str) -> Option<(usize, &str)> {
-    const NAMES: [(&str, usize); 6] = [
-        ("DESCRIPTION", 0),
-        ("CAPTION", 0),
-        ("NSFW", 1),
-        ("NSFW_RATING", 1),
-        ("NSFW RATING", 1),
-        ("TAGS", 2),
+/// By any of its names, in any case.
+fn field(name: &str) -> Option<Field> {
+    const NAMES: [(&str, Field); 8] = [
+        ("DESCRIPTION", Field::Description),
+        ("CAPTION", Field::Description),
+        ("NSFW", Field::Rating),
+        ("NSFW_RATING", Field::Rating),
+        ("NSFW RATING", Field::Rating),
+        ("NSFWRATING", Field::Rating),
+        ("RATING", Field::Rating),
+        ("TAGS", Field::Tags),
     ];
-    let (name, rest) = line.split_once(':')?;
-    let decoration: &[char] = &['*', '#', '-', '_', ' '];
-    let name = name.trim_matches(decoration);
-    let (_, field) = NAMES
+    let known = NAMES
         .iter()
-        .find(|(known, _)| name.eq_ignore_ascii_case(known))?;
-    Some((*field, rest.trim_start_matches('*').trim()))
+        .find(|(known, _)| name.eq_ignore_ascii_case(known));
+    known.map(|(_, field)| *field)
+}
+
+/// A JSON object as it is written: a `Value` keeps the last one of two fields of one name.
+#[derive(Debug, PartialEq)]
+struct Object(Vec<(String, Value)>);
+
+impl<'de> Deserialize<'de> for Object {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Fields;
+        impl<'de> Visitor<'de> for Fields {
+            type Value = Object;
+
+            fn expecting(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                out.write_str("an object")
+            }
+
+            fn visit_map<M: MapAccess<'de>>(self, mut map: M) -> Result<Object, M::Error> {
+                let mut fields = Vec::new();
+                while let Some(field) = map.next_entry()? {
+                    fields.push(field);
+                }
+                Ok(Object(fields))
+            }
+        }
+        deserializer.deserialize_map(Fields)
+    }
+}
+
+impl Object {
+    fn of(&self, wanted: Field) -> impl Iterator<Item = (&str, &Value)> {
+        let fields = self.0.iter();
+        fields
+            .filter(move |(name, _)| field(name) == Some(wanted))
+            .map(|(name, value)| (name.as_str(), value))
+    }
+
+    /// Which all that it has agree on; `None` if it has none.
+    fn rating(&self) -> Result<Option<Rating>, &'static str> {
+        let mut agreed = None;
+        for (_, value) in self.of(Field::Rating) {
+            let rating = value.as_str().and_then(|text| Rating::of(&clean(text)));
+            let rating = rating.ok_or(NO_RATING)?;
+            if *agreed.get_or_insert(rating) != rating {
+                return Err(NO_RATING);
+            }
+        }
+        Ok(agreed)
+    }
+
+    fn parse(&self, wants_tags: bool) -> Result<Parsed, &'static str> {
+        for wanted in [Field::Description, Field::Rating, Field::Tags] {
+            let mut names: Vec<_> = self
+                .of(wanted)
+                .map(|(name, _)| name.to_uppercase())
+                .collect();
+            names.sort_unstable();
+            if names.windows(2).any(|pair| pair[0] == pair[1]) {
+                return Err(TWICE);
+            }
+        }
+        let description = self
+            .of(Field::Description)
+            .find_map(|(_, value)| value.as_str());
+        let tags = match self.of(Field::Tags).next() {
+            Some((_, Value::String(list))) => Some(tags_in(list)),
+            Some((_, Value::Array(tags))) => Some(tags_of(tags.iter().filter_map(Value::as_str))),
+            _ => None,
+        };
+        checked(description, self.rating()?, tags, wants_tags)
+    }
+}
+
+/// The objects in a text that hold a field of ours, wherever they stand.
+fn objects_in(text: &str) -> Result<Vec<Object>, &'static str> {
+    // Each may lead deep into what follows.
+    const MAX_BRACES: usize = 1000;
+    let mut objects = Vec::new();
+    let mut braces = 0;
+    let mut at = 0;
+    while let Some(start) = text[at..].find('{').map(|start| at + start) {
+        braces += 1;
+        if braces > MAX_BRACES {
+            return Err("the model's answer has more braces than a label can have");
+        }
+        let mut values = serde_json::Deserializer::from_str(&text[start..]).into_iter::<Object>();
+        at = match values.next() {
+            Some(Ok(object)) => {
+                if object.0.iter().any(|(name, _)| field(name).is_some()) {
+                    objects.push(object);
+                }
+                start + values.byte_offset()
+            }
+            _ => start + 1,
+        };
+    }
+    Ok(objects)
+}
+
+/// `DESCRIPTION:` or `CAPTION:`, `NSFW:`, `TAGS:`, each with the lines up to the next.
+struct Lines([Option<String>; 3]);
+
+impl Lines {
+    fn read(text: &str) -> Result<Self, &'static str> {
+        let mut fields: [Option<String>; 3] = [None, None, None];
+        let mut at = None;
+        let mut is_over = false;
+        // Paragraphs of a description, if another field follows: else somebody's note.
+        let mut pending = String::new();
+        for line in text.lines() {
+            let line = line.trim();
+            if let Some((field, rest)) = named(line) {
+                if let Some(known) = at.and_then(|field: Field| fields[field as usize].as_mut()) {
+                    known.push_str(&pending);
+                }
+                pending.clear();
+                if fields[field as usize].replace(rest.to_owned()).is_some() {
+                    return Err(TWICE);
+                }
+                (at, is_over) = (Some(field), false);
+                continue;
+            }
+            let Some(field) = at else { continue };
+            let Some(known) = fields[field as usize].as_mut() else {
+                continue;
+            };
+            let goes_on = || {
+                let last = known.lines().next_back();
+                bullet(line).is_some() && last.is_some_and(|last| bullet(last).is_some())
+            };
+            if line.is_empty() || line.starts_with("```") {
+                // A field may begin on the line below its name.
+                is_over = !known.is_empty();
+            } else if field == Field::Description && is_over {
+                pending.push('\n');
+                pending.push_str(line);
+            } else if !is_over || (field == Field::Tags && goes_on()) {
+                known.push('\n');
+                known.push_str(line);
+            } else {
+                at = None;
+            }
+        }
+        Ok(Self(fields))
+    }
+
+    /// What is said of it, if anything is.
+    fn rating(&self) -> Option<Option<Rating>> {
+        self.0[Field::Rating as usize].as_deref().map(Rating::of)
+    }
+
+    fn parse(&self, wants_tags: bool) -> Result<Parsed, &'static str> {
+        let [description, _, tags] = &self.0;
+        let description = description.as_ref().map(|text| text.replace('\n', " "));
+        let tags = tags.as_deref().map(tags_in);
+        checked(
+            description.as_deref(),
+            self.rating().flatten(),
+            tags,
+            wants_tags,
+        )
+    }
+}
+
+/// Which field a line begins, and the rest of it. Names are made bold, counted, and set as headings,
+/// which need no colon.
+fn named(line: &str) -> Option<(Field, &str)> {
+    const MARKS: &[char] = &['*', '#', '-', '_', '>', '`', '•', ' ', '\t'];
+    let bare = line.trim_start_matches(MARKS);
+    let uncounted = bare.trim_start_matches(|c: char| c.is_ascii_digit());
+    let bare = match uncounted.strip_prefix(['.', ')']) {
+        Some(rest) if uncounted.len() < bare.len() => rest.trim_start_matches(MARKS),
+        _ => bare,
+    };
+    let (name, rest) = match bare.split_once(':') {
+        Some(parts) => parts,
+        None if ["#", "**", "__"].iter().any(|mark| line.starts_with(mark)) => (bare, ""),
+        None => return None,
+    };
+    let field = field(name.trim_matches(MARKS))?;
+    Some((field, rest.trim_start_matches('*').trim()))
+}
+
+/// What stands behind a list's mark or number.
+fn bullet(line: &str) -> Option<&str> {
+    let line = line.trim_start();
+    let uncounted = line.trim_start_matches(|c: char| c.is_ascii_digit());
+    let rest = match uncounted.len() < line.len() {
+        true => uncounted.strip_prefix(['.', ')']),
+        false => line.strip_prefix(['-', '*', '•', '–', '+']),
+    };
+    rest.filter(|rest| rest.starts_with(char::is_whitespace))
+        .map(str::trim)
+}
+
+/// A list as it is written: JSON, between commas or semicolons, or an item a line.
+fn tags_in(text: &str) -> Vec<String> {
+    let text = unwrapped(text.trim());
+    if let Ok(tags) = serde_json::from_str::<Vec<String>>(text) {
+        return tags_of(tags.iter().map(String::as_str));
+    }
+    let text = text.strip_prefix('[').unwrap_or(text);
+    let text = text.strip_suffix(']').unwrap_or(text);
+    let mark = [',', ';'].into_iter().find(|mark| text.contains(*mark));
+    let mut list = String::with_capacity(text.len());
+    for line in text.lines() {
+        let (line, is_item) = match bullet(line) {
+            Some(item) => (item, true),
+            None => (line, mark.is_none()),
+        };
+        // A line without a mark of its own goes on with the one before.
+        list.push(if is_item { mark.unwrap_or('\n') } else { ' ' });
+        list.push_str(line);
+    }
+    tags_of(list.split(mark.unwrap_or('\n')))
 }
 
 fn tags_of<'a>(tags: impl Iterator<Item = &'a str>) -> Vec<String> {
     let mut all: Vec<String> = Vec::new();
     for tag in tags {
-        let tag = tag.trim().trim_end_matches('.');
+        if all.len() == MAX_TAGS {
+            break;
+        }
+        let tag = clean(tag);
+        let tag = unwrapped(tag.trim().trim_end_matches('.'));
         let tag = text::cut(tag, MAX_TAG);
-        if !tag.is_empty() && !all.iter().any(|known| known == tag) && all.len() < MAX_TAGS {
+        if !tag.is_empty() && !all.iter().any(|known| known == tag) {
             all.push(tag.to_owned());
         }
     }
     all
 }
 
+/// Without escapes and control characters: it goes to terminals and into files.
+fn clean(text: &str) -> Cow<'_, str> {
+    let is_control = |c: char| c.is_control() && c != '\n';
+    if !text.contains(is_control) {
+        return Cow::Borrowed(text);
+    }
+    let mut cleaned = String::with_capacity(text.len());
+    for line in text.split('\n') {
+        if !cleaned.is_empty() {
+            cleaned.push('\n');
+        }
+        // They part words.
+        let line = line.replace(['\r', '\u{b}', '\u{c}'], " ");
+        cleaned.push_str(&text::plain(&line));
+    }
+    Cow::Owned(cleaned)
+}
+
+/// Without Markdown and quotes around it, also where they are on one side: the other one may have
+/// stood before the name. Those within stay, and with them those at an end.
+fn unwrapped(text: &str) -> &str {
+    let mut text = text.trim();
+    for mark in ['`', '*', '_'] {
+        let inner = text.trim_matches(mark);
+        if !inner.contains(mark) {
+            text = inner.trim();
+        }
+    }
+    for (open, close) in [('"', '"'), ('\'', '\''), ('“', '”')] {
+        let inner = text
+            .strip_prefix(open)
+            .and_then(|text| text.strip_suffix(close));
+        if let Some(inner) = inner.filter(|inner| !inner.contains([open, close])) {
+            text = inner.trim();
+        }
+    }
+    text
+}
+
 fn checked(
-    description: &str,
+    description: Option<&str>,
     rating: Option<Rating>,
-    tags: Vec<String>,
+    tags: Option<Vec<String>>,
+    wants_tags: bool,
 ) -> Result<Parsed, &'static str> {
-    let description = description.trim();
+    let description = clean(description.unwrap_or_default());
+    let description = unwrapped(&description);
     if description.is_empty() {
         return Err(NO_DESCRIPTION);
+    }
+    if tags.is_none() && wants_tags {
+        return Err(NO_TAGS);
     }
     Ok(Parsed {
         description: text::cut(description, MAX_RAW).to_owned(),
         rating: rating.ok_or(NO_RATING)?,
-        tags,
+        tags: tags.unwrap_or_default(),
     })
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    fn said(text: &str) -> Said {
-        let event = json!({"type": "assistant", "message": {"model": "claude-haiku-5-5",
-            "content": [{"type": "text", "text": text}]}});
-        Said::read(&event.to_string())
-    }
-
-    fn parse(text: &str) -> Result<Parsed, &'static str> {
-        said(text).parse()
-    }
-
-    #[test]
-    fn lines_are_read_as_models_write_them() {
-        let expected = Parsed {
-            description: "A red shoe. It is new.".into(),
-            rating: Rating::Suggestive,
-            tags: vec!["shoe".into(), "red".into()],
-        };
-        for text in [
-            "DESCRIPTION: A red shoe. It is new.\nNSFW: SUGGESTIVE\nTAGS: shoe, red",
-            "Here it is:\n\n**Description:** A red shoe.\nIt is new.\n**NSFW**: suggestive (a bit)\n- TAGS: shoe, , red, shoe.",
-            "DESCRIPTION: A red shoe.\nIt is new.\nNSFW: SUGGESTIVE\n\nTAGS:\n\nshoe, red\n\nNote: it is no ADULT one.",
-            "caption: A red shoe. It is new.\nnsfw_rating: [SUGGESTIVE]\nTags:\nshoe,\nred",
-            "{\"description\": \"A red shoe. It is new.\", \"nsfw_rating\": \"SUGGESTIVE\", \"tags\": [\"shoe\", \"red\"]}",
-            "```json\n{\"caption\": \"A red shoe. It is new.\", \"nsfw\": \"Suggestive\", \"tags\": \"shoe, red\"}\n```",
-        ] {
-            assert_eq!(parse(text).as_ref(), Ok(&expected), "{text}");
-        }
-    }
-
-    #[test]
-    fn a_doubt_is_no_answer_and_never_safe() {
-        for text in [
-            "",
-            "I can't help with that.",
-            "DESCRIPTION: A shoe.\nTAGS: shoe",
-            "DESCRIPTION: A shoe.\nNSFW:\nTAGS: shoe",
-            "DESCRIPTION: A shoe.\nNSFW: NOT SAFE\nTAGS: shoe",
-            "DESCRIPTION: A shoe.\nNSFW: unsafe\nTAGS: shoe",
-            "DESCRIPTION: A shoe.\nNSFW: SAFE, SUGGESTIVE, ADULT or EXPLICIT\nTAGS: shoe",
-            "DESCRIPTION: A shoe.\nNSFW: SAFE\nNSFW: ADULT\nTAGS: shoe",
-            "NSFW: SAFE\nTAGS: shoe",
-            "DESCRIPTION:\nNSFW: SAFE\nTAGS: shoe",
-            "DESCRIPTION: A shoe.\nNSFW: SAFE",
-            "{\"description\": \"A shoe.\", \"tags\": []}",
-            "{\"description\": \"A shoe.\", \"nsfw_rating\": \"FINE\", \"tags\": []}",
-            "{\"description\": 7, \"nsfw_rating\": \"SAFE\", \"tags\": []}",
-            "{\"description\": \"A shoe.\", \"nsfw_rating\": true, \"tags\": []}",
-        ] {
-            assert!(parse(text).is_err(), "{text}: {:?}", parse(text));
-        }
-    }
-
-    #[test]
-    fn the_schema_comes_first_and_the_cli_s_own_words_are_no_answer() {
-        let lines = [
-            json!({"type": "system", "subtype": "init", "model": "claude-haiku-5-5"}),
-            json!({"type": "assistant", "message": {"model": "claude-haiku-5-5-20260101",
-                "content": [{"type": "text", "text": "I see a shoe."}]}}),
-            json!({"type": "assistant", "message": {"model": "claude-haiku-5-5-20260101",
-                "content": [{"type": "tool_use", "name": "StructuredOutput", "input":
-                    {"description": "A shoe.", "nsfw_rating": "SAFE", "tags": ["shoe"]}}]}}),
-            json!({"type": "result", "is_error": false, "result": "{}"}),
-        ];
-        let output = lines.map(|line| line.to_string()).join("\n");
-        let said = Said::read(&format!("noise\n{output}\n"));
-        assert_eq!(said.model.as_deref(), Some("claude-haiku-5-5-20260101"));
-        assert_eq!(said.parse().unwrap().rating, Rating::Safe);
-        assert!(said.raw().contains("A shoe."));
-
-        let error = [
-            json!({"type": "assistant", "message": {"model": "<synthetic>",
-                "content": [{"type": "text", "text": "DESCRIPTION: x\nNSFW: SAFE\nTAGS: a"}]}}),
-            json!({"type": "result", "is_error": true, "result": "DESCRIPTION: x\nNSFW: SAFE\nTAGS: a"}),
-        ];
-        let error = Said::read(&error.map(|line| line.to_string()).join("\n"));
-        assert_eq!((error.parse().is_err(), error.model), (true, None));
-    }
-}
+mod tests;

@@ -23,6 +23,7 @@ mod kept;
 mod outcome;
 mod pace;
 mod prompt;
+mod rating;
 mod retry;
 mod tally;
 
@@ -43,7 +44,6 @@ use serde_json::json;
 use tokio_util::sync::CancellationToken;
 use utoipa::ToSchema;
 
-pub use answer::Rating;
 pub use batch::{BatchError, Busy, Image, MAX_IMAGES, Plan};
 pub use batches::{
     Awake, BatchEvents, BatchSettings, BatchView, Batches, BatchesError, Job, MAX_UPLOADED,
@@ -53,6 +53,7 @@ pub use cache::Cache;
 pub use journal::{Done, Event, EventLine, JournalError};
 pub use outcome::{Code, Entry, Failed, Outcome, Progress, Summary};
 pub use prompt::{DEFAULT, MAX_PROMPT, Prompt, PromptError, Prompts};
+pub use rating::Rating;
 
 use answer::Said;
 use journal::Journal;
@@ -253,7 +254,7 @@ impl Labels {
         let answer = ran.answer.map_err(|error| failure(error.into()))?;
         let said = Said::read(&answer.output);
         let raw = said.raw();
-        match said.parse() {
+        match said.parse(question.prompt.asks_for_tags()) {
             Ok(parsed) => Ok(Label {
                 status: Status::Success,
                 description: parsed.description,

@@ -118,6 +118,11 @@ impl Prompt {
         self.is_formed.then_some(SCHEMA)
     }
 
+    /// One that lays down its lines may want no tags: the model answers what it is asked.
+    pub(super) fn asks_for_tags(&self) -> bool {
+        self.is_formed || has_line(&self.text, "TAGS")
+    }
+
     /// Bytes that it adds to a request.
     pub(super) fn weight(&self) -> usize {
         self.system.len() + self.text.len() + self.schema().map_or(0, str::len)
@@ -126,16 +131,17 @@ impl Prompt {
 
 /// Does it ask for the lines that callers of old ask for?
 fn lays_down_lines(text: &str) -> bool {
-    let has_line = |name: &str| {
-        text.lines().any(|line| {
-            let line = line.trim_start_matches(|c: char| !c.is_alphanumeric());
-            line.len() > name.len()
-                && line.is_char_boundary(name.len())
-                && line[..name.len()].eq_ignore_ascii_case(name)
-                && line[name.len()..].trim_start_matches('*').starts_with(':')
-        })
-    };
-    (has_line("DESCRIPTION") || has_line("CAPTION")) && has_line("NSFW")
+    (has_line(text, "DESCRIPTION") || has_line(text, "CAPTION")) && has_line(text, "NSFW")
+}
+
+fn has_line(text: &str, name: &str) -> bool {
+    text.lines().any(|line| {
+        let line = line.trim_start_matches(|c: char| !c.is_alphanumeric());
+        line.len() > name.len()
+            && line.is_char_boundary(name.len())
+            && line[..name.len()].eq_ignore_ascii_case(name)
+            && line[name.len()..].trim_start_matches('*').starts_with(':')
+    })
 }
 
 /// The prompts that have a name.
@@ -258,9 +264,13 @@ mod tests {
         let old = "Describe it.\nDESCRIPTION: <text>\n**NSFW**: <one of four>\nTAGS: <a, b>";
         let prompt = Prompt::own(old).unwrap();
         assert_eq!((prompt.text(), prompt.schema()), (old, None));
+        assert!(prompt.asks_for_tags());
+        let few = Prompt::own("CAPTION: <text>\nNSFW: <one of four>, with TAGS: none").unwrap();
+        assert_eq!((few.schema(), few.asks_for_tags()), (None, false));
         for plain in ["What is it?", "A DESCRIPTION: yes", "nsfw: x"] {
             let prompt = Prompt::own(plain).unwrap();
             assert!(prompt.schema().is_some() && prompt.text().contains("NSFW:"));
+            assert!(prompt.asks_for_tags());
         }
         serde_json::from_str::<serde_json::Value>(SCHEMA).unwrap();
         assert!(matches!(Prompt::own(" \n"), Err(PromptError::Empty)));

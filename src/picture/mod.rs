@@ -1,7 +1,7 @@
 //! Pictures that come from outside: what a file really is, and what of it goes to a model.
 //!
 //! ```text
-//! bytes ─► what format? ─► does it move? ─► how large, by its head? ─► decode ─► scale ─► upright ─► encode
+//! bytes ─► what format? ─► does it move? ─► how large, by its heads? ─► decode ─► scale ─► upright ─► encode
 //! ```
 //!
 //! Whatever cannot be shown to a model as it is meant is refused here, before anything is paid: no
@@ -9,10 +9,11 @@
 //! pixels than memory is for. The rest is made small and upright and written anew, so that nothing
 //! of the file but its pixels goes out: no place where it was taken, no camera, no second picture.
 //!
-//! A decoder is never believed to hold its limits by itself: the size in the head is checked before
-//! any pixel is decoded. Decoding runs on a few threads of its own; whoever comes then waits.
+//! A decoder is never believed to hold its limits by itself: the sizes in all heads are checked before
+//! it sees the file, and what it would unpack besides the pixels is taken out. Decoding runs on a few
+//! threads of its own; whoever comes then waits.
 
-mod animation;
+mod structure;
 
 use std::{
     io::Cursor,
@@ -32,6 +33,8 @@ use image::{
     metadata::Orientation,
 };
 use tokio::sync::Semaphore;
+
+use structure::Structure;
 
 use crate::task::{self, BlockingError};
 
@@ -189,23 +192,21 @@ fn develop_now_as(bytes: &[u8], to: Use) -> Result<Picture, PictureError> {
             source: Some(source),
         },
     };
-    if animation::is_animated(bytes, format).map_err(damaged)? {
+    let structure = Structure::read(bytes, format).ok_or(PictureError::Damaged {
+        format: name,
+        source: None,
+    })?;
+    if structure.is_animated {
         return Err(PictureError::Animated { format: name });
     }
-    if format == ImageFormat::Jpeg && !ends_as_jpeg(bytes) {
-        return Err(PictureError::Damaged {
-            format: name,
-            source: None,
-        });
+    if let Some((width, height)) = structure.too_large {
+        return Err(PictureError::TooManyPixels { width, height });
     }
-    let mut reader = ImageReader::with_format(Cursor::new(bytes), format);
+    let mut reader = ImageReader::with_format(Cursor::new(&structure.bytes), format);
     reader.limits(limits());
     let mut decoder = reader.into_decoder().map_err(damaged)?;
     let (width, height) = decoder.dimensions();
-    let is_too_large = u64::from(width) * u64::from(height) > MAX_PIXELS
-        || width.max(height) > MAX_DECODED_SIDE
-        || decoder.total_bytes() > MAX_MEMORY;
-    if is_too_large {
+    if is_too_large(width, height) || decoder.total_bytes() > MAX_MEMORY {
         return Err(PictureError::TooManyPixels { width, height });
     }
     // A picture whose note on it cannot be read is as upright as it lies.
@@ -258,6 +259,10 @@ fn check_size(bytes: &[u8], to: Use) -> Result<(), PictureError> {
         bytes if bytes > most => Err(PictureError::TooLarge { bytes, most }),
         _ => Ok(()),
     }
+}
+
+fn is_too_large(width: u32, height: u32) -> bool {
+    u64::from(width) * u64::from(height) > MAX_PIXELS || width.max(height) > MAX_DECODED_SIDE
 }
 
 fn side_fits((width, height): (u32, u32), side: u32) -> bool {
@@ -320,16 +325,6 @@ fn what_else(bytes: &[u8]) -> &'static str {
         "a web page"
     } else {
         "no image that is known here"
-    }
-}
-
-/// Does the file hold the end of its picture? The decoder takes half a one for whole, and what
-/// lacks would be judged as if it were grey. The marks cannot stand in the coded pixels.
-fn ends_as_jpeg(bytes: &[u8]) -> bool {
-    let last = |mark: [u8; 2]| bytes.windows(2).rposition(|pair| pair == mark);
-    match (last([0xff, 0xda]), last([0xff, 0xd9])) {
-        (Some(scan), Some(end)) => end > scan,
-        _ => false,
     }
 }
 

@@ -180,22 +180,147 @@ fn one_that_moves_is_refused_and_a_still_one_of_its_kind_is_not() {
 
     let still = written(halves(20, 20), ImageFormat::Png);
     // Right after the head, which has 25 bytes after the signature's 8.
-    let control = chunk(b"acTL", &[0, 0, 0, 2, 0, 0, 0, 0]);
-    let moving = [&still[..33], &control, &still[33..]].concat();
-    assert!(refused(&moving).contains("PNG image is animated"));
+    let png = |parts: &[Vec<u8>]| [&still[..33], &parts.concat(), &still[33..]].concat();
+    let control = |frames| chunk(b"acTL", &[0, 0, 0, frames, 0, 0, 0, 0]);
+    let frame = [0, 0, 0, 0, 0, 0, 0, 20, 0, 0, 0, 20, 0, 0, 0, 0, 0, 0, 0, 0];
+    let frame = chunk(b"fcTL", &[&frame[..], &[0, 1, 0, 1, 0, 0]].concat());
+    assert!(refused(&png(&[control(2)])).contains("PNG image is animated"));
+    // One that shows another picture than the one that is decoded here.
+    let other = png(&[control(1), chunk(b"fdAT", &[0; 9])]);
+    assert!(refused(&other).contains("PNG image is animated"));
+    assert!(develop_now(&png(&[control(1), frame])).is_ok());
 
     let still = written(halves(20, 20), ImageFormat::WebP);
     let flags = [2, 0, 0, 0, 19, 0, 0, 19, 0, 0];
     let place = [0, 0, 0, 0, 0, 0, 19, 0, 0, 19, 0, 0, 50, 0, 0, 0];
     let frame = riff(b"ANMF", &[&place[..], &still[12..]].concat());
-    let parts = [
-        b"WEBP".to_vec(),
-        riff(b"VP8X", &flags),
-        riff(b"ANIM", &[0; 6]),
-        frame.clone(),
-        frame,
-    ];
-    assert!(refused(&riff(b"RIFF", &parts.concat())).contains("WebP image is animated"));
+    let webp = |frames| {
+        let head = [riff(b"VP8X", &flags), riff(b"ANIM", &[0; 6])].concat();
+        riff(
+            b"RIFF",
+            &[b"WEBP", &head[..], &frame.repeat(frames)].concat(),
+        )
+    };
+    let two = webp(2);
+    assert!(refused(&two).contains("WebP image is animated"));
+    let picture = develop_now(&webp(1)).unwrap();
+    let seen = read(&picture);
+    assert!(seen.get_pixel(2, 9).0[0] > 200 && seen.get_pixel(17, 9).0[2] > 200);
+    // Of two the second one may be cut off without a trace.
+    assert!(develop_now(&two[..two.len() - frame.len()]).is_err());
+}
+
+#[test]
+fn what_is_larger_than_its_file_says_is_refused_by_its_own_head() {
+    let mut gif = written(halves(20, 20), ImageFormat::Gif);
+    let table = 3 << ((gif[10] & 7) + 1);
+    let frame = 13 + if gif[10] & 0x80 == 0 { 0 } else { table };
+    let frame = frame + gif[frame..].iter().position(|byte| *byte == 0x2c).unwrap();
+    gif[frame + 5..frame + 9].copy_from_slice(&[0x30, 0x75, 0xd0, 0x07]);
+    assert!(
+        refused(&gif).contains("30000 by 2000 pixels"),
+        "{}",
+        refused(&gif)
+    );
+
+    // 16,000 pixels a side on a canvas of 20.
+    let coded = [0x10, 0, 0, 0x9d, 1, 0x2a, 0x80, 0x3e, 0x80, 0x3e, 0, 0];
+    let webp = |flags: u8, parts: &[Vec<u8>]| {
+        let head = riff(b"VP8X", &[flags, 0, 0, 0, 19, 0, 0, 19, 0, 0]);
+        riff(b"RIFF", &[b"WEBP", &head[..], &parts.concat()].concat())
+    };
+    let place = [0, 0, 0, 0, 0, 0, 19, 0, 0, 19, 0, 0, 50, 0, 0, 0];
+    let hidden = [riff(b"ALPH", &[0; 9]), riff(b"none", &coded)].concat();
+    let hidden = riff(b"ANMF", &[&place[..], &hidden].concat());
+    for bytes in [
+        webp(0, &[riff(b"VP8 ", &coded)]),
+        webp(2, &[riff(b"ANIM", &[0; 6]), hidden]),
+    ] {
+        assert!(
+            refused(&bytes).contains("16000 by 16000"),
+            "{}",
+            refused(&bytes)
+        );
+    }
+    let canvas = riff(b"VP8X", &[0, 0, 0, 0, 0xff, 0xff, 0, 0xff, 0xff, 0]);
+    let canvas = riff(b"RIFF", &[b"WEBP", &canvas[..]].concat());
+    assert!(refused(&canvas).contains("65536 by 65536"));
+
+    // A note of 4 GB in a few bytes: room would be made for it.
+    let still = written(halves(20, 20), ImageFormat::WebP);
+    let note = [b"EXIF", &u32::MAX.to_le_bytes()[..], b"MM\0*"].concat();
+    let noted = webp(8, &[still[12..].to_vec(), note]);
+    assert!(refused(&noted).contains("cut off"));
+
+    // A second head of a JPEG, for the decoder to find when it has made room for the first.
+    let jpeg = written(halves(64, 64), ImageFormat::Jpeg);
+    let end = jpeg.len() - 2;
+    let head = [0xff, 0xc0, 0, 11, 8, 0xff, 0xff, 0xff, 0xff, 1, 1, 0x11, 0];
+    let jpeg = [&jpeg[..end], &head, &jpeg[end..]].concat();
+    assert!(refused(&jpeg).contains("65535 by 65535"));
+}
+
+#[test]
+fn notes_are_not_unpacked() {
+    let still = written(halves(80, 40), ImageFormat::Png);
+    let bare = |bytes: &[u8], format| Structure::read(bytes, format).unwrap().bytes.into_owned();
+    let packed = |kind| chunk(kind, b"x\0\0 300 MB of zeros");
+    let notes = [b"iCCP", b"zTXt", b"iTXt", b"tEXt"].map(packed).concat();
+    let end = still.len() - 12;
+    let noted = [&still[..33], &notes, &still[33..end], &notes, &still[end..]].concat();
+    assert_eq!(bare(&noted, ImageFormat::Png), still);
+    assert_eq!(develop_now(&noted).unwrap(), develop_now(&still).unwrap());
+    // How it lies is no packed note, and one without such notes is not copied.
+    let mut lies = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0".to_vec();
+    lies.extend([6, 0, 0, 0, 0, 0, 0]);
+    let lying_png = [&still[..33], &chunk(b"eXIf", &lies), &notes, &still[33..]].concat();
+    let picture = develop_now(&lying_png).unwrap();
+    assert_eq!((picture.width, picture.height), (40, 80));
+    let structure = Structure::read(&still, ImageFormat::Png).unwrap();
+    assert!(matches!(structure.bytes, std::borrow::Cow::Borrowed(_)));
+    // A chunk of more than there is.
+    for kind in [b"iCCP", b"IDAT", b"eXIf"] {
+        let long = [&still[..33], &u32::MAX.to_be_bytes(), kind, b"abc"].concat();
+        assert!(refused(&long).contains("cut off"));
+    }
+
+    // A JPEG's notes in parts, which the decoder would go through anew with each of them.
+    let plain = lying(6);
+    let part = [&b"http://ns.adobe.com/xmp/extension/\0"[..], &[b'0'; 41]].concat();
+    let length = u16::try_from(part.len() + 2).unwrap().to_be_bytes();
+    let part = [&[0xff, 0xe1], &length[..], &part].concat();
+    let noted = [&plain[..2], &part.repeat(20_000), &plain[2..]].concat();
+    assert_eq!(bare(&noted, ImageFormat::Jpeg), plain);
+    assert_eq!(develop_now(&noted).unwrap(), develop_now(&plain).unwrap());
+}
+
+#[test]
+fn a_jpeg_is_as_whole_as_its_first_picture() {
+    let whole = written(halves(200, 100), ImageFormat::Jpeg);
+    let expected = develop_now(&whole).unwrap();
+    let film = b"\0\0\0\x18ftypmp42 \xff\xda\0\x02\xff\xc0\xff";
+    for trailer in [
+        &[0xff, 0xda][..],
+        &[0xff],
+        &[0xff, 0xd9, 0xff, 0xda],
+        &[0xff, 0xc0, 0, 11, 8, 0xff, 0xff, 0xff, 0xff, 1, 1, 0x11, 0],
+        film,
+        // A second picture, whole and cut off.
+        &whole,
+        &whole[..whole.len() / 2],
+    ] {
+        let more = [&whole[..], trailer].concat();
+        assert_eq!(develop_now(&more).unwrap(), expected, "{trailer:?}");
+    }
+    // From where it is known for one.
+    for cut in 3..whole.len() {
+        assert!(refused(&whole[..cut]).contains("cut off"), "{cut}");
+    }
+    // Fill bytes, a restart and an empty segment are no end.
+    let end = whole.len() - 2;
+    let odd = [&whole[..end], &[0xff, 0xff, 0xfe, 0, 2, 0xff, 0xff, 0xd9]].concat();
+    assert!(develop_now(&odd).is_ok());
+    assert!(refused(&[&whole[..end], &[0xff, 0, 0xd9, 0xff, 0xd0]].concat()).contains("cut off"));
 }
 
 #[test]
