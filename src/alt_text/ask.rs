@@ -217,6 +217,8 @@ impl AltTexts {
                 .max(1),
             cache: Some(settings.cache.clone()),
             asks_again: false,
+            begins_anew: false,
+            replaces_captions: false,
             most_usd: asked.most_usd,
             busy: settings.busy.clone(),
         };
