@@ -5,8 +5,10 @@ use std::{
     fmt, fs, io,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
+use futures_util::{StreamExt, stream};
 use serde_json::json;
 use tokio::sync::Semaphore;
 
@@ -18,8 +20,9 @@ use crate::{
         Question, Rating,
     },
     lease::Fence,
-    text,
-    workspace::make_private_dir,
+    picture::{self, PictureError},
+    task, text,
+    workspace::{make_private_dir, read_bounded},
 };
 
 pub use crate::label::Progress;
@@ -28,6 +31,9 @@ pub use crate::label::Progress;
 const PROMPT: &str = "alt_text";
 /// Images that are asked about at once.
 const WORKERS: usize = 3;
+/// For looking which images can be described before anybody is asked.
+const ESTIMATE: Duration = Duration::from_secs(20);
+const DISK_DEADLINE: Duration = Duration::from_secs(60);
 /// Longest piece of a page that is told of, in bytes.
 const MAX_TOLD: usize = 600;
 
@@ -149,6 +155,35 @@ impl AltTexts {
         Ok(worst)
     }
 
+    /// Which of the wanted images cannot be described, whatever is paid, and why. For as long as an
+    /// estimate may take: what was not looked at by then is taken for fit.
+    pub(super) async fn unfit(&self, kept: &Kept, wanted: &[Wanted]) -> HashMap<Subject, String> {
+        let files = wanted.iter().filter_map(|wanted| {
+            let path = kept.files.get(&wanted.subject)?.clone();
+            Some((wanted.subject.clone(), path))
+        });
+        let files: Vec<_> = files.collect();
+        let mut looks = stream::iter(files)
+            .map(|(subject, path)| async move {
+                let limit = picture::MAX_BYTES as u64;
+                let read = move || read_bounded(&path, limit).ok().flatten();
+                let read = task::blocking("reading an image", DISK_DEADLINE, read).await;
+                match picture::develop(read.ok()??.into()).await {
+                    Ok(_) | Err(PictureError::Blocking(_)) => None,
+                    Err(error) => Some((subject, format!("it cannot be described: {error}"))),
+                }
+            })
+            .buffer_unordered(WORKERS);
+        let mut unfit = HashMap::new();
+        let all = async {
+            while let Some(found) = looks.next().await {
+                unfit.extend(found);
+            }
+        };
+        tokio::time::timeout(ESTIMATE, all).await.ok();
+        unfit
+    }
+
     fn prompt(&self, wanted: &Wanted) -> Result<Prompt, PromptError> {
         let told = |said: &str| text::cut(said, MAX_TOLD).to_owned();
         let page = json!({
@@ -217,6 +252,8 @@ impl AltTexts {
                 .max(1),
             cache: Some(settings.cache.clone()),
             asks_again: false,
+            begins_anew: false,
+            replaces_captions: false,
             most_usd: asked.most_usd,
             busy: settings.busy.clone(),
         };

@@ -47,7 +47,8 @@ impl Folder {
                 };
                 let metadata = entry.metadata()?;
                 // Builds and packages are larger than all else, and no part of it.
-                if metadata.is_dir() && depth < MAX_DEPTH && is_of_site(&format!("{path}/x")) {
+                let has = |file: &str| root.join(file).is_file();
+                if metadata.is_dir() && depth < MAX_DEPTH && is_of_site(&format!("{path}/x"), has) {
                     folders.push((path, depth + 1));
                 } else if metadata.is_file() {
                     files.insert(path, metadata.size());
@@ -115,9 +116,9 @@ pub struct FolderAnswer {
 /// Why a folder's images have no texts.
 #[derive(Debug, thiserror::Error)]
 pub enum FolderError {
-    #[error("{} cannot be read: {source}", folder.display())]
+    #[error("{} cannot be read", folder.display())]
     Read { folder: PathBuf, source: io::Error },
-    #[error("{file} cannot be written: {source}")]
+    #[error("{file} cannot be written")]
     Write { file: String, source: io::Error },
     #[error(transparent)]
     Blocking(#[from] BlockingError),
@@ -148,13 +149,14 @@ impl AltTexts {
             let files = Folder::open(&root).map_err(unreadable(&root))?;
             let mut kept = texts.kept();
             let sights = look(&files, code.as_deref(), &mut |subject, bytes| {
-                if !dry_run {
-                    kept.keep(subject, bytes);
-                }
+                kept.keep(subject, bytes);
             });
             Ok::<_, FolderError>((sights, kept))
         });
-        let (sights, kept) = looked.await??;
+        let (mut sights, kept) = looked.await??;
+        if dry_run {
+            sights.leave(&self.unfit(&kept, &sights.wanted).await);
+        }
         let images = sights.wanted.len();
         if dry_run {
             let worst = self.worst(&sights.wanted, asked);

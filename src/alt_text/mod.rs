@@ -201,10 +201,30 @@ struct Seen {
     found: Vec<(Found, String)>,
 }
 
-/// Is it a file of the site, and none about it or of its tools?
-fn is_of_site(path: &str) -> bool {
-    const OTHERS: [&str; 10] = [
-        "node_modules",
+impl Sights {
+    /// Takes out what cannot be described: that is a person's.
+    fn leave(&mut self, unfit: &HashMap<Subject, String>) {
+        self.wanted
+            .retain(|wanted| !unfit.contains_key(&wanted.subject));
+        for sight in &mut self.sights {
+            let why = match &sight.outcome {
+                Ok((subject, _)) => unfit.get(subject),
+                Err(_) => None,
+            };
+            if let Some(why) = why {
+                sight.outcome = Err(why.clone());
+            }
+        }
+    }
+}
+
+/// Is it a file of the site, and none about it or of its tools? `has` says whether there is a file: a
+/// site may be one of several in a folder.
+fn is_of_site(path: &str, has: impl Fn(&str) -> bool) -> bool {
+    /// Never a page's.
+    const APART: [&str; 2] = ["node_modules", "__tests__"];
+    /// Beside `package.json`, where tools put them. Elsewhere these may be what a page is called.
+    const BESIDE: [&str; 8] = [
         "dist",
         "build",
         "out",
@@ -212,11 +232,15 @@ fn is_of_site(path: &str) -> bool {
         "vendor",
         "test",
         "tests",
-        "__tests__",
         "storybook-static",
     ];
-    let mut parts = path.split('/');
-    let is_apart = parts.any(|part| part.starts_with('.') || OTHERS.contains(&part));
+    let mut at = 0;
+    let is_apart = path.split('/').any(|part| {
+        let folder = &path[..at];
+        at += part.len() + 1;
+        let is_root = || folder.is_empty() || has(&format!("{folder}package.json"));
+        part.starts_with('.') || APART.contains(&part) || BESIDE.contains(&part) && is_root()
+    });
     // A README, a list of changes.
     let is_about = !path.contains('/') && matches!(find::dialect_of(path), Some(Kind::Markdown));
     !is_apart && !is_about
@@ -234,7 +258,8 @@ fn look(
     let mut seen = Vec::new();
     let (mut bytes_left, mut places_left) = (MAX_PAGES, MAX_PLACES);
     for path in files.paths() {
-        let Some(kind) = find::dialect_of(path).filter(|_| is_of_site(path)) else {
+        let is_ours = |_: &Kind| is_of_site(path, |file| files.has(file));
+        let Some(kind) = find::dialect_of(path).filter(is_ours) else {
             continue;
         };
         match see(files, path, kind, &mut bytes_left, &mut places_left) {

@@ -87,6 +87,28 @@ fn becomes(path: &str, before: &str, after: &str) {
     assert_eq!(page, after, "{path}: {report:?}");
 }
 
+#[test]
+fn what_tools_make_is_no_page_and_a_page_may_be_called_so() {
+    let has = |file: &str| file == "packages/web/package.json";
+    for (path, is_page) in [
+        ("src/pages/tests/index.html", true),
+        ("src/pages/out/build.html", true),
+        ("public/vendor/x.html", true),
+        ("packages/web/src/test/x.html", true),
+        ("packages/other/dist/x.html", true),
+        ("packages/web/dist/x.html", false),
+        ("dist/x.html", false),
+        ("tests/x.html", false),
+        ("src/__tests__/x.jsx", false),
+        ("src/node_modules/x/x.html", false),
+        ("src/.cache/x.html", false),
+        ("README.md", false),
+        ("src/README.md", true),
+    ] {
+        assert_eq!(is_of_site(path, has), is_page, "{path}");
+    }
+}
+
 const ASTRO: &str = "src/pages/x.astro";
 
 #[test]

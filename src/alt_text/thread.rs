@@ -110,18 +110,27 @@ impl AltTexts {
             },
             most_usd: wish.most_usd,
         };
-        let (texts, language, dry_run) = (self.clone(), wish.language.clone(), wish.dry_run);
+        // Before anything is looked at: what has come or changed since is none of that call's.
+        if let Some(call) = &wish.idempotency_key {
+            let seen = supervisor.seen(&wish.key, call);
+            if let Some(turn) = unless(supervisor, stop, seen).await?? {
+                let turn = turn.outcome().await.map_err(SupervisorError::from)?;
+                let done = OperationAnswer::Done(Box::new(turn));
+                return Ok(AltTextAnswer::Written(done));
+            }
+        }
+        let (texts, language) = (self.clone(), wish.language.clone());
         let look = supervisor.look_at_site(&wish.key, wish.expected_head.clone(), move |files| {
             let mut kept = texts.kept();
             let sights = look(files, language.as_deref(), &mut |subject, bytes| {
-                if !dry_run {
-                    kept.keep(subject, bytes);
-                }
+                kept.keep(subject, bytes);
             });
             (sights, kept)
         });
-        let (sights, kept) = unless(supervisor, stop, look).await??;
-        if dry_run {
+        let (mut sights, kept) = unless(supervisor, stop, look).await??;
+        if wish.dry_run {
+            let unfit = self.unfit(&kept, &sights.wanted);
+            sights.leave(&unless(supervisor, stop, unfit).await?);
             let worst_usd = self
                 .worst(&sights.wanted, &asked)
                 .map_err(DescribeError::from)?;

@@ -67,6 +67,13 @@ impl ImagesBody {
                 return Err(ApiError::invalid(why));
             }
         };
+        let alt = match self.alt {
+            Some(alt) if alt.chars().count() > MAX_ALT || alt.contains(char::is_control) => {
+                let why = format!("alt has to be at most {MAX_ALT} characters in one line");
+                return Err(ApiError::invalid(why));
+            }
+            alt => not_empty("alt", alt, usize::MAX)?,
+        };
         let instruction = text("instruction", self.instruction)?;
         if self.is_async == Some(true) && instruction.is_none() {
             return Err(ApiError::invalid(
@@ -80,7 +87,7 @@ impl ImagesBody {
             count,
             model: not_empty("model", self.model, 300)?,
             params: self.params.unwrap_or_default(),
-            alt: not_empty("alt", self.alt, MAX_ALT)?,
+            alt,
             folder: not_empty("folder", self.folder, 200)?,
             author: self.author.map(check_author).transpose()?,
             idempotency_key: None,

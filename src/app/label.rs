@@ -48,7 +48,10 @@ pub struct LabelJob {
     pub model: Option<String>,
     /// Images under way at once.
     pub workers: usize,
+    /// Else the same bytes are asked about as often as they come, and all of it again when it was over.
     pub uses_cache: bool,
+    /// Captions are written over whatever is there.
+    pub replaces_captions: bool,
     /// Also about what failed and was paid.
     pub asks_again: bool,
     pub most_usd: Option<f64>,
@@ -230,6 +233,8 @@ async fn run(
         workers: job.workers,
         cache: job.uses_cache.then(|| Cache::new(local.join("known"))),
         asks_again: job.asks_again,
+        begins_anew: !job.uses_cache,
+        replaces_captions: job.replaces_captions,
         most_usd: job.most_usd,
         busy: Busy::default(),
     };

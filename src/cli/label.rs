@@ -4,6 +4,7 @@ use std::{
     collections::{HashMap, HashSet},
     fs,
     io::{self, Write},
+    os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -20,7 +21,7 @@ use super::{
 use crate::{
     app::{self, AskedPrompt, LabelJob, Labelled},
     config::Mode,
-    label::{DEFAULT, Entry, Image, MAX_IMAGES, Outcome, Progress, Summary},
+    label::{DEFAULT, Entry, Image, MAX_IMAGES, Outcome, Progress, PromptError, Summary},
     telemetry,
 };
 
@@ -93,12 +94,13 @@ pub(super) fn command() -> Command {
         ))
         .arg(flag(
             "no-cache",
-            "Ask about the same bytes as often as they come",
+            "Ask about the same bytes as often as they come, and again when all is done",
         ))
         .arg(flag(
             "captions",
-            "Write each description to a .txt beside its image",
+            "Write each description to a .txt beside its image, unless a person's is there",
         ))
+        .arg(flag("replace-captions", "Write captions over whatever is there").requires("captions"))
         .arg(flag(
             "dry-run",
             "Say how many images there are and what they may cost at most",
@@ -141,6 +143,7 @@ pub(super) fn run(args: &ArgMatches) -> anyhow::Result<()> {
         model: text("model"),
         workers: usize::from(args.get_one::<u16>("workers").copied().unwrap_or(3)),
         uses_cache: !args.get_flag("no-cache"),
+        replaces_captions: args.get_flag("replace-captions"),
         asks_again: args.get_flag("retry-failed"),
         most_usd,
         named_by: format!("{} {named_by:?}", cwd.display()),
@@ -165,7 +168,17 @@ pub(super) fn run(args: &ArgMatches) -> anyhow::Result<()> {
         printer.entry(entry, progress)
     }));
     runtime.shutdown_timeout(Duration::from_millis(500));
-    printer.end(labelled?)
+    printer.end(labelled.map_err(as_usage)?)
+}
+
+/// Who names a prompt that there is not has typed something wrong.
+fn as_usage(error: anyhow::Error) -> anyhow::Error {
+    match error.downcast_ref::<PromptError>() {
+        Some(PromptError::Unknown { .. } | PromptError::Empty | PromptError::TooLong) => {
+            Usage(error.to_string()).into()
+        }
+        _ => error,
+    }
 }
 
 fn prompt(
@@ -218,12 +231,75 @@ fn find(paths: &[PathBuf], wants_captions: bool) -> anyhow::Result<Vec<Image>> {
         anyhow::bail!("there are more than {MAX_IMAGES} images; name fewer at a time");
     }
     let images = files.into_iter().map(|path| Image {
-        name: path.to_string_lossy().into_owned(),
+        name: name_of(&path),
         caption: wants_captions.then(|| path.with_extension("txt")),
         prompt: None,
         path,
     });
-    Ok(images.collect())
+    let images: Vec<Image> = images.collect();
+    check_captions(&images)?;
+    Ok(images)
+}
+
+/// What a file is called in answers and in the journal: its path, and no other file's. What of it is no
+/// UTF-8 is written as `\xff`; in such a name, and in one that holds `\x` itself, a backslash is two.
+fn name_of(path: &Path) -> String {
+    if let Some(text) = path.to_str().filter(|text| !text.contains("\\x")) {
+        return text.to_owned();
+    }
+    let mut name = String::new();
+    for piece in path.as_os_str().as_bytes().utf8_chunks() {
+        name.push_str(&piece.valid().replace('\\', "\\\\"));
+        for byte in piece.invalid() {
+            name.push_str(&format!("\\x{byte:02x}"));
+        }
+    }
+    name
+}
+
+/// Refuses captions that would take an image's place, or each other's.
+fn check_captions(images: &[Image]) -> Result<(), Usage> {
+    // By where they lie: `a/x.png` and `./a/x.png` are one.
+    let at = |path: &Path| {
+        let folder = path.parent().filter(|folder| *folder != Path::new(""));
+        let folder = fs::canonicalize(folder.unwrap_or(Path::new(".")));
+        match (folder, path.file_name()) {
+            (Ok(folder), Some(name)) => folder.join(name),
+            _ => path.to_owned(),
+        }
+    };
+    let refused = |caption: &Path, one: &str, what: &str| {
+        Usage(format!(
+            "--captions: {} would be the caption of {one} and {what}; rename one, or label them \
+             apart",
+            caption.display()
+        ))
+    };
+    let mut taken: HashMap<PathBuf, &Image> = HashMap::new();
+    let mut places: HashMap<PathBuf, &Image> = HashMap::new();
+    for image in images.iter().filter(|image| image.caption.is_some()) {
+        places.insert(at(&image.path), image);
+        if let Ok(real) = fs::canonicalize(&image.path) {
+            places.insert(real, image);
+        }
+    }
+    for image in images {
+        let Some(caption) = &image.caption else {
+            continue;
+        };
+        let place = at(caption);
+        if let Some(other) = places.get(&place) {
+            let what = match other.name == image.name {
+                true => "is that image itself".to_owned(),
+                false => format!("is itself an image to be labelled ({})", other.name),
+            };
+            return Err(refused(caption, &image.name, &what));
+        }
+        if let Some(other) = taken.insert(place, image) {
+            return Err(refused(caption, &other.name, &format!("of {}", image.name)));
+        }
+    }
+    Ok(())
 }
 
 /// Images below a folder, by name; hidden files and links to folders are passed over.
@@ -405,6 +481,13 @@ fn totals(summary: &Summary) -> String {
     if summary.cached > 0 {
         text.push_str(&format!(", {} known from before", summary.cached));
     }
+    if summary.captions_kept > 0 {
+        text.push_str(&format!(
+            "; {} captions were left as they are, since they are not greenroom's: --replace-captions \
+             replaces them",
+            summary.captions_kept
+        ));
+    }
     if summary.interrupted > 0 {
         text.push_str(&format!(
             "; {} were asked about when it was killed and may have been paid: --retry-failed asks \
@@ -518,11 +601,64 @@ mod tests {
             names(&["a/b", "a/**/*.webp", "a/1.png"]),
             ["a/b/3.webp", "a/1.png"]
         );
-        // Who names a file means it.
-        assert_eq!(names(&["a/notes.txt"]), ["a/notes.txt"]);
+        // Who names a file means it, but for its caption.
+        let notes = find(&[at("a/notes.txt")], false).unwrap();
+        assert_eq!(notes[0].path, at("a/notes.txt"));
         for none in ["a/none.png", "a/*.none"] {
             assert!(find(&[at(none)], false).is_err(), "{none}");
         }
+    }
+
+    #[test]
+    fn a_caption_takes_no_image_s_place_and_no_other_caption_s() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        fs::create_dir_all(at("e")).unwrap();
+        for name in ["e/x.png", "e/x.jpg", "e/y.png", "pic.txt", "pic.png"] {
+            fs::write(at(name), "x").unwrap();
+        }
+        std::os::unix::fs::symlink(at("e"), at("link")).unwrap();
+        let said = |paths: &[&str]| {
+            let paths: Vec<PathBuf> = paths.iter().map(|path| at(path)).collect();
+            assert!(find(&paths, false).is_ok());
+            let error = find(&paths, true).unwrap_err();
+            assert!(error.is::<Usage>());
+            error.to_string()
+        };
+        let itself = said(&["pic.txt"]);
+        assert!(itself.contains("is that image itself"), "{itself}");
+        let other = said(&["pic.png", "pic.txt"]);
+        assert!(other.contains("pic.png and is itself an image"), "{other}");
+        let twice = said(&["e"]);
+        assert!(
+            twice.contains("x.jpg and of ") && twice.contains("x.png;"),
+            "{twice}"
+        );
+        assert!(said(&["e/x.png", "link/x.jpg"]).contains("x.jpg"));
+        assert!(find(&[at("e/y.png"), at("pic.png")], true).is_ok());
+    }
+
+    #[test]
+    fn names_that_are_no_text_stay_apart() {
+        let name = |bytes: &[u8]| name_of(Path::new(std::ffi::OsStr::from_bytes(bytes)));
+        let names = [
+            (&b"a/n.jpg"[..], "a/n.jpg"),
+            (b"a\\n.jpg", "a\\n.jpg"),
+            (b"n\xff.jpg", "n\\xff.jpg"),
+            (b"n\xfe.jpg", "n\\xfe.jpg"),
+            (b"n\\xff.jpg", "n\\\\xff.jpg"),
+            (b"\\n\xff.jpg", "\\\\n\\xff.jpg"),
+        ];
+        for (bytes, text) in names {
+            assert_eq!(name(bytes), text);
+        }
+        let folder = tempfile::tempdir().unwrap();
+        for bytes in [&b"n\xff.jpg"[..], b"n\xfe.jpg"] {
+            let file = folder.path().join(std::ffi::OsStr::from_bytes(bytes));
+            fs::write(file, "x").unwrap();
+        }
+        let images = find(&[folder.path().to_owned()], true).unwrap();
+        assert_ne!(images[0].name, images[1].name);
     }
 
     #[test]

@@ -76,6 +76,9 @@ pub enum Reason {
     OtherModel,
     /// Its prompt has a later sample.
     EarlierSample,
+    /// Its prompt may have an earlier one that holds a picture.
+    EmptySample,
+    UnreadableSample,
     /// There are samples of too many prompts.
     TooMany,
     /// A link, and where it leads is nobody's word.
@@ -91,6 +94,8 @@ impl Reason {
             Self::Checkpoint => "checkpoints",
             Self::OtherModel => "other models",
             Self::EarlierSample => "earlier samples",
+            Self::EmptySample => "samples without a byte",
+            Self::UnreadableSample => "samples that cannot be read",
             Self::TooMany => "samples of prompts beyond the 200th",
             Self::Link => "links, which are not followed",
             Self::Other => "other files",
@@ -282,12 +287,12 @@ fn choose_model(
     }
 }
 
-/// The last sample of each prompt: of the highest step, then the latest.
+/// The last sample of each prompt that can be had: of the highest step, then the latest.
 fn choose_samples(
     folder: &Path,
     left_out: &mut Vec<(String, Reason)>,
 ) -> Result<Vec<Sample>, FolderError> {
-    let mut best: BTreeMap<u64, (Stamped, String)> = BTreeMap::new();
+    let mut all: BTreeMap<u64, Vec<(Stamped, String)>> = BTreeMap::new();
     let mut leave = |name: &str, reason| left_out.push((format!("{SAMPLES}/{name}"), reason));
     for (name, kind) in entries(folder)? {
         let name = shown(&name);
@@ -303,29 +308,43 @@ fn choose_samples(
             leave(&name, Reason::Other);
             continue;
         };
-        let candidate = (stamped, name);
-        match best.get_mut(&prompt) {
-            Some(known) if *known < candidate => {
-                let earlier = std::mem::replace(known, candidate);
-                leave(&earlier.1, Reason::EarlierSample);
-            }
-            Some(_) => leave(&candidate.1, Reason::EarlierSample),
-            None => {
-                best.insert(prompt, candidate);
-            }
-        }
+        all.entry(prompt).or_default().push((stamped, name));
     }
-    let mut samples = Vec::new();
-    for (prompt, (stamped, name)) in best {
-        if samples.len() == MAX_SAMPLES {
-            leave(&name, Reason::TooMany);
-            continue;
+    let mut samples: Vec<Sample> = Vec::new();
+    for (prompt, mut candidates) in all {
+        candidates.sort_unstable();
+        let mut is_found = false;
+        while let Some((stamped, name)) = candidates.pop() {
+            if is_found {
+                leave(&name, Reason::EarlierSample);
+                continue;
+            }
+            if samples.len() == MAX_SAMPLES {
+                leave(&name, Reason::TooMany);
+                is_found = true;
+                continue;
+            }
+            let file = match published(folder, &name, format!("{SAMPLES}/{name}")) {
+                Ok(file) if file.size() == 0 => Err(Reason::EmptySample),
+                Ok(file) => file
+                    .sample()
+                    .map(|_| file)
+                    .map_err(|_| Reason::UnreadableSample),
+                Err(FolderError::Read { .. }) => Err(Reason::UnreadableSample),
+                Err(error) => return Err(error),
+            };
+            match file {
+                Ok(file) => {
+                    is_found = true;
+                    samples.push(Sample {
+                        prompt,
+                        step: stamped.step,
+                        file,
+                    });
+                }
+                Err(why) => leave(&name, why),
+            }
         }
-        samples.push(Sample {
-            prompt,
-            step: stamped.step,
-            file: published(folder, &name, format!("{SAMPLES}/{name}"))?,
-        });
     }
     Ok(samples)
 }
@@ -432,6 +451,32 @@ mod tests {
         assert_eq!(of(Reason::Checkpoint), 2);
         assert_eq!(of(Reason::EarlierSample), 3);
         assert_eq!(of(Reason::Other), 7);
+    }
+
+    #[test]
+    fn a_sample_without_a_picture_gives_way_to_the_one_before() {
+        let outer = folder(&[
+            "my_lora.safetensors",
+            "samples/1__000000100_0.jpg",
+            "samples/2__000000200_0.jpg",
+            "samples/3__000000300_0.jpg",
+            "samples/1__000000100_1.jpg",
+        ]);
+        for cut_off in ["3__000000300_0.jpg", "1__000000100_1.jpg"] {
+            fs::write(outer.path().join("my_lora/samples").join(cut_off), "").unwrap();
+        }
+        let folder = read(&outer, None).unwrap();
+        assert_eq!(
+            names(&folder),
+            ["my_lora.safetensors", "samples/2__000000200_0.jpg"]
+        );
+        let left_out = [
+            ("samples/1__000000100_0.jpg", Reason::EarlierSample),
+            ("samples/1__000000100_1.jpg", Reason::EmptySample),
+            ("samples/3__000000300_0.jpg", Reason::EmptySample),
+        ];
+        let left_out = left_out.map(|(name, why)| (name.to_owned(), why));
+        assert_eq!(folder.left_out, left_out);
     }
 
     #[test]

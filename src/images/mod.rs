@@ -226,6 +226,15 @@ impl Images {
         tell: Tell<'_>,
     ) -> Result<ImageAnswer, ImageError> {
         let inner = &self.0;
+        // A key may stand for a turn of another call than this kind's: nothing is paid for that.
+        if let Some(call) = &wish.idempotency_key {
+            let seen = inner.supervisor.seen(&wish.key, call);
+            if let Some(turn) = self.unless(stop, seen).await?? {
+                // One that is under way is waited for.
+                let is_turn = wish.instruction.is_some() || turn.is_live();
+                return self.seen(turn.file().id(), is_turn).await;
+            }
+        }
         if let Some(folder) = &wish.folder
             && !place::is_folder(folder)
         {
@@ -298,7 +307,7 @@ impl Images {
             ready.push(self.unless(stop, described).await?);
         }
         let report = words::report(&wish, &plan, &made, &ready);
-        let answer = self.put(wish, ready, usage, report).await?;
+        let answer = self.put(wish, ready, usage, report, made.left).await?;
         note.known.turn = Some(match &answer {
             ImageAnswer::Done(turn) => turn.turn_id.to_string(),
             ImageAnswer::Turn(record) => record.file().id().to_string(),
@@ -334,11 +343,12 @@ impl Images {
         ready: Vec<Ready>,
         usage: Usage,
         report: Value,
+        left: usize,
     ) -> Result<ImageAnswer, ImageError> {
         let supervisor = &self.0.supervisor;
         let Some(instruction) = &wish.instruction else {
             let title = words::title(&wish.prompt, ready.len());
-            let text = words::said(&ready);
+            let text = words::said(&ready, left);
             let files: Vec<_> = ready
                 .into_iter()
                 .map(|one| (one.path, Some(one.picture.data)))

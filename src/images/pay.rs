@@ -15,7 +15,7 @@ use jiff::{SignedDuration, Timestamp};
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    ImageError, ImageNews, Images, MAX_COUNT, Tell, account,
+    ImageError, ImageNews, Images, Tell, account,
     note::{Begun, Note},
     plan::Plan,
 };
@@ -38,6 +38,8 @@ const DISK_DEADLINE: Duration = Duration::from_secs(60);
 #[derive(Default)]
 pub(super) struct Made {
     pub(super) files: Vec<Bytes>,
+    /// Images beyond those that were asked for.
+    pub(super) left: usize,
     pub(super) predictions: Vec<String>,
     pub(super) predict_seconds: f64,
     /// `None`: nobody knows.
@@ -76,6 +78,8 @@ impl Images {
                 .await??;
             let (begun, reservation) = match earlier {
                 Some(earlier) => earlier,
+                // There are enough already.
+                None if made.files.len() >= plan.count => break,
                 None => self.begin(replicate, plan, &meter, note, stop).await?,
             };
             let done = self.follow(replicate, begun, plan.limit, stop, tell).await;
@@ -278,7 +282,8 @@ impl Images {
         made: &mut Made,
     ) -> Result<(), ImageError> {
         let output = done.made(&plan.model);
-        let most = MAX_COUNT.saturating_sub(made.files.len());
+        let most = plan.count.saturating_sub(made.files.len());
+        made.left += output.files().saturating_sub(most);
         let fetching = replicate.fetch(&output, MAX_MADE, most);
         let files = tokio::time::timeout(FETCHING, fetching).await;
         let files = files.map_err(|_| ReplicateError::Download {

@@ -25,6 +25,8 @@ pub(super) struct Plan {
     pub(super) input: Map<String, Value>,
     /// So many predictions of it.
     pub(super) runs: usize,
+    /// So many images of all that they make.
+    pub(super) count: usize,
     /// What one costs, where somebody says so.
     pub(super) price: Option<Price>,
     /// Longest prediction.
@@ -93,7 +95,8 @@ impl Images {
             }
         }
         let runs = match knows(COUNT_PARAM) {
-            true if wish.count > 1 => {
+            // Also where the operator's settings ask for another number.
+            true if wish.count > 1 || input.contains_key(COUNT_PARAM) => {
                 input.insert(COUNT_PARAM.to_owned(), wish.count.into());
                 1
             }
@@ -105,7 +108,11 @@ impl Images {
         if let Some(schema) = &model.schema {
             schema.check(&input)?;
         }
+        // Who sets the parameter itself means it.
+        let set = wish.params.get(COUNT_PARAM).and_then(Value::as_u64);
+        let set = set.and_then(|set| usize::try_from(set).ok()).unwrap_or(0);
         Ok(Plan {
+            count: wish.count.max(set).min(MAX_COUNT),
             model,
             input,
             runs,

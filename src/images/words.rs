@@ -108,10 +108,14 @@ pub(super) fn title(prompt: &str, count: usize) -> String {
     format!("Add {what}: {}", text::cut(&line, 100))
 }
 
-pub(super) fn said(ready: &[Ready]) -> String {
+pub(super) fn said(ready: &[Ready], left: usize) -> String {
     let lines = ready.iter().map(|one| format!("{}: {}", one.path, one.alt));
+    let more = match left {
+        0 => String::new(),
+        left => format!("\nThe model made {left} more than were asked for, which are left."),
+    };
     format!(
-        "These images are in the site now, and on no page yet:\n{}",
+        "These images are in the site now, and on no page yet:\n{}{more}",
         lines.collect::<Vec<_>>().join("\n")
     )
 }
@@ -157,5 +161,6 @@ pub(super) fn report(wish: &ImageWish, plan: &Plan, made: &Made, ready: &[Ready]
         "predictSeconds": made.predict_seconds,
         "costUsd": made.cost_usd,
         "images": images.collect::<Vec<_>>(),
+        "leftOut": made.left,
     })
 }

@@ -34,7 +34,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     BeforeSending, Failure, Label, Labels, Prompt, Question,
     cache::Cache,
-    gate,
+    caption, gate,
     journal::{Done, Event, Journal, JournalError, Known, Past},
     outcome::{Code, Entry, Failed, Outcome, Progress, Summary},
     pace::{Door, IDLE, Pace, STOPPED, Turn},
@@ -44,7 +44,7 @@ use super::{
 use crate::{
     picture::{self, Picture, PictureError},
     task,
-    workspace::{WorkspaceError, read_bounded, write_atomic},
+    workspace::{WorkspaceError, read_bounded},
 };
 
 /// Images of one batch.
@@ -104,6 +104,10 @@ pub struct Plan {
     pub cache: Option<Cache>,
     /// Also about what failed and was paid.
     pub asks_again: bool,
+    /// All of it is asked about once more where it was over. One that was not goes on.
+    pub begins_anew: bool,
+    /// Captions are written over whatever is there.
+    pub replaces_captions: bool,
     /// Most that it may spend, in US dollars, on all its starts together.
     pub most_usd: Option<f64>,
     pub busy: Busy,
@@ -124,6 +128,8 @@ struct Run<'a> {
     plan: &'a Plan,
     journal: &'a Arc<Journal>,
     past: HashMap<String, Known>,
+    /// What was said of images before, for their captions.
+    said: HashMap<String, String>,
     model: String,
     twins: Mutex<HashMap<String, Twin>>,
     pace: Pace,
@@ -157,11 +163,16 @@ pub(super) async fn run(
     labels: &Labels,
     plan: &Plan,
     journal: Arc<Journal>,
-    past: Past,
+    mut past: Past,
     stop: &CancellationToken,
     mut tell: impl FnMut(&Entry, &Progress) -> bool,
 ) -> Result<Summary, BatchError> {
     let model = plan.question.model.as_deref().or(labels.service().model());
+    let is_over = past.summary.as_ref().is_some_and(Summary::is_complete);
+    let anew = plan.begins_anew && is_over;
+    if anew {
+        past.begin_anew();
+    }
     let stop = stop.child_token();
     let run = Run {
         labels,
@@ -170,6 +181,7 @@ pub(super) async fn run(
         model: model.unwrap_or_default().to_owned(),
         twins: Mutex::new(twins_of(&past, plan.asks_again)),
         past: past.images,
+        said: past.said,
         pace: Pace::new(plan.workers, plan.most_usd, plan.busy.clone(), stop.clone()),
         tally: Mutex::new(Tally::new(plan.images.len(), past.usage)),
         stop,
@@ -182,6 +194,7 @@ pub(super) async fn run(
         batch_id: plan.id.clone(),
         total: plan.images.len(),
         done: done.count(),
+        anew,
     };
     journal.append(started).await?;
     let ended = {
@@ -373,12 +386,12 @@ impl Run<'_> {
         if matches!(self.past.get(&image.name), Some(Known::Sent { .. })) {
             return self.end(image, digest, outcome).await;
         }
-        self.caption(image, &outcome).await;
         let entry = Entry {
             image: image.name.clone(),
             outcome,
         };
         let progress = self.count(&entry.outcome, false);
+        self.caption(image, &entry.outcome).await;
         Ok((entry, progress))
     }
 
@@ -397,8 +410,10 @@ impl Run<'_> {
         digest: &str,
         outcome: Outcome,
     ) -> Result<(Entry, Progress), Pause> {
-        self.caption(image, &outcome).await;
-        self.write(image, Some(digest), outcome).await
+        let written = self.write(image, Some(digest), outcome).await?;
+        // After it is noted: what a kill leaves beside an image is then known as ours.
+        self.caption(image, &written.0.outcome).await;
+        Ok(written)
     }
 
     /// Writes an outcome down.
@@ -427,23 +442,31 @@ impl Run<'_> {
         Ok((entry, progress))
     }
 
-    /// Writes a caption beside its image, if that is wanted.
+    /// Writes a caption beside its image, if that is wanted and nobody's own words are there.
     async fn caption(&self, image: &Image, outcome: &Outcome) {
         let (Some(path), Outcome::Labelled { label, .. }) = (image.caption.clone(), outcome) else {
             return;
         };
-        let text = format!("{}\n", label.description);
-        let write = move || match std::fs::read(&path) {
-            Ok(there) if there == text.as_bytes() => Ok(()),
-            _ => write_atomic(&path, text.as_bytes()),
-        };
-        let written = task::blocking("writing a caption", DISK_DEADLINE, write).await;
-        if !matches!(written, Ok(Ok(()))) {
-            tracing::warn!(
+        let (at, description) = (path.clone(), label.description.clone());
+        let before = self.said.get(&image.name).cloned();
+        let replaces = self.plan.replaces_captions;
+        let write = move || caption::write(&at, &description, before.as_deref(), replaces);
+        match task::blocking("writing a caption", DISK_DEADLINE, write).await {
+            Ok(Ok(true)) => {}
+            Ok(Ok(false)) => {
+                lock(&self.tally).kept_a_caption();
+                tracing::warn!(
+                    image = image.name,
+                    caption = %path.display(),
+                    "a caption was left as it is, since it is not what was written there; \
+                     --replace-captions replaces it"
+                );
+            }
+            written => tracing::warn!(
                 image = image.name,
                 ?written,
                 "a caption could not be written"
-            );
+            ),
         }
     }
 

@@ -45,6 +45,8 @@ pub const MAX_UPLOADED: usize = 1000;
 const MAX_OPEN: usize = 20;
 /// For a batch's files to be written or removed on a slow disk.
 const DISK_DEADLINE: Duration = Duration::from_secs(120);
+/// Why a batch that was cancelled is not done.
+const CANCELLED_BEFORE: &str = "it was cancelled before its end; resume takes it up again";
 /// How often somebody who follows is told.
 const LOOK: Duration = Duration::from_millis(250);
 
@@ -151,6 +153,8 @@ struct Inner {
 struct Open {
     stop: CancellationToken,
     is_running: bool,
+    /// It was stopped, and is to go on once what is under way has ended.
+    goes_on: bool,
 }
 
 /// The batches of a workspace. Cheap to clone.
@@ -261,6 +265,11 @@ impl Batches {
         let is_labelled = |entry: &&Entry| matches!(entry.outcome, Outcome::Labelled { .. });
         let success = results.iter().filter(is_labelled).count();
         let reason = past.summary.and_then(|summary| summary.reason);
+        let reason = match status {
+            // Unlike any other it does not go on by itself.
+            Standing::Cancelled => Some(CANCELLED_BEFORE.to_owned()),
+            _ => reason,
+        };
         Ok(BatchView {
             batch_id: kept.batch_id,
             status,
@@ -284,14 +293,16 @@ impl Batches {
         let mark = self.folder(id)?.join(CANCELLED);
         let write = move || write_atomic(&mark, b"");
         task::blocking("cancelling a batch", DISK_DEADLINE, write).await??;
-        if let Some(open) = self.open().get(&kept.batch_id) {
+        if let Some(open) = self.open().get_mut(&kept.batch_id) {
+            open.goes_on = false;
             open.stop.cancel();
         }
         Ok(())
     }
 
     /// Takes a batch up again; with `asks_again` also what failed although that was, or may have
-    /// been, paid. One that is under way goes on as it is.
+    /// been, paid. One that is under way goes on as it is; one that is being cancelled goes on once
+    /// what is under way has ended.
     ///
     /// # Errors
     /// [`BatchesError`].
@@ -300,7 +311,8 @@ impl Batches {
         if self.is_draining() {
             return Err(BatchesError::Draining);
         }
-        if self.open().contains_key(&kept.batch_id) {
+        let is_on = |open: &Open| !open.stop.is_cancelled();
+        if self.open().get(&kept.batch_id).is_some_and(is_on) {
             return Ok(());
         }
         let folder = self.folder(id)?;
@@ -361,27 +373,52 @@ impl Batches {
         kept.ok_or(BatchesError::NotFound)
     }
 
-    /// Puts a batch in line, unless it is there.
+    /// Puts a batch in line, unless it is there. One that ends because it was cancelled is put there
+    /// again afterwards.
     fn begin(&self, id: String) {
-        let stop = self.0.settings.labels.service().draining().child_token();
+        let mut stop = self.0.settings.labels.service().draining().child_token();
         {
             let mut open = self.open();
-            if open.contains_key(&id) {
+            if let Some(there) = open.get_mut(&id) {
+                there.goes_on = there.stop.is_cancelled();
                 return;
             }
             let entry = Open {
                 stop: stop.clone(),
                 is_running: false,
+                goes_on: false,
             };
             open.insert(id.clone(), entry);
         }
         let batches = self.clone();
         self.0.tasks.spawn("a batch of images", async move {
-            if let Err(error) = batches.run(&id, &stop).await {
-                tracing::error!(batch = id, error = %error, "a batch of images cannot go on");
+            loop {
+                if let Err(error) = batches.run(&id, &stop).await {
+                    tracing::error!(batch = id, error = %error, "a batch of images cannot go on");
+                }
+                match batches.ended(&id) {
+                    Some(again) => stop = again,
+                    None => return,
+                }
             }
-            batches.open().remove(&id);
         });
+    }
+
+    /// A batch has ended for now; what stops it from now on, if it goes on at once. It is never out of
+    /// the list in between, so that whoever follows it stays.
+    fn ended(&self, id: &str) -> Option<CancellationToken> {
+        let mut all = self.open();
+        let open = all.get_mut(id).filter(|open| open.goes_on);
+        let Some(open) = open.filter(|_| !self.is_draining()) else {
+            all.remove(id);
+            return None;
+        };
+        *open = Open {
+            stop: self.0.settings.labels.service().draining().child_token(),
+            is_running: false,
+            goes_on: false,
+        };
+        Some(open.stop.clone())
     }
 
     async fn run(&self, id: &str, stop: &CancellationToken) -> Result<(), BatchesError> {
@@ -426,6 +463,8 @@ impl Batches {
             workers: kept.job.workers.min(most.saturating_sub(1)).max(1),
             cache: kept.job.uses_cache.then(|| settings.cache.clone()),
             asks_again: kept.asks_again,
+            begins_anew: false,
+            replaces_captions: false,
             most_usd: kept.job.most_usd,
             busy: settings.busy.clone(),
         };

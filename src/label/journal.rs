@@ -19,7 +19,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
 
-use super::outcome::{Entry, Progress, Summary};
+use super::outcome::{Entry, Outcome, Progress, Summary};
 use crate::{
     domain::Usage,
     lease::{Fence, LeaseLost},
@@ -63,6 +63,9 @@ pub enum Event {
         total: usize,
         /// Images whose outcome is known from before.
         done: usize,
+        /// Nothing of what stands above counts any more: it was over, and is done once more.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        anew: bool,
     },
     #[serde(rename = "image.sent")]
     Sent { image: String, digest: String },
@@ -133,9 +136,17 @@ pub(super) struct Past {
     pub(super) usage: Usage,
     /// How it ended, if that is the last word.
     pub(super) summary: Option<Summary>,
+    /// What was last said of each image, whatever came of it since: a caption of these words is ours.
+    pub(super) said: HashMap<String, String>,
 }
 
 impl Past {
+    /// Forgets what came of images: they are asked about once more.
+    pub(super) fn begin_anew(&mut self) {
+        self.images.clear();
+        self.usage = Usage::default();
+    }
+
     fn take_in(&mut self, event: Event) {
         self.summary = None;
         match event {
@@ -146,6 +157,9 @@ impl Past {
                 let done = *done;
                 self.usage = self.usage + done.result.outcome.usage();
                 let image = done.result.image.clone();
+                if let Outcome::Labelled { label, .. } = &done.result.outcome {
+                    self.said.insert(image.clone(), label.description.clone());
+                }
                 let known = Known::Done {
                     digest: done.digest,
                     entry: done.result,
@@ -153,6 +167,7 @@ impl Past {
                 self.images.insert(image, known);
             }
             Event::Completed(summary) | Event::Stopped(summary) => self.summary = Some(summary),
+            Event::Started { anew: true, .. } => self.begin_anew(),
             Event::Started { .. } | Event::Unknown => {}
         }
     }
@@ -345,6 +360,19 @@ mod tests {
             (vec![1, 2, 3], std::fs::metadata(&path).unwrap().len())
         );
         assert_eq!(look(&path).unwrap().unwrap().images.len(), 2);
+
+        // One that is begun anew knows nothing but what it said.
+        let anew = Event::Started {
+            batch_id: "b".into(),
+            total: 2,
+            done: 0,
+            anew: true,
+        };
+        journal.append(anew).await.unwrap();
+        journal.append(done("b.png")).await.unwrap();
+        let past = look(&path).unwrap().unwrap();
+        assert_eq!((past.images.len(), past.usage.cost_usd), (1, 0.25));
+        assert_eq!(past.said["a.png"], "A shoe.");
         assert_eq!(look(&folder.path().join("none")).unwrap(), None);
     }
 }

@@ -18,6 +18,7 @@ mod answer;
 mod batch;
 mod batches;
 mod cache;
+mod caption;
 mod journal;
 mod kept;
 mod outcome;

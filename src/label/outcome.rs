@@ -109,11 +109,19 @@ pub struct Summary {
     pub interrupted: usize,
     /// Without an outcome: it stopped before.
     pub left: usize,
+    /// Captions that are a person's, and stayed as they are.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub captions_kept: usize,
     pub usage: Usage,
     pub duration_ms: u64,
     /// Why it stopped before its end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for it so")]
+fn is_zero(number: &usize) -> bool {
+    *number == 0
 }
 
 impl Summary {

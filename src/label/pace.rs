@@ -32,7 +32,7 @@ pub(super) const IDLE: Duration = Duration::from_secs(60);
 /// How often it is looked whether somebody may go on whom nobody tells.
 const LOOK: Duration = Duration::from_millis(100);
 pub(super) const STOPPED: &str =
-    "it was stopped before its end, and goes on when it is started again";
+    "it was stopped before its end, and goes on when it is started again or resumed";
 
 /// The pace of a batch.
 #[derive(Debug)]

@@ -14,6 +14,7 @@ pub(super) struct Tally {
     interrupted: usize,
     /// Labelled by this start, and not known before.
     labelled: usize,
+    captions_kept: usize,
     usage: Usage,
     reason: Option<String>,
     begun: Instant,
@@ -29,6 +30,7 @@ impl Tally {
             cached: 0,
             interrupted: 0,
             labelled: 0,
+            captions_kept: 0,
             usage,
             reason: None,
             begun: Instant::now(),
@@ -43,6 +45,11 @@ impl Tally {
     /// It stops before its end; the first reason counts.
     pub(super) fn stopped(&mut self, reason: String) {
         self.reason.get_or_insert(reason);
+    }
+
+    /// A caption stays as a person wrote it.
+    pub(super) fn kept_a_caption(&mut self) {
+        self.captions_kept += 1;
     }
 
     /// Counts an outcome; one that is not new was paid by an earlier start.
@@ -98,6 +105,7 @@ impl Tally {
             cached: self.cached,
             interrupted: self.interrupted,
             left,
+            captions_kept: self.captions_kept,
             usage: self.usage,
             duration_ms: self.begun.elapsed().as_millis() as u64,
             reason: self.reason.clone().filter(|_| left > 0),

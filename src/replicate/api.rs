@@ -166,13 +166,18 @@ impl Replicate {
     /// The way to the API at an address.
     ///
     /// # Errors
-    /// If there is no token, or HTTPS cannot be set up.
+    /// If there is no token, if it would go over the network in the clear, or if HTTPS cannot be set up.
     pub async fn connect(base: &str, token: Option<Secret>) -> Result<Self, ReplicateError> {
         let token = token.ok_or(ReplicateError::NoToken)?;
         let https = |why: String| ReplicateError::Https { why };
         let base: Url = base
             .parse()
             .map_err(|_| https("REPLICATE_BASE_URL is no address".to_owned()))?;
+        if base.scheme() != "https" && !outbound::is_loopback(&base) {
+            let why = "REPLICATE_BASE_URL is not https, so that the token could be read on its way; \
+                       use https";
+            return Err(https(why.to_owned()));
+        }
         Ok(Self {
             http: client(base.clone()).await?,
             base: Arc::new(base),
@@ -445,6 +450,14 @@ impl Replicate {
         self.is_own(url) && url.path().starts_with(&below)
     }
 
+    /// Whether it is of this machine, as the API is: then it is a stand-in's, which may have its files at
+    /// another port or name.
+    pub(super) fn is_beside(&self, url: &Url) -> bool {
+        // The client knows certificates if the API's address needs them.
+        let is_reached = url.scheme() == "http" || url.scheme() == self.base.scheme();
+        is_reached && outbound::is_loopback(&self.base) && outbound::is_loopback(url)
+    }
+
     pub(super) async fn elsewhere(&self, to: &Url) -> Result<&reqwest::Client, ReplicateError> {
         self.elsewhere.get_or_try_init(|| client(to.clone())).await
     }
@@ -459,7 +472,9 @@ async fn client(to: Url) -> Result<reqwest::Client, ReplicateError> {
             .read_timeout(SILENCE)
             .build()
     };
-    let https = |why: String| ReplicateError::Https { why };
+    let https = |why: String| ReplicateError::Https {
+        why: format!("failed to set up HTTPS: {why}"),
+    };
     match task::blocking("loading the certificates", CLIENT_DEADLINE, build).await {
         Ok(Ok(client)) => Ok(client),
         Ok(Err(error)) => Err(https(error.without_url().to_string())),

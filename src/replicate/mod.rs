@@ -112,7 +112,8 @@ pub enum ReplicateError {
     Download { why: String },
     #[error("{}: {why}", file.display())]
     Configs { file: PathBuf, why: String },
-    #[error("failed to set up HTTPS: {why}")]
+    /// There is no way that the token may go.
+    #[error("{why}")]
     Https { why: String },
 }
 

@@ -197,7 +197,7 @@ impl Replicate {
             if !url.username().is_empty() || url.password().is_some() {
                 return Err(not_fetched("its address holds a password".to_owned()));
             }
-            let http = match self.is_own(&url) {
+            let http = match self.is_own(&url) || self.is_beside(&url) {
                 true => self.http(),
                 false => {
                     self.check_place(&url)?;
@@ -300,4 +300,49 @@ fn broke_off(error: reqwest::Error) -> ReplicateError {
     not_fetched(format!(
         "its transfer broke off ({error}); try again within the hour"
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn outputs_are_of_replicate_s_places_or_beside_a_stand_in() {
+        let at = async |base: &str| {
+            let token = crate::config::Secret::new("r8_x".to_owned());
+            Replicate::connect(base, Some(token)).await
+        };
+        for (base, places) in [
+            (
+                "https://api.replicate.com",
+                &[
+                    ("https://replicate.delivery/x", true),
+                    ("http://replicate.delivery/x", false),
+                    ("http://127.0.0.1:9/x", false),
+                    ("https://localhost/x", false),
+                ][..],
+            ),
+            (
+                "http://127.0.0.1:9",
+                &[
+                    ("http://127.0.0.1:10/x", true),
+                    ("http://files.localhost:10/x", true),
+                    ("https://pbxt.replicate.delivery/x", true),
+                    ("http://10.0.0.1/x", false),
+                    // It would be asked without certificates.
+                    ("https://localhost:10/x", false),
+                ],
+            ),
+        ] {
+            let replicate = at(base).await.unwrap();
+            for (place, is_fine) in places {
+                let url = place.parse().unwrap();
+                let may = replicate.is_beside(&url) || replicate.check_place(&url).is_ok();
+                assert_eq!(may, *is_fine, "{base} {place}");
+            }
+        }
+        // Where the token could be read on its way nobody is asked.
+        let refused = at("http://replicate.example.com").await.unwrap_err();
+        assert!(refused.to_string().contains("is not https"), "{refused}");
+    }
 }

@@ -283,6 +283,12 @@ fn has_files_in(items: &Value, openapi: &Value, depth: usize) -> bool {
 
 /// The value that a text means; the text itself where it means none.
 fn converted(kind: &Kind, text: &str) -> Value {
+    let typed = text;
+    // A space beside a value is a habit of who types it; in a text it may be meant.
+    let text = match kind {
+        Kind::Text { .. } | Kind::Any => typed,
+        _ => typed.trim(),
+    };
     let plain = || Value::String(text.to_owned());
     match kind {
         Kind::Text { .. } | Kind::File => plain(),
@@ -305,11 +311,13 @@ fn converted(kind: &Kind, text: &str) -> Value {
                 Value::String(choice) => choice == text,
                 other => serde_json::from_str(text).is_ok_and(|value: Value| value == **other),
             };
-            choices.iter().find(written).cloned().unwrap_or_else(plain)
+            let exact = choices.iter().find(|choice| choice.as_str() == Some(typed));
+            let found = exact.or_else(|| choices.iter().find(written));
+            found.cloned().unwrap_or_else(plain)
         }
         Kind::List(of) => match serde_json::from_str(text) {
             Ok(list @ Value::Array(_)) => list,
-            _ => Value::Array(vec![converted(of, text)]),
+            _ => Value::Array(vec![converted(of, typed)]),
         },
         Kind::Any => serde_json::from_str(text).unwrap_or_else(|_| plain()),
     }
@@ -485,6 +493,28 @@ mod tests {
         schema.check(&values).unwrap();
         assert_eq!(schema.gives(), Gives::Files);
         assert!(schema.takes("image") && !schema.takes("lora"));
+    }
+
+    #[test]
+    fn a_space_beside_a_value_is_none_of_it() {
+        let schema = Schema::read(&openapi()).unwrap();
+        let values = schema.convert(&texts(&[
+            ("prompt", " a cat "),
+            ("width", " 512"),
+            ("guidance", "3.5 "),
+            ("disable_safety_checker", " Yes "),
+            ("aspect_ratio", " 16:9"),
+            ("image", " https://a.example/1.png "),
+            ("weights", " 1"),
+        ]));
+        assert_eq!(
+            Value::Object(values.clone()),
+            json!({
+                "prompt": " a cat ", "width": 512, "guidance": 3.5, "disable_safety_checker": true,
+                "aspect_ratio": "16:9", "image": "https://a.example/1.png", "weights": [1],
+            })
+        );
+        schema.check(&values).unwrap();
     }
 
     #[test]

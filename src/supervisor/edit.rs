@@ -19,13 +19,15 @@ use std::{
 use serde_json::Value;
 
 use super::{
-    Operation, OperationRequest, Supervisor, SupervisorError, lock, operation::Plan,
-    prepare::Prepared,
+    Operation, OperationRequest, Supervisor, SupervisorError, lock,
+    operation::Plan,
+    prepare::{IdempotencyMark, Prepared},
 };
 use crate::{
     domain::{TurnKind, Usage},
     identity::ThreadKey,
     repository::{SiteFiles, Snapshot},
+    turn::TurnRecord,
 };
 
 /// Most bytes of a report that a journal takes, as JSON.
@@ -111,6 +113,24 @@ impl SiteEdit {
 }
 
 impl Supervisor {
+    /// The turn that was asked for with this idempotency key before. Whoever does long and costly things
+    /// before a turn asks this first.
+    ///
+    /// # Errors
+    /// See [`SupervisorError`].
+    pub async fn seen(
+        &self,
+        key: &ThreadKey,
+        idempotency_key: &str,
+    ) -> Result<Option<TurnRecord>, SupervisorError> {
+        self.revive(key).await?;
+        let mark = IdempotencyMark::new(&self.0.paths(key), idempotency_key);
+        match mark.turn(key).await? {
+            Some(id) => Ok(Some(self.turn(&id).await?)),
+            None => Ok(None),
+        }
+    }
+
     /// Looks at the site's files as they would be if what is in the worktree were committed, after
     /// what was asked of the thread before. Changes nothing. `look` blocks. `expected_head` as for
     /// [`OperationRequest`].

@@ -7,6 +7,8 @@ use std::{
     path::Path,
 };
 
+use nix::fcntl::OFlag;
+
 use super::WorkspaceError;
 
 /// Replaces a file as a whole: a reader sees the old or the new content, also after a crash
@@ -67,16 +69,30 @@ pub fn make_private_dir(path: &Path) -> Result<(), WorkspaceError> {
     private_dir(path).map_err(WorkspaceError::io("make the folder", path))
 }
 
-/// Reads a file of at most `limit` bytes; `None` if there is none.
+/// Reads a file of at most `limit` bytes; `None` if there is none. What is no file (a pipe, a device)
+/// is refused: nobody knows how long its end is waited for.
 ///
 /// # Errors
 /// [`WorkspaceError::TooLarge`] or [`WorkspaceError::Io`].
 pub fn read_bounded(path: &Path, limit: u64) -> Result<Option<Vec<u8>>, WorkspaceError> {
-    let file = match File::open(path) {
+    // The flag means nothing to a file, and a pipe is opened without waiting for its other end.
+    let opened = File::options()
+        .read(true)
+        .custom_flags(OFlag::O_NONBLOCK.bits())
+        .open(path);
+    let file = match opened {
         Ok(file) => file,
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(WorkspaceError::io("open", path)(error)),
     };
+    let about = file.metadata().map_err(WorkspaceError::io("read", path))?;
+    if !about.is_file() {
+        let what = match about.is_dir() {
+            true => "it is a folder",
+            false => "it is no ordinary file, but a pipe, a socket or a device",
+        };
+        return Err(WorkspaceError::io("read", path)(io::Error::other(what)));
+    }
     let mut content = Vec::new();
     file.take(limit + 1)
         .read_to_end(&mut content)
@@ -88,4 +104,25 @@ pub fn read_bounded(path: &Path, limit: u64) -> Result<Option<Vec<u8>>, Workspac
         });
     }
     Ok(Some(content))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_file_is_refused_at_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        nix::unistd::mkfifo(&at("pipe"), nix::sys::stat::Mode::S_IRWXU).unwrap();
+        for (name, said) in [("pipe", "no ordinary file"), ("", "a folder")] {
+            let error = read_bounded(&at(name), 9).unwrap_err();
+            let cause = std::error::Error::source(&error).unwrap().to_string();
+            assert!(cause.contains(said), "{cause}");
+        }
+        fs::write(at("file"), "x").unwrap();
+        std::os::unix::fs::symlink(at("file"), at("link")).unwrap();
+        assert_eq!(read_bounded(&at("link"), 9).unwrap().unwrap(), b"x");
+        assert!(read_bounded(&at("none"), 9).unwrap().is_none());
+    }
 }

@@ -227,6 +227,21 @@ async fn images_get_texts_by_one_turn_that_is_undone_like_any_other() {
         (&again["turnId"], &again["report"]),
         (&turn["turnId"], report)
     );
+    // Whatever it says, and whatever has come since.
+    let since = [
+        stage.at("src/pages/since.html"),
+        stage.at("public/since.png"),
+    ];
+    fs::write(&since[0], "<img src=/since.png>").unwrap();
+    fs::write(&since[1], picture_of(7, 60, 40)).unwrap();
+    let body = json!({"expectedHead": before.trim(), "language": "fr"});
+    let late = Sent::new("POST", &path, &body).header("idempotency-key", "once");
+    let late = stage.greenroom.send(late).await.ok();
+    assert_eq!(late["result"]["turnId"], turn["turnId"]);
+    for file in &since {
+        fs::remove_file(file).unwrap();
+    }
+    assert_eq!(stage.api.requests().len(), 2);
     let nothing = stage.ask(Value::Null).await.ok()["result"].take();
     assert_eq!(
         (&nothing["turnId"], &nothing["commit"]),
@@ -575,6 +590,8 @@ async fn the_command_describes_a_folder_without_a_supervisor() {
         &[
             (PAGE, TEAM),
             ("node_modules/x/x.html", "<img src=/cup.png>"),
+            ("tests/x.html", "<img src=/cup.png>"),
+            ("src/pages/tests/index.html", "<img src=/cup.png>"),
         ],
     );
     let at = |path: &str| folders.join("repos/site").join(path);
@@ -587,9 +604,10 @@ async fn the_command_describes_a_folder_without_a_supervisor() {
     std::os::unix::fs::symlink(folders.join("home/private.png"), at("public/private.png")).unwrap();
     fs::write(
         at("src/pages/link.html"),
-        "<img src=/private.png><img src=../../../../home/private.png>",
+        "<img src=/private.png><img src=../../../../home/private.png><img src=/empty.png>",
     )
     .unwrap();
+    fs::write(at("public/empty.png"), "").unwrap();
     let run = async |args: &[&str]| {
         let output = command(&folders, &api, args).output();
         timeout(PATIENCE, output).await.unwrap().unwrap()
@@ -598,7 +616,7 @@ async fn the_command_describes_a_folder_without_a_supervisor() {
     let dry = run(&["--dry-run"]).await;
     let said = String::from_utf8(dry.stdout).unwrap();
     assert!(
-        dry.status.success() && said.contains("2 images"),
+        dry.status.success() && said.contains("2 images") && said.contains("the image is empty"),
         "{said}{}",
         String::from_utf8_lossy(&dry.stderr)
     );
@@ -612,22 +630,24 @@ async fn the_command_describes_a_folder_without_a_supervisor() {
     let report: Value = serde_json::from_slice(&done.stdout).unwrap_or_else(|_| panic!("{told}"));
     assert_eq!(
         report["report"]["done"].as_array().unwrap().len(),
-        3,
+        4,
         "{report}"
     );
     assert_eq!(
         report["report"]["person"].as_array().unwrap().len(),
-        4,
+        5,
         "{report}"
     );
     assert_eq!(
         fs::read_to_string(at(PAGE)).unwrap(),
         with_texts("alt=\"Ein Ofen aus Ziegeln.\"", "alt=\"Eine gelbe Tasse.\"")
     );
-    assert_eq!(
-        fs::read_to_string(at("node_modules/x/x.html")).unwrap(),
-        "<img src=/cup.png>"
-    );
+    for apart in ["node_modules/x/x.html", "tests/x.html"] {
+        let page = fs::read_to_string(at(apart)).unwrap();
+        assert_eq!(page, "<img src=/cup.png>", "{apart}");
+    }
+    let page = fs::read_to_string(at("src/pages/tests/index.html")).unwrap();
+    assert!(page.contains("Eine gelbe Tasse."), "{page}");
     assert_eq!(api.requests().len(), 2);
 
     let nothing = run(&["."]).await;
@@ -638,4 +658,6 @@ async fn the_command_describes_a_folder_without_a_supervisor() {
     );
     let missing = run(&["no-such-folder"]).await;
     assert_eq!(missing.status.code(), Some(1));
+    let said = String::from_utf8(missing.stderr).unwrap();
+    assert_eq!(said.matches("No such file").count(), 1, "{said}");
 }

@@ -224,6 +224,7 @@ const CRATES: &[(&str, &[&str])] = &[
             "preview",    // files below a folder whatever links say; sockets that notice death
             "repository", // locks and links of the git directory
             "telemetry",  // opens ordinary files, and nothing else that lies there
+            "workspace",  // the same
         ],
     ),
     (

@@ -140,6 +140,19 @@ async fn an_image_is_a_turn_that_can_be_undone() {
     let path = format!("{}/undo", stage.alice.path());
     stage.greenroom.api("POST", &path, json!({})).await.ok();
     assert_eq!(stage.git(&["diff", "--stat", before.trim(), "HEAD"]), "");
+    // A model that makes more than it is asked for: what was asked for is taken. The text that the
+    // caller gives is counted in characters.
+    let alt = "靴".repeat(150);
+    let wish = json!({"prompt": "model: many", "model": "acme/many", "alt": alt});
+    let many = stage.make(wish).await.ok()["result"].take();
+    let report = &many["report"];
+    assert_eq!(report["images"].as_array().unwrap().len(), 1, "{report}");
+    assert_eq!(
+        (&report["images"][0]["alt"], &report["leftOut"]),
+        (&json!(alt), &json!(2))
+    );
+    assert_eq!(many["commit"]["files"].as_array().unwrap().len(), 1);
+    assert!(many["text"].as_str().unwrap().contains("2 more"), "{many}");
     // Nothing of the token is anywhere that an agent or a person sees.
     for file in files_below(&stage.folders.workspace()) {
         assert!(!holds(&file, REPLICATE_TOKEN), "{}", file.display());
@@ -219,6 +232,10 @@ async fn what_goes_wrong_changes_nothing_and_is_told() {
         (json!({}), "prompt is missing"),
         (json!({"prompt": "x", "count": 9}), "count"),
         (json!({"prompt": "x", "folder": "../out"}), "folder"),
+        (
+            json!({"prompt": "x", "alt": "靴".repeat(301)}),
+            "300 characters",
+        ),
         (json!({"prompt": "x", "model": "shoes"}), "OWNER/MODEL"),
         (
             json!({"prompt": "x", "params": {"width": 9000}}),
@@ -315,5 +332,19 @@ async fn a_caller_who_goes_away_cancels_and_a_key_pays_once() {
     );
     let again = stage.greenroom.send(call("a shoe")).await.ok();
     assert_eq!(again["result"]["turnId"], first["result"]["turnId"]);
+    assert_eq!(stage.replicate.predictions().len(), 2);
+    // A key that stands for another kind of turn is answered with that, and nothing is paid.
+    let keyed = |what: &str, body: Value| {
+        let path = format!("{}/{what}", stage.alice.path());
+        Sent::new("POST", &path, &body).header("idempotency-key", "undo-1")
+    };
+    let undo = keyed("undo", json!({}));
+    let undo = stage.greenroom.send(undo).await.ok();
+    let seen = keyed("images", json!({"prompt": "a shoe", "folder": "../out"}));
+    let seen = stage.greenroom.send(seen).await.ok();
+    assert_eq!(
+        (&seen["result"]["turnId"], &seen["result"]["kind"]),
+        (&undo["result"]["turnId"], &json!("undo"))
+    );
     assert_eq!(stage.replicate.predictions().len(), 2);
 }

@@ -15,8 +15,11 @@ use std::{
 
 use base64::{Engine, engine::general_purpose::STANDARD};
 use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
+    sys::{
+        signal::{Signal, kill},
+        stat::Mode,
+    },
+    unistd::{Pid, mkfifo},
 };
 use serde_json::{Value, json};
 use tokio::{process::Command, time::timeout};
@@ -236,8 +239,17 @@ async fn two_hundred_images_killed_on_the_way_are_each_paid_once() {
     assert!((finished["usage"]["costUsd"].as_f64().unwrap() - cost).abs() < 1e-9);
     assert!(cost > 0.0 && cost <= worst);
 
-    // Only who wants to pays for those again.
+    // Only who wants to pays for those again. What a person has made of a caption stays.
+    let by_hand = results.iter().find(|result| result["status"] == "success");
+    let by_hand = folders
+        .join("home")
+        .join(by_hand.unwrap()["image"].as_str().unwrap());
+    let by_hand = by_hand.with_extension("txt");
+    fs::write(&by_hand, "a board, ACMEBOARD\n").unwrap();
     let again = told(&ran(label(&["--retry-failed"])).await);
+    assert_eq!(again["captionsKept"], 1, "{again}");
+    let there = fs::read_to_string(&by_hand).unwrap();
+    assert_eq!(there, "a board, ACMEBOARD\n");
     assert_eq!(
         (&again["success"], &again["failed"], &again["interrupted"]),
         (&json!(190), &json!(10), &json!(0)),
@@ -324,13 +336,30 @@ async fn money_and_failures_stop_what_they_have_to() {
     }
     assert_eq!(api.requests().len(), before + 4);
 
+    // Without the cache all of it is asked about again, once it was over.
+    assert!(ran(label(&["--no-cache"])).await.status.success());
+    let before = api.requests().len();
+    assert!(ran(label(&["--no-cache"])).await.status.success());
+    assert_eq!(api.requests().len(), before + 4);
+
+    // A pipe is nothing to wait for.
+    mkfifo(&folders.join("home/pipe.png"), Mode::S_IRWXU).unwrap();
+    let pipe = ran(command(&folders, &cli, &api, &["pipe.png"])).await;
+    assert!(
+        String::from_utf8_lossy(&pipe.stdout).contains("no ordinary file"),
+        "{pipe:?}"
+    );
+    fs::copy(photos.join("0.png"), folders.join("home/own.txt")).unwrap();
+
     for (args, said, status) in [
         (&["none.png"][..], "no such file", 1),
         (
             &["photos", "--prompt-type", "nobody"],
             "default, sd_training",
-            1,
+            2,
         ),
+        (&["photos", "--prompt", " "], "the prompt is empty", 2),
+        (&["own.txt", "--captions"], "is that image itself", 2),
         (&["photos", "--workers", "0"], "--workers", 2),
         (&["photos", "--model", "a b"], "--model", 2),
         (&["photos", "--max-usd", "0"], "--max-usd", 2),
@@ -477,6 +506,23 @@ async fn a_batch_of_the_api_goes_on_after_a_kill_and_leaves_room_for_one() {
     assert!(api.requests().len() <= before + 1 + done);
     let left = view["left"].as_u64().unwrap();
     assert_eq!(done as u64 + left, 40, "{view}");
+    assert!(
+        view["reason"].as_str().unwrap().contains("was cancelled"),
+        "{view}"
+    );
+    // Taken up again while it is being cancelled it goes on, as far as it was meant to.
+    let resume = format!("/api/label/batches/{id}/resume");
+    let before = api.requests().len();
+    greenroom.api("POST", &resume, Value::Null).await.ok();
+    wait_for("a request of its", || {
+        (api.requests().len() > before).then_some(())
+    })
+    .await;
+    greenroom.api("POST", &cancel, Value::Null).await.ok();
+    let body = json!({"retryFailed": true});
+    let resumed = greenroom.api("POST", &resume, body).await.ok();
+    assert_ne!(resumed["result"]["status"], "cancelled");
+    assert_eq!(finished(&greenroom, id).await["success"], 40);
     for path in ["/api/label/batches/none", "/api/label/batches/../../x"] {
         assert_eq!(greenroom.get(path).await.status, 404, "{path}");
     }

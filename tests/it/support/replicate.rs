@@ -232,7 +232,7 @@ fn version_of(name: &str) -> Value {
 
 fn is_known(owner: &str, name: &str) -> bool {
     let names = [
-        "painter", "official", "failing", "slow", "writer", "thinker", "hostile", "inline",
+        "painter", "official", "failing", "slow", "writer", "thinker", "hostile", "inline", "many",
     ];
     owner == "acme" && names.contains(&name)
 }
@@ -363,7 +363,11 @@ fn told(made: &Made, base: &str) -> Value {
             "Using seed: 7\n 50%|█████     | 2/4 [00:01<00:01]\n100%|██████████| 4/4\ndone\u{1b}]0;owned\u{7}"
         }
     };
-    let count = made.input["num_outputs"].as_u64().unwrap_or(1);
+    let count = match made.model.as_str() {
+        // Whatever it is asked for.
+        "acme/many" => 3,
+        _ => made.input["num_outputs"].as_u64().unwrap_or(1),
+    };
     let files: Vec<String> = (0..count)
         .map(|index| format!("{base}/delivery/{id}/out-{index}.png"))
         .collect();
@@ -377,6 +381,7 @@ fn told(made: &Made, base: &str) -> Value {
             "elsewhere": "https://replicate.delivery.example.com/x.png",
             "api": format!("{base}/v1/predictions"),
             "named": format!("{}/delivery/{id}/out-0.png", base.replace("//", "//me:word@")),
+            "beside": files[0].replace("127.0.0.1", "localhost"),
             "moved": format!("{base}/delivery/{id}/moved.png"),
             "huge": format!("{base}/delivery/{id}/missing.png"),
         }),
