@@ -19,7 +19,7 @@ use tokio::{sync::oneshot, time::sleep};
 use super::{Args, RunSite, Service, ServiceError, run, scratch::Scratch};
 use crate::{gateway::AgentToken, process::Child};
 
-/// One that waits holds as much memory as one that works.
+/// One that waits holds as much memory as one that works: [`Series::waiting`].
 const IDLE: Duration = Duration::from_secs(60);
 
 /// A CLI that runs and was not told anything.
@@ -73,6 +73,8 @@ pub struct Series(Arc<Mutex<State>>);
 struct State {
     service: Service,
     at_once: usize,
+    /// A CLI that nobody takes for so long is ended.
+    idle: Duration,
     /// Runs without an end, those under way among them.
     left: usize,
     under_way: usize,
@@ -99,6 +101,7 @@ impl Service {
         Series(Arc::new(Mutex::new(State {
             service: self.clone(),
             at_once,
+            idle: IDLE,
             left,
             under_way: 0,
             waiting: VecDeque::new(),
@@ -107,6 +110,12 @@ impl Service {
 }
 
 impl Series {
+    /// The same where a CLI waits so long at most for a run that takes it; a minute else.
+    pub fn waiting(self, at_most: Duration) -> Self {
+        self.state().idle = at_most;
+        self
+    }
+
     /// Only so many runs are without an end by now, those under way among them.
     pub fn set_left(&self, left: usize) {
         let mut state = self.state();
@@ -158,7 +167,7 @@ impl Member<'_> {
     /// Starts the CLI of one more run, if there will be one.
     pub(super) fn start_next(&self) {
         let (claim, claimed) = oneshot::channel();
-        let service = {
+        let (service, idle) = {
             let mut state = self.series.state();
             state.waiting.retain(|waiting| !waiting.claim.is_closed());
             if state.waiting.len() >= state.wanted() {
@@ -166,12 +175,12 @@ impl Member<'_> {
             }
             let args = self.args.clone();
             state.waiting.push_back(Waiting { args, claim });
-            state.service.clone()
+            (state.service.clone(), state.idle)
         };
         let (args, tasks) = (self.args.clone(), service.0.tasks.clone());
         tasks.spawn("a CLI started ahead", async move {
             match Fresh::start(&service, &args, &RunSite::default()).await {
-                Ok(fresh) => hold(fresh, claimed).await,
+                Ok(fresh) => hold(fresh, claimed, idle).await,
                 // The run that would have had it says so.
                 Err(error) => tracing::debug!(%error, "no CLI could be started ahead"),
             }
@@ -186,13 +195,13 @@ impl Drop for Member<'_> {
 }
 
 /// Hands it over to whoever claims it.
-async fn hold(fresh: Fresh, claimed: oneshot::Receiver<oneshot::Sender<Fresh>>) {
+async fn hold(fresh: Fresh, claimed: oneshot::Receiver<oneshot::Sender<Fresh>>, idle: Duration) {
     let process = fresh.child.handle();
     let reply = tokio::select! {
         biased;
         reply = claimed => reply.ok(),
         _ = process.wait() => None,
-        () = sleep(IDLE) => None,
+        () = sleep(idle) => None,
     };
     let left = match reply {
         Some(reply) => reply.send(fresh).err(),

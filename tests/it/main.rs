@@ -42,6 +42,7 @@ mod preview_proxy;
 mod process;
 mod publish;
 mod replicate;
+mod series;
 mod slow_disk;
 mod tenants;
 mod terminal;
