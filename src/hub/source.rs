@@ -336,6 +336,30 @@ mod tests {
             assert!(error.to_string().contains("changed meanwhile"), "{error}");
         }
         assert!(Source::file(&path, "a".to_owned()).is_err());
+        assert!(open_ordinary(&path).is_err(), "wherever it leads");
+    }
+
+    #[tokio::test]
+    async fn the_end_of_a_file_that_changed_meanwhile_is_not_sent() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a");
+        let size = PIECE_BYTES + 1;
+        fs::write(&path, vec![1; size]).unwrap();
+        let all = 0..size as u64;
+        for changes in [false, true] {
+            let source = Source::file(&path, "a".to_owned()).unwrap();
+            let mut pieces = source.stream(all.clone());
+            let first = pieces.next().await.unwrap().unwrap();
+            assert!(first.len() <= PIECE_BYTES);
+            if changes {
+                // As large as before; a clock may tick too slowly to tell.
+                fs::write(&path, vec![2; size]).unwrap();
+                let file = File::options().write(true).open(&path).unwrap();
+                file.set_modified(std::time::UNIX_EPOCH).unwrap();
+            }
+            let rest: io::Result<Vec<Bytes>> = pieces.try_collect().await;
+            assert_eq!(rest.is_err(), changes, "{rest:?}");
+        }
     }
 
     #[test]

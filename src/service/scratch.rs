@@ -109,3 +109,14 @@ impl Drop for Scratch {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_run_without_a_place_is_a_user_of_its_own() {
+        let [one, other] = [(); 2].map(|()| owner_of_run(None).unwrap());
+        assert!(one.uid() != other.uid() && one.gid() != other.gid());
+    }
+}

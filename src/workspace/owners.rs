@@ -133,3 +133,121 @@ fn uids_in(folder: &Path) -> io::Result<HashSet<u32>> {
         .filter_map(|entry| Some(entry.metadata().ok()?.uid()))
         .collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Room {
+        root: tempfile::TempDir,
+    }
+
+    impl Room {
+        /// `None` where files cannot be given away.
+        fn new() -> Option<Self> {
+            let is_root = fs::metadata("/proc/self").is_ok_and(|own| own.uid() == 0);
+            if !is_root {
+                eprintln!("skipped: only root gives files away");
+                return None;
+            }
+            let root = tempfile::tempdir().unwrap();
+            Some(Self { root })
+        }
+
+        fn at(&self, path: &str) -> std::path::PathBuf {
+            self.root.path().join("workspace/acme").join(path)
+        }
+
+        fn make(&self, path: &str, owner: (u32, u32)) {
+            fs::create_dir_all(self.at(path)).unwrap();
+            lchown(self.at(path), Some(owner.0), Some(owner.1)).unwrap();
+        }
+
+        fn settle(&self, user: &str, thread: &str) -> Owner {
+            let workspace = self.root.path().join("workspace");
+            let key = ThreadKey::parse("acme", user, thread).unwrap();
+            let paths = ThreadPaths::new(&workspace, &key);
+            for folder in [paths.user.root().to_owned(), paths.worktree()] {
+                fs::create_dir_all(folder).unwrap();
+            }
+            let cache = self.root.path().join("cache/users").join(user);
+            settle_owners(&workspace, &cache, &paths, &key).unwrap()
+        }
+
+        fn place(&self, path: &str) -> (u32, u32, u32) {
+            let found = fs::symlink_metadata(self.at(path)).unwrap();
+            let mode = found.permissions().mode() & 0o7777;
+            (found.uid(), found.gid(), mode)
+        }
+    }
+
+    #[test]
+    fn a_number_that_is_taken_is_nobody_elses() {
+        let Some(room) = Room::new() else { return };
+        let none = |_| false;
+        // Somebody else has the very numbers that the names stand for.
+        let user = Owner::new_user("acme/alice", none);
+        let thread = user.new_thread("acme/alice/main", none);
+        room.make("bob", (0, user.gid()));
+        let alice = Owner::new_user("acme/alice", |gid| gid == user.gid());
+        room.make("alice/threads/other", (thread.uid(), alice.gid()));
+        let main = room.settle("alice", "main");
+        assert_eq!(main.gid(), alice.gid());
+        let next = alice.new_thread("acme/alice/main", |uid| uid == thread.uid());
+        assert_eq!(main, next);
+        // They keep them.
+        assert_eq!(room.settle("alice", "main"), main);
+        assert_eq!(room.place("alice").1, alice.gid());
+        // A folder that was copied from another user's is no way to that one's files.
+        let theirs = room.settle("bob", "main");
+        room.make("alice/threads/copied", (theirs.uid(), theirs.gid()));
+        let copied = room.settle("alice", "copied");
+        assert_eq!(copied.gid(), alice.gid());
+        assert!(![theirs.uid(), main.uid()].contains(&copied.uid()));
+        assert_eq!(Owner::of(&room.at("alice/threads/copied")), Some(copied));
+    }
+
+    #[test]
+    fn what_was_there_before_is_closed_and_given_away() {
+        let Some(room) = Room::new() else { return };
+        for folder in [
+            "alice",
+            "alice/threads/main",
+            "alice/threads/main/src",
+            "alice/.claude/sessions/main",
+            "alice/.claude/threads",
+            "alice/project",
+            "alice/project/src",
+            "alice/.greenroom",
+        ] {
+            room.make(folder, (1000, 1000));
+            let open = Permissions::from_mode(0o777);
+            fs::set_permissions(room.at(folder), open).unwrap();
+        }
+        let owner = room.settle("alice", "main");
+        let (uid, gid) = (owner.uid(), owner.gid());
+        for (path, expected) in [
+            ("alice", (0, gid, 0o750)),
+            ("alice/threads", (0, gid, 0o710)),
+            ("alice/threads/main", (uid, gid, 0o700)),
+            ("alice/.claude", (0, gid, 0o710)),
+            ("alice/.claude/sessions", (0, gid, 0o710)),
+            ("alice/.claude/sessions/main", (uid, gid, 0o700)),
+        ] {
+            assert_eq!(room.place(path), expected, "{path}");
+        }
+        for (path, expected) in [
+            ("alice/threads/main/src", (uid, gid)),
+            ("alice/.claude/threads", (0, 0)),
+            ("alice/project", (0, 0)),
+            ("alice/project/src", (0, 0)),
+            ("alice/.greenroom", (0, 0)),
+        ] {
+            let (uid, gid, _) = room.place(path);
+            assert_eq!((uid, gid), expected, "{path}");
+        }
+        let cache = fs::metadata(room.root.path().join("cache/users/alice")).unwrap();
+        let mode = cache.permissions().mode() & 0o7777;
+        assert_eq!((cache.uid(), cache.gid(), mode), (0, gid, 0o710));
+    }
+}

@@ -12,6 +12,7 @@ use std::{
 };
 
 use serde_json::{Value, json};
+use sha2::Digest as _;
 use tokio::{process::Command, time::timeout};
 
 use crate::support::{
@@ -133,7 +134,6 @@ pub(crate) fn holds_all_of(repository: &Repository, folder: &Path) {
     let names: Vec<&str> = repository.files.keys().map(String::as_str).collect();
     assert_eq!(names, [&[".gitattributes"], &FILES[..]].concat());
     for name in &FILES[1..] {
-        use sha2::Digest as _;
         let content = fs::read(folder.join(name)).unwrap();
         let expected = match content.len() > 10_000 {
             true => Content::Large {
@@ -211,6 +211,21 @@ async fn a_lora_is_published_once_and_the_second_time_nothing_is_done() {
         json!(["samples/1737531310000__000003000_0.jpg", "README.md"])
     );
     assert_eq!(hub.count("PUT "), puts);
+
+    // By its content: what was trained again is as large as before.
+    let model = noise(11, 300_000);
+    fs::write(folder.join("my_lora.safetensors"), &model).unwrap();
+    let sample = "samples/1737531310000__000003000_0.jpg";
+    fs::write(folder.join(sample), noise(12, 900)).unwrap();
+    let changed = told(&ran(publish(&folders, &hub, &["--json"])).await);
+    assert_eq!(changed["files"], json!(["my_lora.safetensors", sample]));
+    let repository = hub.repository("alice/pots");
+    assert_eq!(repository.files[sample], Content::Inline(noise(12, 900)));
+    let stored = Content::Large {
+        sha256: hex::encode(sha2::Sha256::digest(&model)),
+        size: 300_000,
+    };
+    assert_eq!(repository.files["my_lora.safetensors"], stored);
 }
 
 #[tokio::test]
@@ -238,6 +253,42 @@ async fn what_passes_is_waited_for_and_a_commit_is_made_once() {
     assert_eq!(repository.commits.len(), 1);
     holds_all_of(&repository, &folder);
     assert!(hub.state().faults.is_empty());
+}
+
+#[tokio::test]
+async fn what_others_commit_meanwhile_stays() {
+    let (hub, folders) = (HubStandIn::start().await, Folders::new());
+    training(&folders);
+    hub.state().others_commit = true;
+    let published = told(&ran(publish(&folders, &hub, &["--json"])).await);
+    assert_eq!(published["files"].as_array().unwrap().len(), 4);
+    let repository = hub.repository("alice/pots");
+    assert_eq!(
+        repository.commits,
+        ["Somebody else's", "Publish my_lora.safetensors"]
+    );
+    assert_eq!(repository.text("theirs.txt"), "theirs");
+    // The first one named a parent that was the newest no more.
+    assert_eq!((hub.count("/commit/"), hub.count("PUT ")), (2, 2));
+}
+
+#[tokio::test]
+async fn what_the_hub_does_not_want_as_it_is_is_told() {
+    let (hub, folders) = (HubStandIn::start().await, Folders::new());
+    training(&folders);
+    hub.state().ignores = Some(".jpg");
+    let line = failure(&ran(publish(&folders, &hub, &[])).await);
+    assert!(
+        line.contains("keeps samples/1737531309000__000002000_0.jpg out"),
+        "{line}"
+    );
+    hub.state().ignores = None;
+    assert!(hub.repository("alice/pots").commits.is_empty());
+    // Of a repository that has another name by now.
+    hub.state().faults = vec![("api/models/alice/pots", 307)];
+    let line = failure(&ran(publish(&folders, &hub, &[])).await);
+    assert!(line.contains("alice/pots is elsewhere now"), "{line}");
+    assert_eq!((hub.count("/commit/"), hub.received()), (0, 0));
 }
 
 #[tokio::test]

@@ -14,7 +14,9 @@ use std::{
 
 use greenroom::{
     config::Secret,
-    hub::{Hub, HubError, HubSettings, LoraFolder, Meter, ModelName, Publication, Published},
+    hub::{
+        Hub, HubError, HubSettings, LoraFolder, Meter, ModelName, Publication, Published, Stage,
+    },
 };
 use nix::{
     sys::signal::{Signal, kill},
@@ -23,8 +25,8 @@ use nix::{
 use tokio::{process::Command, time::timeout};
 
 use crate::{
-    hub::{failure, holds_all_of, noise, publish, ran, told, training},
-    support::{Folders, HF_TOKEN, HubStandIn, PATIENCE, files_below, wait_for},
+    hub::{FILES, failure, holds_all_of, noise, publish, ran, told, training},
+    support::{Content, Folders, HF_TOKEN, HubStandIn, PATIENCE, files_below, wait_for},
 };
 
 #[tokio::test]
@@ -105,6 +107,49 @@ async fn large_files_go_in_parts_where_the_hub_wants_that() {
     holds_all_of(&hub.repository("alice/pots"), &folder);
     assert_eq!(hub.count("PUT "), 5 + 3 + 1);
     assert!(hub.state().leaked.is_empty());
+}
+
+#[tokio::test]
+async fn what_is_large_or_there_twice_goes_to_the_storage_once() {
+    let (hub, folders) = (HubStandIn::start().await, Folders::new());
+    let folder = training(&folders);
+    // The Hub would have it in the commit, of which all is held in memory.
+    hub.state().wants = Some("regular");
+    let model = noise(1, 9 << 20);
+    fs::write(folder.join("my_lora.safetensors"), &model).unwrap();
+    let sample = |prompt| format!("samples/1737531309000__000002000_{prompt}.jpg");
+    fs::write(folder.join(sample(2)), &model).unwrap();
+    let published = told(&ran(publish(&folders, &hub, &["--json"])).await);
+    assert_eq!(published["uploadedBytes"], 9 << 20, "{published}");
+    assert_eq!(hub.count("PUT "), 1);
+    let repository = hub.repository("alice/pots");
+    let stored = &repository.files["my_lora.safetensors"];
+    assert!(matches!(stored, Content::Large { size, .. } if *size == 9 << 20));
+    assert_eq!(repository.files[&sample(2)], *stored);
+
+    // And one that is empty the other way around: no storage takes it.
+    hub.state().wants = Some("lfs");
+    fs::write(folder.join(sample(3)), b"").unwrap();
+    told(&ran(publish(&folders, &hub, &["--json"])).await);
+    let empty = &hub.repository("alice/pots").files[&sample(3)];
+    assert_eq!(*empty, Content::Inline(Vec::new()));
+}
+
+#[tokio::test]
+async fn a_storage_that_takes_nothing_is_given_up() {
+    let (hub, folders) = (HubStandIn::start().await, Folders::new());
+    training(&folders);
+    hub.state().faults = vec![("storage", 403); 30];
+    let line = failure(&ran(publish(&folders, &hub, &[])).await);
+    assert!(
+        line.contains("the upload") && line.contains("403"),
+        "{line}"
+    );
+    assert_eq!(hub.count("PUT "), 3);
+    // The same where somebody else commits each time.
+    hub.state().faults = vec![("/commit/", 412); 30];
+    failure(&ran(publish(&folders, &hub, &[])).await);
+    assert_eq!(hub.count("/commit/"), 3);
 }
 
 #[tokio::test]
@@ -215,6 +260,16 @@ async fn published(
     hub: &HubStandIn,
     still: Duration,
 ) -> Result<Published, HubError> {
+    let publishing = published_by(folders, hub, still, Arc::default());
+    timeout(PATIENCE, publishing).await.expect("it ends")
+}
+
+async fn published_by(
+    folders: &Folders,
+    hub: &HubStandIn,
+    still: Duration,
+    meter: Arc<Meter>,
+) -> Result<Published, HubError> {
     let settings = HubSettings {
         endpoint: hub.url(),
         token: Some(Secret::new(HF_TOKEN)),
@@ -228,9 +283,43 @@ async fn published(
         replaces_card: false,
     };
     let hub = Hub::new(settings).await.unwrap();
-    let meter = Arc::new(Meter::default());
-    let publishing = hub.publish(&publication, &meter);
-    timeout(PATIENCE, publishing).await.expect("it ends")
+    hub.publish(&publication, &meter).await
+}
+
+#[tokio::test]
+async fn how_far_it_is_counts_what_goes_up_and_that_once() {
+    let (hub, folders) = (HubStandIn::start().await, Folders::new());
+    training(&folders);
+    hub.state().part_bytes = Some(70_000);
+    // Two parts fail once each.
+    hub.state().faults = vec![("storage", 503), ("storage", 0), ("storage", 503)];
+    // It is dropped in the midst of it.
+    let dropped = async |what: &str, is_time: &dyn Fn() -> bool| {
+        let meter = Arc::new(Meter::default());
+        let publishing = published_by(&folders, &hub, PATIENCE, Arc::clone(&meter));
+        tokio::select! {
+            ended = publishing => panic!("{ended:?}"),
+            () = wait_for(what, || is_time().then_some(())) => {}
+        }
+        meter.progress()
+    };
+    // The model, and of the second sample a part, and something of the next one.
+    hub.hold_after(371_000);
+    let progress = dropped("its middle", &|| hub.received() >= 371_000).await;
+    assert_eq!(
+        (progress.stage, &*progress.file, progress.total),
+        (Stage::Uploading, FILES[3], 500_000)
+    );
+    assert!((370_000..=440_000).contains(&progress.done), "{progress:?}");
+    hub.hold_after(0);
+    let puts = hub.count("PUT ");
+    let progress = dropped("the part again", &|| hub.count("PUT ") > puts).await;
+    assert_eq!((&*progress.file, progress.total), (FILES[3], 130_000));
+    assert!(progress.done <= 70_000, "{progress:?}");
+    hub.hold_after(u64::MAX);
+    let rest = published(&folders, &hub, PATIENCE).await.unwrap();
+    // Of a part that was cut off twice nothing counts.
+    assert_eq!(rest.uploaded_bytes, 130_000);
 }
 
 #[tokio::test]

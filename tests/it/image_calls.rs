@@ -311,3 +311,28 @@ async fn a_call_is_cancelled_by_its_id_and_goes_on_without_its_caller_where_it_h
     drop(events);
     stage.wait_for_status(2, "canceled").await;
 }
+
+#[tokio::test]
+async fn what_cannot_be_looked_for_counts_at_its_worst() {
+    let stage = Stage::new(&[]).await;
+    stage.replicate.hold(true);
+    stage.replicate.fail_looks(usize::MAX);
+    let call = stage.call("a shoe");
+    let stage = stage.killed(call, Stage::has_noted).await;
+    wait_for_async("it counts", async || {
+        let totals = stage.totals().await;
+        let cost = totals["costUsd"].as_f64().unwrap();
+        (totals["unsettled"] == 1).then(|| assert!(cost > 0.01, "{totals}"))
+    })
+    .await;
+
+    // As soon as it can be looked for it is ended, and costs what it took.
+    stage.replicate.fail_looks(0);
+    stage.wait_for_status(0, "canceled").await;
+    wait_for_async("it is settled", async || {
+        let totals = stage.totals().await;
+        let is_settled = totals["unsettled"] == 0 && totals["aborted"] == 1;
+        is_settled.then(|| assert!(is_near(&totals["costUsd"], 0.0025), "{totals}"))
+    })
+    .await;
+}

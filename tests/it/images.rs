@@ -39,7 +39,7 @@ impl Stage {
         let api = StandIn::start(json!({"rules": rules})).await;
         // A picture that is scaled down, with a note of its maker.
         let replicate = StandInReplicate::start(picture_of(1, 3000, 1500)).await;
-        let folders = Folders::new();
+        let folders = Folders::open();
         let logo = "\u{89}PNG of no consequence";
         let mut files = SITE.to_vec();
         files.push(("src/images/logo.png", logo));

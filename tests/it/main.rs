@@ -3,6 +3,7 @@
 mod support;
 
 mod access;
+mod ahead;
 mod alt_text;
 mod architecture;
 mod bad_input;

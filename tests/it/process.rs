@@ -505,6 +505,26 @@ fn orphans_are_reaped_and_no_childs_status_is_stolen() {
     );
 }
 
+/// Of the whole tree: of a child that left the group, and of one that has ended.
+#[tokio::test]
+async fn what_a_program_takes_is_what_all_its_processes_take() {
+    let launcher = launcher();
+    let script = "burn='import time\nwhile time.process_time() < 0.5: pass'
+        python3 -c \"$burn\"; echo 1
+        export held=\"$burn\nheld = b'x' * (300 << 20)\nprint(2, flush=True)\ntime.sleep(1000)\"
+        setsid sh -c 'python3 -c \"$held\"; true'; true";
+    let mut child = launcher.spawn(shell(script)).await.unwrap();
+    assert_eq!(read_pids(&mut child, 2).await, [1, 2]);
+    let load = child.handle().load();
+    // Two shells, and what holds the memory.
+    assert_eq!(load.processes, 3, "{load:?}");
+    assert!((300 << 20..900 << 20).contains(&load.memory), "{load:?}");
+    // Of both that used it; the kernel counts in hundredths of a second.
+    assert!(load.processor >= Duration::from_millis(900), "{load:?}");
+    child.handle().kill().await;
+    assert_eq!(child.handle().load().processes, 0);
+}
+
 #[tokio::test]
 async fn a_listener_is_known_by_its_owner() {
     let launcher = launcher();

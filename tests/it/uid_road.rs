@@ -15,9 +15,12 @@ use greenroom::owner::Owner;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::support::{
-    Folders, Options, SITE, Sent, StandIn, TestGreenroom, Who, files_below, git, has_uid_road,
-    processes_below, request, rule, runs, wait_for, who, writes,
+use crate::{
+    images::Stage,
+    support::{
+        Folders, Options, SITE, Sent, StandIn, TestGreenroom, Who, files_below, git, has_uid_road,
+        processes_below, request, rule, runs, wait_for, who, writes,
+    },
 };
 
 const PAGE: &str = "src/pages/index.astro";
@@ -180,7 +183,17 @@ async fn what_greenroom_puts_into_a_worktree_is_the_threads() {
         let path = format!("{}/{what}", alice.path());
         greenroom.api("POST", &path, json!({})).await.ok()
     };
+    // So is what an operator puts there, but for a file that has another name somewhere.
+    let secret = folders.join("secret");
+    fs::write(&secret, "secret").unwrap();
+    fs::hard_link(&secret, worktree.join("planted")).unwrap();
+    fs::create_dir(worktree.join("by-hand")).unwrap();
+    fs::write(worktree.join("by-hand/note.md"), "note\n").unwrap();
     greenroom.execute(&alice, "Make a folder").await.ok();
+    assert_eq!(place(&secret).0, 0);
+    fs::remove_file(worktree.join("planted")).unwrap();
+    all_is_of(&worktree, owner);
+    assert_eq!(Owner::of(&worktree.join("by-hand")), Some(owner));
     post("undo").await;
     assert!(worktree.join(PAGE).exists() && !worktree.join("docs").exists());
     all_is_of(&worktree, owner);
@@ -204,6 +217,27 @@ async fn what_greenroom_puts_into_a_worktree_is_the_threads() {
         .ok();
     all_is_of(&worktree, owner);
     assert_eq!(git(&worktree, &["status", "--porcelain"]), "");
+}
+
+/// Not only once it is committed: the agent has to be able to change it.
+#[tokio::test]
+async fn what_a_turn_brings_is_the_threads_from_the_beginning() {
+    if !has_uid_road() {
+        return;
+    }
+    let looks = "stat -c %u src/images/*shoe* > owners.txt";
+    let rules = [rule("below the heading", &[runs(looks)])];
+    let stage = Stage::with(&rules, Options::on_the_uid_road).await;
+    let wish = json!({
+        "prompt": "a red shoe", "instruction": "Show it below the heading", "alt": "A shoe",
+        "folder": "src/images",
+    });
+    stage.make(wish).await.ok();
+    let worktree = stage.folders.worktree(&stage.alice);
+    let owner = Owner::of(&worktree).unwrap();
+    let said = fs::read_to_string(worktree.join("owners.txt")).unwrap();
+    assert_eq!(said.trim(), owner.uid().to_string());
+    all_is_of(&worktree, owner);
 }
 
 #[tokio::test]

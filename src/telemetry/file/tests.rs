@@ -88,6 +88,27 @@ fn two_writers_of_one_file_lose_nothing() {
 }
 
 #[test]
+fn of_two_that_find_it_full_one_packs_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.log");
+    let open = || Rotating::open(path.clone(), SMALL, Arc::default()).unwrap();
+    let (mut one, mut other) = (open(), open());
+    for number in 0..3 {
+        one.write(line(number).as_bytes()).unwrap();
+    }
+    for writer in [&mut one, &mut other] {
+        // Each found it full, and goes on from there when its turn comes.
+        writer.file.lock_shared().unwrap();
+        writer.rotate().unwrap();
+        writer.file.unlock().unwrap();
+        writer.write(b"new\n").unwrap();
+    }
+    assert!(!folder.path().join("a.log.2.gz").exists());
+    let expected: String = (0..3).map(line).collect();
+    assert_eq!(whole(&path), expected + "new\nnew\n");
+}
+
+#[test]
 fn what_a_killed_one_left_is_packed_and_an_old_file_is_made_private() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("a.log");
@@ -130,6 +151,28 @@ fn whoever_logs_never_waits_and_what_is_dropped_is_told() {
     let told: serde_json::Value = serde_json::from_str(told).unwrap();
     assert_eq!(told["missing"], dropped, "{told}");
     assert_eq!(text.lines().count() as u64, 1 + 10_000 - dropped);
+    // What was written leaves room for as much again.
+    for _ in 0..1000 {
+        file.write_all(&line).unwrap();
+    }
+    assert_eq!(file.finish(Duration::from_secs(60)), 0);
+    let text = fs::read_to_string(&path).unwrap();
+    assert_eq!(text.lines().count() as u64, 1 + 11_000 - dropped);
+}
+
+#[test]
+fn a_line_that_a_full_disk_cut_off_is_no_part_of_the_next_one() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.log");
+    let mut file = Rotating::open(path.clone(), SMALL, Arc::default()).unwrap();
+    file.file.write_all(b"half a li").unwrap();
+    file.is_cut = true;
+    file.write(b"next\n").unwrap();
+    file.write(b"last\n").unwrap();
+    assert_eq!(
+        fs::read_to_string(&path).unwrap(),
+        "half a li\nnext\nlast\n"
+    );
 }
 
 #[test]

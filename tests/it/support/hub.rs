@@ -73,6 +73,12 @@ pub(crate) struct HubState {
     pub(crate) lost_answers: usize,
     /// Large files are wanted in parts of so many bytes.
     pub(crate) part_bytes: Option<u64>,
+    /// How each file is wanted, whatever it is: `regular` (in the commit) or `lfs` (the storage).
+    pub(crate) wants: Option<&'static str>,
+    /// The Hub takes no file whose name ends so.
+    pub(crate) ignores: Option<&'static str>,
+    /// Before the next commit arrives somebody else makes one.
+    pub(crate) others_commit: bool,
     /// Uploads to be addressed elsewhere.
     pub(crate) upload_address: Option<String>,
 }
@@ -425,19 +431,24 @@ impl HubStandIn {
 
     fn wishes(&self, id: &str, asked: &Value) -> Told {
         let repository = self.seen(id, Some("write"))?;
+        let (wants, ignores) = {
+            let state = self.state();
+            (state.wants, state.ignores)
+        };
         let files = asked["files"].as_array().unwrap().iter().map(|file| {
             let path = file["path"].as_str().unwrap();
             let sample = STANDARD.decode(file["sample"].as_str().unwrap()).unwrap();
             assert!(sample.len() <= 512);
             let size = file["size"].as_u64().unwrap();
             let is_large = path.ends_with(".safetensors") || size > 10_000;
+            let mode = if is_large { "lfs" } else { "regular" };
             let oid = repository.files.get(path).map(|content| match content {
                 Content::Inline(_) => blob_id(content),
                 Content::Large { sha256, .. } => sha256.clone(),
             });
             json!({
-                "path": path, "uploadMode": if is_large { "lfs" } else { "regular" },
-                "shouldIgnore": false, "oid": oid,
+                "path": path, "uploadMode": wants.unwrap_or(mode),
+                "shouldIgnore": ignores.is_some_and(|ending| path.ends_with(ending)), "oid": oid,
             })
         });
         Ok(told(&json!({"files": files.collect::<Vec<_>>()})))
@@ -487,6 +498,13 @@ impl HubStandIn {
 
     fn commit(&self, id: &str, lines: &[u8]) -> Told {
         let mut repository = self.seen(id, Some("write"))?;
+        if std::mem::take(&mut self.state().others_commit) {
+            repository.commits.push("Somebody else's".to_owned());
+            let theirs = Content::Inline(b"theirs".to_vec());
+            repository.files.insert("theirs.txt".to_owned(), theirs);
+            let mut state = self.state();
+            state.repositories.insert(id.to_owned(), repository.clone());
+        }
         let lines = std::str::from_utf8(lines).unwrap().lines();
         let lines: Vec<Value> = lines
             .map(|line| serde_json::from_str(line).unwrap())
@@ -593,7 +611,7 @@ async fn store(
         let received = hub.received();
         most.wait_for(|most| received < *most).await.unwrap();
     }
-    if size != length {
+    if size != length || size == 0 {
         return refused(400, "IncompleteBody");
     }
     let is_silent = {

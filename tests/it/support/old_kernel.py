@@ -1,5 +1,5 @@
 # Becomes a program as Fargate's kernel would run it: without Landlock (its system calls are not
-# known), and of root's capabilities with the six of the task definition alone.
+# known), of root's capabilities with the six of the task definition alone, and with groups.
 import ctypes, os, struct, sys
 
 KEPT = {0, 1, 3, 5, 6, 7}  # CHOWN, DAC_OVERRIDE, FOWNER, KILL, SETGID, SETUID
@@ -26,4 +26,6 @@ last = int(open("/proc/sys/kernel/cap_last_cap").read())
 for capability in range(last + 1):
     if capability not in KEPT:
         control(DROP_FROM_BOUNDING_SET, capability, 0, 0, 0)
+# As where a container runtime gives root the groups of /etc/group: no program may keep them.
+os.setgroups([0, 4])
 os.execvp(sys.argv[1], sys.argv[1:])
