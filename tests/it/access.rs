@@ -145,7 +145,7 @@ async fn with_secrets_every_call_needs_one() {
 /// Raw bytes in, the first line of the answer out.
 async fn raw(port: u16, bytes: &[u8]) -> String {
     // Who is refused early may find the connection closed before all is sent.
-    raw_with(port, bytes, |sent| drop(sent)).await
+    raw_with(port, bytes, drop).await
 }
 
 async fn raw_with(port: u16, bytes: &[u8], sent: impl FnOnce(std::io::Result<()>)) -> String {
