@@ -538,8 +538,11 @@ impl Exchange {
     /// Takes in a chunk. The end of an answer is written down before it goes on.
     pub(super) async fn chunk(&mut self, chunk: &[u8]) {
         self.bytes += chunk.len() as u64;
-        if let Some(toll) = &self.toll {
-            toll.chunk(chunk).await;
+        if let Some(toll) = &self.toll
+            && toll.chunk(chunk).await
+            && let Some(pass) = &mut self.pass
+        {
+            pass.answered();
         }
     }
 
@@ -547,11 +550,6 @@ impl Exchange {
         self.completed = true;
         if let Some(toll) = &self.toll {
             toll.complete().await;
-        }
-        if let Some(pass) = &mut self.pass
-            && self.status.is_some_and(|status| status.is_success())
-        {
-            pass.answered();
         }
     }
 }

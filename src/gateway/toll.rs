@@ -215,19 +215,21 @@ impl Toll {
         }
     }
 
-    pub(super) async fn chunk(&self, chunk: &[u8]) {
+    /// Takes in a piece of the answer; whether it is whole with that.
+    pub(super) async fn chunk(&self, chunk: &[u8]) -> bool {
         let written = {
             let mut state = self.lock();
             let Some(counter) = &mut state.counter else {
-                return;
+                return false;
             };
             counter.feed(chunk);
             if !counter.seen().is_complete {
-                return;
+                return false;
             }
             state.settle(true)
         };
         wait(written).await;
+        true
     }
 
     pub(super) async fn complete(&self) {

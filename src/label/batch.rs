@@ -542,8 +542,13 @@ impl Run<'_> {
         picture: &Picture,
         turn: Option<Turn<'a>>,
     ) -> Result<Option<Result<Label, Failure>>, Pause> {
-        let Some(preparing) = self.pace.prepare().await else {
-            return Err(Pause::Stop(STOPPED.to_owned()));
+        // Those that get ready wait for a turn: who has one must not wait for them.
+        let preparing = match turn {
+            Some(_) => None,
+            None => match self.pace.prepare().await {
+                Some(permit) => Some(permit),
+                None => return Err(Pause::Stop(STOPPED.to_owned())),
+            },
         };
         let door = Door::new();
         let question = self.question(image);
