@@ -126,13 +126,6 @@ async fn what_is_large_or_there_twice_goes_to_the_storage_once() {
     let stored = &repository.files["my_lora.safetensors"];
     assert!(matches!(stored, Content::Large { size, .. } if *size == 9 << 20));
     assert_eq!(repository.files[&sample(2)], *stored);
-
-    // And one that is empty the other way around: no storage takes it.
-    hub.state().wants = Some("lfs");
-    fs::write(folder.join(sample(3)), b"").unwrap();
-    told(&ran(publish(&folders, &hub, &["--json"])).await);
-    let empty = &hub.repository("alice/pots").files[&sample(3)];
-    assert_eq!(*empty, Content::Inline(Vec::new()));
 }
 
 #[tokio::test]
