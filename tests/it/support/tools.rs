@@ -139,9 +139,14 @@ pub(crate) fn package_managers() -> PathBuf {
 
 /// The folders that scripts/test made.
 fn brought_tools() -> impl Iterator<Item = PathBuf> {
-    let cache = env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
-    let cache = cache.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cache")));
-    let tools = cache.map(|cache| cache.join("greenroom-dev/tools"));
+    let ours = || {
+        let cache = env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
+        let cache = cache.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cache")));
+        cache.map(|cache| cache.join("greenroom-dev"))
+    };
+    // As scripts/tools.sh chose.
+    let cache = env::var_os("GREENROOM_CACHE").map(PathBuf::from);
+    let tools = cache.or_else(ours).map(|cache| cache.join("tools"));
     let folders = tools.and_then(|tools| std::fs::read_dir(tools).ok());
     folders
         .into_iter()
