@@ -24,14 +24,11 @@ PNPM_VERSION=10.34.8
 YARN_VERSION=1.22.22
 
 # Beside the program's own cache, whose folders are named by clients.
-if [ -z "${GREENROOM_CACHE:-}" ]; then
-  GREENROOM_CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/greenroom-dev"
-  # Root runs agents as other users, who have to reach the tools, also in tests.
-  if [ "$(id -u)" = 0 ] && [ -z "${XDG_CACHE_HOME:-}" ] && [ $((8#$(stat -c %a "$HOME") & 1)) = 0 ]; then
-    GREENROOM_CACHE=/var/cache/greenroom-dev
-  fi
+GREENROOM_CACHE="${XDG_CACHE_HOME:-$HOME/.cache}/greenroom-dev"
+# Root runs agents as other users, who have to reach the tools, also in tests.
+if [ "$(id -u)" = 0 ] && [ -z "${XDG_CACHE_HOME:-}" ] && [ $((8#$(stat -c %a "$HOME") & 1)) = 0 ]; then
+  GREENROOM_CACHE=/var/cache/greenroom-dev
 fi
-export GREENROOM_CACHE
 TOOLS="$GREENROOM_CACHE/tools"
 # Outside of the project: builds stay when a checkout goes, and searches don't walk through them.
 export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$GREENROOM_CACHE/target}"

@@ -142,11 +142,11 @@ fn brought_tools() -> impl Iterator<Item = PathBuf> {
     let ours = || {
         let cache = env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
         let cache = cache.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cache")));
-        cache.map(|cache| cache.join("greenroom-dev"))
+        cache.map(|cache| cache.join("greenroom-dev/tools"))
     };
-    // As scripts/tools.sh chose.
-    let cache = env::var_os("GREENROOM_CACHE").map(PathBuf::from);
-    let tools = cache.or_else(ours).map(|cache| cache.join("tools"));
+    // As scripts/test says.
+    let named = env::var_os("BROUGHT_TOOLS").map(PathBuf::from);
+    let tools = named.or_else(ours);
     let folders = tools.and_then(|tools| std::fs::read_dir(tools).ok());
     folders
         .into_iter()
