@@ -69,11 +69,11 @@ fn tell(story: &mut Story<'_>, instruction: Instruction, of: &Conversation) -> T
     }
 }
 
-/// What is said of an image: nobody looks at it, so it follows from the file alone.
+/// What is said of an image: nobody looks at it, so it follows from the file alone. Fit for everybody,
+/// so that whoever tries it sees what is done with a label.
 fn label(image: &str, takes_structure: bool) -> Reply {
-    const RATINGS: [&str; 4] = ["SAFE", "SUGGESTIVE", "ADULT", "EXPLICIT"];
     let name = image.get(..12).unwrap_or_default();
-    let rating = RATINGS[usize::from(image.bytes().next().unwrap_or_default()) % 4];
+    let rating = "SAFE";
     let description = format!("An image that nobody looked at, since this is a rehearsal: {name}.");
     if takes_structure {
         let input = json!({

@@ -248,10 +248,7 @@ async fn thirty_images_are_heard() {
     let main = thread("main");
     let url = room.init(&main).await;
     let site = room.folders.worktree(&main);
-    // The rehearsal rates an image by its bytes: these are fit for everybody.
-    let fit = (0..).map(|number| picture_of(number, 80, 60));
-    let fit = fit.filter(|image| name_of(image).starts_with(['0', '4', '8', 'd']));
-    let pictures: Vec<Vec<u8>> = fit.take(30).collect();
+    let pictures: Vec<Vec<u8>> = (0..30).map(|number| picture_of(number, 80, 60)).collect();
     let (mut imports, mut tags, mut names) = (String::new(), String::new(), Vec::new());
     fs::create_dir_all(site.join("public/photos")).unwrap();
     for (at, picture) in pictures.iter().enumerate() {
