@@ -156,7 +156,8 @@ pub(super) async fn with_bench<T>(
         true => CredentialSource::Rehearsal,
         false => loaded.credential()?,
     };
-    if credential == CredentialSource::Rehearsal && !wish.is_dry {
+    let is_rehearsal = credential == CredentialSource::Rehearsal;
+    if is_rehearsal && !wish.is_dry {
         tracing::warn!("rehearsal: no model is behind this, a script answers");
     }
     let gateway = start_gateway(&settings, credential, ledger, store.clone(), &tasks).await?;
@@ -169,6 +170,7 @@ pub(super) async fn with_bench<T>(
         runtime.path(),
         &launcher,
         &gateway,
+        is_rehearsal,
         &tasks,
     );
     let bench = Bench {
@@ -217,7 +219,7 @@ async fn run(
             is_priced: model.is_some(),
         });
     }
-    let id = id_of(&job.named_by, &question);
+    let id = id_of(&job.named_by, &question, labels.is_rehearsal());
     let local = settings.cache_path.join("labels");
     let journal = job.journal.unwrap_or_else(|| {
         // On the workspace it outlives this container.
@@ -260,8 +262,11 @@ async fn obey(mut signals: Signals, stop: CancellationToken, runs: Service) {
 }
 
 /// The same command is the same batch.
-fn id_of(named_by: &str, question: &Question) -> String {
+fn id_of(named_by: &str, question: &Question, is_rehearsal: bool) -> String {
     let mut hash = Sha256::new();
+    if is_rehearsal {
+        hash.update("a rehearsal ");
+    }
     hash.update(format!(
         "{named_by:?} {:?} {:?}",
         question.prompt, question.model

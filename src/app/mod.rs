@@ -108,6 +108,7 @@ pub async fn serve(loaded: Loaded, mode: Mode) -> anyhow::Result<()> {
         runtime.path(),
         &launcher,
         &gateway,
+        is_rehearsal,
         &tasks,
     );
     let labels = labels.await?;

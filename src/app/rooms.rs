@@ -299,6 +299,7 @@ pub(super) async fn labels(
     runtime: &Path,
     launcher: &Launcher,
     gateway: &Gateway,
+    is_rehearsal: bool,
     tasks: &Tasks,
 ) -> anyhow::Result<Labels> {
     let prompts = match settings.label_prompts_file.clone() {
@@ -334,6 +335,7 @@ pub(super) async fn labels(
         service: Service::new(service, launcher.clone(), gateway.clone(), tasks.clone()),
         prompts,
         timeout: settings.label_timeout,
+        is_rehearsal,
     }))
 }
 

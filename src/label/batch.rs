@@ -130,6 +130,7 @@ struct Run<'a> {
     past: HashMap<String, Known>,
     /// What was said of images before, for their captions.
     said: HashMap<String, String>,
+    /// Who answers: labels are known by it.
     model: String,
     twins: Mutex<HashMap<String, Twin>>,
     pace: Pace,
@@ -178,7 +179,10 @@ pub(super) async fn run(
         labels,
         plan,
         journal: &journal,
-        model: model.unwrap_or_default().to_owned(),
+        model: match labels.is_rehearsal() {
+            true => "a rehearsal".to_owned(),
+            false => model.unwrap_or_default().to_owned(),
+        },
         twins: Mutex::new(twins_of(&past, plan.asks_again)),
         past: past.images,
         said: past.said,

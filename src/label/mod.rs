@@ -86,6 +86,8 @@ pub struct LabelSettings {
     pub prompts: Prompts,
     /// Longest run, where a question says nothing.
     pub timeout: Duration,
+    /// A script answers: what it says is no label of the image for anybody who asks a model.
+    pub is_rehearsal: bool,
 }
 
 /// Labels images. Cheap to clone.
@@ -177,6 +179,11 @@ impl Labels {
     /// The prompts that have a name.
     pub fn prompts(&self) -> &Prompts {
         &self.settings.prompts
+    }
+
+    /// Does a script answer, and no model?
+    pub fn is_rehearsal(&self) -> bool {
+        self.settings.is_rehearsal
     }
 
     /// The runs that label.

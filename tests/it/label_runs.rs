@@ -262,6 +262,25 @@ async fn a_run_is_over_with_its_result_and_a_batch_leaves_nothing_behind() {
     timeout(Duration::from_secs(40), gone).await.unwrap();
 }
 
+#[tokio::test]
+async fn what_a_rehearsal_said_of_an_image_is_no_label_of_it() {
+    let api = StandIn::start(json!({"rules": [{"match": "", "steps": [{"text": LINES}]}]})).await;
+    let folders = Folders::new();
+    photos(&folders, 2);
+    let cli = cli_that(&folders, "");
+    let rehearsed = command(&folders, &cli, &api, &["photos", "--jsonl", "--rehearsal"]);
+    let rehearsed = ran(rehearsed).await;
+    assert!(rehearsed.status.success(), "{rehearsed:?}");
+    let said = |output| lines(output)[0]["description"].as_str().unwrap().to_owned();
+    assert!(said(&rehearsed).contains("nobody looked at"));
+    assert!(api.requests().is_empty());
+    // The same command, and a model.
+    let labelled = ran(command(&folders, &cli, &api, &["photos", "--jsonl"])).await;
+    assert!(labelled.status.success(), "{labelled:?}");
+    assert_eq!(said(&labelled), "A board.");
+    assert_eq!(api.requests().len(), 2);
+}
+
 /// The number behind a word.
 fn word(text: &str, name: &str) -> i64 {
     let mut words = text.split_whitespace().skip_while(|word| *word != name);
