@@ -9,7 +9,7 @@ use super::{Page, Room, settles, thread};
 use crate::{
     label::{name_of, picture_of},
     label_batch::quick_cli,
-    support::{StandIn, Who, wait_for},
+    support::{StandIn, Who, wait_for, wait_for_async},
 };
 
 /// The names of a page's images, as a screen reader gets them.
@@ -32,9 +32,14 @@ async fn heard(page: &Page) -> Vec<String> {
 
 /// A page as it is now, once it does not load again.
 async fn hears_on(room: &Room, url: &str) -> Vec<String> {
-    let page = room.open(url).await;
-    settles(&page).await;
-    heard(&page).await
+    // A dev server that begins anew has a page of its own, without images.
+    wait_for_async("a page with images", async || {
+        let page = room.open(url).await;
+        settles(&page).await;
+        let heard = heard(&page).await;
+        (!heard.is_empty()).then_some(heard)
+    })
+    .await
 }
 
 /// What the model says of an image, by its tool.
