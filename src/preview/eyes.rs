@@ -11,7 +11,10 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use notify::{EventKind, RecommendedWatcher, RecursiveMode, Watcher, event::ModifyKind};
+use notify::{
+    EventKind, RecommendedWatcher, RecursiveMode, Watcher,
+    event::{AccessKind, AccessMode, ModifyKind, RenameMode},
+};
 use tokio::{
     sync::mpsc,
     time::{Instant, sleep},
@@ -26,8 +29,13 @@ const EVENTS: usize = 4096;
 const AT_ONCE: usize = 512;
 /// Between two looks where there are no events.
 const EVERY: Duration = Duration::from_secs(1);
+/// Two writings of a file within this time are told of as such: chokidar drops the second one's event
+/// for 50 ms after it has dealt with the first, which a busy server does late.
+const QUICK: Duration = Duration::from_secs(1);
 /// Files that are known, at most; of a larger site only the rest's changes are unseen.
 const MOST_FILES: usize = 20_000;
+/// Files whose last writing is remembered before those of a while ago are forgotten.
+const MOST_WRITTEN: usize = 1024;
 
 /// One file's.
 #[derive(Debug, Clone)]
@@ -43,6 +51,8 @@ pub(crate) struct Change {
 pub(crate) enum Kind {
     New,
     Changed,
+    /// Written once more within [`QUICK`]: who is told may have overlooked it.
+    Again,
     Gone,
 }
 
@@ -182,6 +192,8 @@ struct Eyes {
     root: PathBuf,
     watcher: RecommendedWatcher,
     known: Files,
+    /// When files were written last, those of a while ago left out.
+    written: HashMap<PathBuf, Instant>,
 }
 
 impl Eyes {
@@ -195,6 +207,7 @@ impl Eyes {
         let mut eyes = Self {
             watcher,
             known: Files::new(),
+            written: HashMap::new(),
             root: root.clone(),
         };
         eyes.add(&root)?;
@@ -207,6 +220,7 @@ impl Eyes {
             root,
             watcher,
             known,
+            ..
         } = self;
         walk(root, folder, known, &mut |folder| {
             watcher
@@ -218,6 +232,7 @@ impl Eyes {
     /// What events say, in their order, each file once.
     fn take_in(&mut self, events: Vec<(Instant, notify::Event)>) -> Vec<Change> {
         let mut found: Vec<Change> = Vec::new();
+        let again = self.written_again(&events);
         let is_change = |event: &notify::Event| match event.kind {
             EventKind::Access(_) | EventKind::Modify(ModifyKind::Metadata(_)) => false,
             EventKind::Any
@@ -274,6 +289,34 @@ impl Eyes {
         }
         let mut seen = std::collections::HashSet::new();
         found.retain(|change| seen.insert((change.path.clone(), change.kind == Kind::New)));
+        found.extend(again);
+        found
+    }
+
+    /// The files whose writing ended twice within [`QUICK`]. What is found of them may have been seen
+    /// after the first one already.
+    fn written_again(&mut self, events: &[(Instant, notify::Event)]) -> Vec<Change> {
+        let mut found = Vec::new();
+        if self.written.len() >= MOST_WRITTEN {
+            let now = Instant::now();
+            self.written.retain(|_, at| *at + QUICK > now);
+        }
+        for (at, event) in events {
+            let is_whole = matches!(
+                event.kind,
+                EventKind::Access(AccessKind::Close(AccessMode::Write))
+                    | EventKind::Modify(ModifyKind::Name(RenameMode::To))
+            );
+            for path in event.paths.iter().filter(|_| is_whole) {
+                let before = self.written.insert(path.clone(), *at);
+                if before.is_some_and(|before| *at < before + QUICK)
+                    && let Some(path) = name_below(&self.root, path)
+                {
+                    let (kind, at) = (Kind::Again, *at);
+                    found.push(Change { path, kind, at });
+                }
+            }
+        }
         found
     }
 }
@@ -347,6 +390,12 @@ mod tests {
             );
             std::fs::rename(from, to).unwrap();
             next(&mut seen, "src/pages/index.astro", Kind::Changed).await;
+            if by == "events" {
+                for text in ["4444", "4444"] {
+                    write("src/pages/index.astro", text);
+                }
+                next(&mut seen, "src/pages/index.astro", Kind::Again).await;
+            }
             write(".env", "A=1");
             next(&mut seen, ".env", Kind::New).await;
             std::fs::remove_dir_all(root.join("src/deep")).unwrap();

@@ -30,6 +30,7 @@ pub(crate) struct Frames {
     left: u64,
     /// A message in several frames has begun.
     is_in_message: bool,
+    messages: u64,
 }
 
 impl Frames {
@@ -49,6 +50,7 @@ impl Frames {
                 self.left = length;
                 // Control frames may stand within a message.
                 if self.head[0] & 0x08 == 0 {
+                    self.messages += u64::from(!self.is_in_message);
                     self.is_in_message = self.head[0] & 0x80 == 0;
                 }
                 self.head.clear();
@@ -76,6 +78,11 @@ impl Frames {
         } else {
             length
         })
+    }
+
+    /// How many messages have begun, those of the protocol's own left out.
+    pub(crate) fn messages(&self) -> u64 {
+        self.messages
     }
 
     /// May a message of ours be said here?

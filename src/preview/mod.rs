@@ -22,6 +22,7 @@ mod hmr;
 mod last_good;
 mod launch;
 mod notes;
+mod nudge;
 mod output;
 mod pace;
 mod package_files;

@@ -43,6 +43,8 @@ struct Inner {
     last_document: AtomicU64,
     /// When the dev server last told of something new, as `last_used`; 0 if it never did.
     last_update: AtomicU64,
+    /// Grows with each of these.
+    updates: watch::Sender<u64>,
     /// When a browser was last told of an error that it had missed, as `last_used`; 0 if none was.
     last_replay: AtomicU64,
     /// Grows when browsers are to load their page again.
@@ -66,6 +68,7 @@ impl Default for Inner {
             last_good: LastGood::default(),
             last_document: AtomicU64::new(0),
             last_update: AtomicU64::new(0),
+            updates: watch::channel(0).0,
             last_replay: AtomicU64::new(0),
             reloads: watch::channel(0).0,
             deaf: watch::channel(false).0,
@@ -89,6 +92,8 @@ pub(crate) struct HmrSocket {
     notes: Notes,
     /// Changes when the browser is to load its page again.
     pub(crate) reloads: watch::Receiver<u64>,
+    /// Changes when the dev server tells of something new.
+    pub(crate) updates: watch::Receiver<u64>,
 }
 
 impl Drop for HmrSocket {
@@ -170,6 +175,7 @@ impl Notes {
         self.0
             .last_update
             .store(self.0.now().max(1), Ordering::Relaxed);
+        self.0.updates.send_modify(|count| *count += 1);
     }
 
     /// A browser that came is told of an error that it had missed.
@@ -215,6 +221,7 @@ impl Notes {
         HmrSocket {
             notes: self.clone(),
             reloads: self.0.reloads.subscribe(),
+            updates: self.0.updates.subscribe(),
         }
     }
 

@@ -74,15 +74,8 @@ impl PackageFile {
     /// If it is none, or is too large; where the kernel can't open files that way, always.
     pub(crate) async fn read(self) -> io::Result<Bytes> {
         let read = move || {
-            let flags = OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-            let folder = open(&self.folder, flags, Mode::empty())?;
-            // Whoever builds the site may write there: no link of theirs leads out of it.
-            let how = OpenHow::new()
-                .flags(OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)
-                .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
-            let file = File::from(openat2(&folder, &self.below, how)?);
-            let meta = file.metadata()?;
-            if !meta.is_file() || meta.len() > MOST_BYTES {
+            let file = open_inside(&self.folder, &self.below)?;
+            if file.metadata()?.len() > MOST_BYTES {
                 return Err(io::ErrorKind::InvalidInput.into());
             }
             let mut bytes = Vec::new();
@@ -93,6 +86,24 @@ impl PackageFile {
             .await
             .map_err(io::Error::other)?
     }
+}
+
+/// Opens a plain file for reading. Whoever builds the site may write there: no link of theirs leads
+/// out of the folder. Blocking.
+///
+/// # Errors
+/// If it is none; where the kernel can't open files that way, always.
+pub(super) fn open_inside(folder: &Path, below: &Path) -> io::Result<File> {
+    let flags = OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+    let folder = open(folder, flags, Mode::empty())?;
+    let how = OpenHow::new()
+        .flags(OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)
+        .resolve(ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_MAGICLINKS);
+    let file = File::from(openat2(&folder, below, how)?);
+    if !file.metadata()?.is_file() {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    Ok(file)
 }
 
 #[cfg(test)]

@@ -18,7 +18,7 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{AtFlags, OFlag, openat, readlinkat, renameat},
+    fcntl::{AtFlags, OFlag, RenameFlags, openat, readlinkat, renameat, renameat2},
     sys::stat::{FileStat, Mode, SFlag, fstat, fstatat, mkdirat},
     unistd::{Gid, Uid, UnlinkatFlags, fchownat, linkat, unlinkat},
 };
@@ -204,6 +204,18 @@ impl Root {
     pub(super) fn rename_to(&self, path: &Path, to: &Self) -> io::Result<()> {
         let (from, onto, name) = self.two_folders(path, to)?;
         Ok(renameat(from, name, onto, name)?)
+    }
+
+    /// Puts what is at `path` in the place of what is at the same path below `to`, and the reverse, in
+    /// one step.
+    ///
+    /// # Errors
+    /// The disk's; [`io::ErrorKind::NotFound`] if there is nothing at one of the two, and
+    /// [`io::ErrorKind::InvalidInput`] where a disk can't do that: NFS.
+    pub(super) fn exchange(&self, path: &Path, to: &Self) -> io::Result<()> {
+        let (from, onto, name) = self.two_folders(path, to)?;
+        let flags = RenameFlags::RENAME_EXCHANGE;
+        Ok(renameat2(from, name, onto, name, flags)?)
     }
 
     /// Gives the file at `path` the same path below `to` as a second name.

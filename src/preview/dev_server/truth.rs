@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! change ─► the server says something within 1.5 s, or soon after     fine
-//!        └► it is silent ─► it serves the file?
+//!        └► it is silent ─► it is nudged, and: it serves the file?
 //!             no, or only of late ─► rightly so; browsers load their page again
 //!                             yes ─► `stale`; browsers load their page again;
 //!                     is a page answered (8 s), and nothing said yet? ─► a new server
@@ -27,6 +27,7 @@ use crate::{
         hmr::Word,
         launch::read_small,
         notes::PERSON_STAYS,
+        nudge::nudge,
         probe,
         served::is_served,
         touched::is_configuration,
@@ -51,11 +52,15 @@ const MOST_CHECKS: u32 = 8;
 /// A change so soon after a page was shown may be the page's own doing.
 const OWN_DOING: Duration = Duration::from_secs(2);
 const DISK_DEADLINE: Duration = Duration::from_secs(20);
+/// From the last of quick changes until the server is made to look once more: later than any event of
+/// theirs is dropped.
+const NUDGE: Duration = Duration::from_millis(200);
 /// A server may be quicker than greenroom to see a change, and have spoken already. A word that is
-/// older than that was of something else: of two changes in a quarter of a second Vite may overlook
-/// the second one (8.3.8: page and news are old from then on).
+/// older than that was of something else.
 const HEAD_START: Duration = Duration::from_millis(100);
 const MOST_FILES: usize = 64;
+/// Files that a server is made to look at once more, at most.
+const MOST_NUDGES: usize = 1024;
 const DEAF: &str =
     "a browser has lost its connection and hears of no changes; its page is loaded again";
 
@@ -76,6 +81,9 @@ pub(super) struct Truth {
     /// Files that changed and that it has said nothing of, and when that was seen.
     unheard: BTreeMap<String, Instant>,
     unheard_due: Option<Instant>,
+    /// Files that were changed twice in quick succession, and when the server is to look at each once
+    /// more.
+    overlooked: BTreeMap<String, Instant>,
     reload_due: Option<Instant>,
     restart_due: Option<(Instant, String)>,
     /// Broken files that pages answer well with all the same: content entries, by their names in its
@@ -90,10 +98,16 @@ impl Truth {
     /// When [`DevServer::look_again`] has something to do.
     pub(super) fn due(&self) -> Option<Instant> {
         let restart = self.restart_due.as_ref().map(|(at, _)| *at);
-        [self.unheard_due, self.reload_due, self.deaf_until, restart]
-            .into_iter()
-            .flatten()
-            .min()
+        [
+            self.unheard_due,
+            self.overlooked.values().min().copied(),
+            self.reload_due,
+            self.deaf_until,
+            restart,
+        ]
+        .into_iter()
+        .flatten()
+        .min()
     }
 
     fn said_something(&mut self) {
@@ -260,6 +274,12 @@ impl DevServer {
         let now = Instant::now();
         let truth = &mut run.truth;
         let Change { path, kind, at } = change;
+        if *kind == Kind::Again {
+            if truth.overlooked.len() < MOST_NUDGES && !is_configuration(path) {
+                truth.overlooked.insert(path.clone(), now + NUDGE);
+            }
+            return;
+        }
         let has_turn = self.notes.has_turn();
         let quiet = truth.broken_quietly.len();
         truth
@@ -316,9 +336,18 @@ impl DevServer {
             truth.reload_due = None;
             self.notes.reload();
         }
+        let overlooked: Vec<String> = truth
+            .overlooked
+            .extract_if(.., |_, due| *due <= now)
+            .map(|(file, _)| file)
+            .collect();
+        if !overlooked.is_empty() {
+            self.nudge(overlooked);
+        }
         if truth.unheard_due.is_some_and(|at| at <= now) {
             truth.unheard_due = None;
             let files = std::mem::take(&mut truth.unheard);
+            self.nudge(files.keys().cloned().collect());
             self.ask_whether_served(files, truth.words, run.tell.clone());
         }
         if truth.deaf_until.is_some_and(|at| at <= now) {
@@ -328,6 +357,22 @@ impl DevServer {
         }
         let is_due = truth.restart_due.as_ref().is_some_and(|(at, _)| *at <= now);
         truth.restart_due.take_if(|_| is_due).map(|(_, why)| why)
+    }
+
+    /// Has the server look at these files once more; it may speak of them then.
+    fn nudge(&self, files: Vec<String>) {
+        let worktree = self.site.worktree.clone();
+        self.aside("preview nudge", async move {
+            let nudge = move || {
+                for file in files {
+                    // It may be gone by now, or be nothing that a site is made of.
+                    nudge(&worktree, &file).ok();
+                }
+            };
+            blocking("having a dev server look again", DISK_DEADLINE, nudge)
+                .await
+                .ok();
+        });
     }
 
     /// Is it silent of files that it serves? Only what it had rendered before the change it has

@@ -78,8 +78,9 @@ impl Downstream {
             .headers
             .get(SEC_WEBSOCKET_PROTOCOL)
             .is_some_and(|protocol| protocol == "vite-hmr");
-        let late = is_hmr.then(|| to.preview.missed_word()).flatten();
+        // In this order: of what is told in between it hears twice, and not never.
         let hmr = is_hmr.then(|| to.preview.open_socket());
+        let late = is_hmr.then(|| to.preview.missed_word()).flatten();
         if is_bridged {
             // A client that named none must not be given one (RFC 6455 4.1).
             head.headers.remove(SEC_WEBSOCKET_PROTOCOL);
