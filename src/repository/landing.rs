@@ -428,7 +428,7 @@ impl<'a> Landing<'a> {
             return self.replace(path, present);
         }
         self.incoming.rename_to(path, &self.outgoing).during(WHAT)?;
-        match self.outgoing.exchange(path, &self.root) {
+        match self.root.exchange(path, &self.outgoing) {
             Ok(()) => {}
             // Somebody took it away, which stays so.
             Err(error) if is_somebody(&error) => {
@@ -443,7 +443,7 @@ impl<'a> Landing<'a> {
         let taken = self.outgoing.look(path).during(WHAT)?;
         if !matches!(taken, Found::File(..) | Found::Link(..)) {
             // Somebody put something else there just now, which stays.
-            self.outgoing.exchange(path, &self.root).during(WHAT)?;
+            self.root.exchange(path, &self.outgoing).during(WHAT)?;
             return self.outgoing.remove(path).during(WHAT);
         }
         self.settle(path, present)

@@ -237,6 +237,24 @@ async fn a_page_that_was_not_there_yet_appears_by_itself() {
     page.wait_for_text("h1", "Fresh from the kiln").await;
 }
 
+/// Who writes a file in its place empties it first. An empty page has no client that would hear of the
+/// rest.
+#[tokio::test]
+async fn a_page_that_was_met_empty_comes_back_by_itself() {
+    let room = Room::start().await;
+    let main = thread("main");
+    let url = room.init(&main).await;
+    let page = room.open(&url).await;
+    page.wait_for_text("h1", HEADING).await;
+    let file = room.folders.worktree(&main).join("src/pages/index.astro");
+    let text = fs::read_to_string(&file).unwrap();
+    fs::write(&file, "").unwrap();
+    page.wait_for("document.readyState === 'complete' && document.body.textContent.trim() === ''")
+        .await;
+    fs::write(&file, text).unwrap();
+    page.wait_for_text("h1", HEADING).await;
+}
+
 #[tokio::test]
 async fn two_threads_side_by_side_keep_to_themselves() {
     let room = Room::start().await;
