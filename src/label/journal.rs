@@ -17,7 +17,10 @@ use std::{
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
-use tokio::sync::Mutex;
+use tokio::{
+    sync::Mutex,
+    time::{Instant, sleep},
+};
 
 use super::outcome::{Entry, Outcome, Progress, Summary};
 use crate::{
@@ -29,6 +32,10 @@ use crate::{
 
 /// For a line to reach the disk.
 const DISK_DEADLINE: Duration = Duration::from_secs(60);
+/// A batch that was cancelled has ended a moment before the last of its calls, which holds the journal
+/// as well, and so does a child between its fork and its program.
+const PATIENCE: Duration = Duration::from_secs(10);
+const AGAIN: Duration = Duration::from_millis(50);
 /// Longest line that is read back; what is written is far shorter.
 const MAX_LINE: u64 = 4 << 20;
 /// Lines that are read at once for somebody who follows.
@@ -188,10 +195,15 @@ impl Journal {
     /// # Errors
     /// [`JournalError`].
     pub(super) async fn open(path: PathBuf, fence: Fence) -> Result<(Self, Past), JournalError> {
-        let at = path.clone();
-        let open = move || open(&at);
-        let (file, past, last_id) =
-            task::blocking("opening a batch's journal", DISK_DEADLINE, open).await??;
+        let patience = Instant::now() + PATIENCE;
+        let (file, past, last_id) = loop {
+            let at = path.clone();
+            let open = move || open(&at);
+            match task::blocking("opening a batch's journal", DISK_DEADLINE, open).await? {
+                Err(JournalError::Busy { .. }) if Instant::now() < patience => sleep(AGAIN).await,
+                opened => break opened?,
+            }
+        };
         let journal = Self {
             path,
             file: Arc::new(file),
@@ -324,14 +336,28 @@ mod tests {
         }))
     }
 
+    /// A batch that was cancelled and goes on at once finds its own last call there.
+    #[tokio::test]
+    async fn who_holds_a_journal_is_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("b.jsonl");
+        let open = || Journal::open(path.clone(), Fence::open());
+        let (held, _) = open().await.unwrap();
+        let mut second = std::pin::pin!(open());
+        let early = tokio::time::timeout(AGAIN * 4, &mut second).await;
+        assert!(early.is_err(), "it is held");
+        drop(held);
+        let (_held, _) = second.await.unwrap();
+        let refused = open().await;
+        assert!(matches!(refused, Err(JournalError::Busy { .. })));
+    }
+
     #[tokio::test]
     async fn what_was_written_is_known_again_and_a_torn_line_is_not() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("batches/b.jsonl");
         let (journal, past) = Journal::open(path.clone(), Fence::open()).await.unwrap();
         assert_eq!(past, Past::default());
-        let busy = Journal::open(path.clone(), Fence::open()).await;
-        assert!(matches!(busy, Err(JournalError::Busy { .. })));
         journal.append(done("a.png")).await.unwrap();
         let sent = Event::Sent {
             image: "b.png".into(),

@@ -96,6 +96,12 @@ pub(crate) async fn page(port: u16, path: &str, deadline: Duration) -> Option<St
         .map(|(status, _)| status)
 }
 
+/// Does the server know this file? `path` must be one that a request may have as it is.
+pub(crate) async fn has_file(port: u16, path: &str, deadline: Duration) -> bool {
+    let answer = get(port, path, "*/*", deadline).await;
+    answer.is_some_and(|(status, _)| status != StatusCode::NOT_FOUND)
+}
+
 /// Waits until the server has got through what it is doing, as far as it does so within `deadline`.
 pub(crate) async fn turn_round(port: u16, deadline: Duration) {
     get(port, "/@vite/env", "*/*", deadline).await;

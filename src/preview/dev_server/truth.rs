@@ -15,7 +15,7 @@ use std::{
 
 use tokio::{
     sync::mpsc,
-    time::{Instant, sleep},
+    time::{Instant, sleep, timeout},
 };
 
 use super::{DevServer, MAX_ERRORS, Run};
@@ -59,6 +59,9 @@ const NUDGE: Duration = Duration::from_millis(200);
 /// older than that was of something else.
 const HEAD_START: Duration = Duration::from_millis(100);
 const MOST_FILES: usize = 64;
+/// New files that a reload waits for, at most, and for how long.
+const MOST_NEW_FILES: usize = 8;
+const KNOWN_WITHIN: Duration = Duration::from_secs(3);
 /// Files that a server is made to look at once more, at most.
 const MOST_NUDGES: usize = 1024;
 const DEAF: &str =
@@ -85,6 +88,8 @@ pub(super) struct Truth {
     /// more.
     overlooked: BTreeMap<String, Instant>,
     reload_due: Option<Instant>,
+    /// New files of `public/`, by their address, that the server may not know yet.
+    new_files: BTreeSet<String>,
     restart_due: Option<(Instant, String)>,
     /// Broken files that pages answer well with all the same: content entries, by their names in its
     /// log, and stylesheets.
@@ -317,6 +322,9 @@ impl DevServer {
             let is_own = !has_turn && self.notes.last_document_age(now) < OWN_DOING;
             if !is_own {
                 truth.reload_due = Some(now + SETTLE);
+                truth
+                    .new_files
+                    .extend(address_of(change).filter(|_| truth.new_files.len() < MOST_NEW_FILES));
             }
         } else if *kind == Kind::Changed
             && truth.is_heard
@@ -334,7 +342,10 @@ impl DevServer {
         let truth = &mut run.truth;
         if truth.reload_due.is_some_and(|at| at <= now) {
             truth.reload_due = None;
-            self.notes.reload();
+            match std::mem::take(&mut truth.new_files) {
+                new if new.is_empty() => self.notes.reload(),
+                new => self.reload_once_known(new),
+            }
         }
         let overlooked: Vec<String> = truth
             .overlooked
@@ -357,6 +368,24 @@ impl DevServer {
         }
         let is_due = truth.restart_due.as_ref().is_some_and(|(at, _)| *at <= now);
         truth.restart_due.take_if(|_| is_due).map(|(_, why)| why)
+    }
+
+    /// Vite lists the files of `public/` and hears of new ones by its watcher: until then they are 404,
+    /// and a page that was loaded would stay without them.
+    fn reload_once_known(&self, files: BTreeSet<String>) {
+        let (port, notes) = (self.site.port, self.notes.clone());
+        self.aside("preview files", async move {
+            let known = async {
+                for file in &files {
+                    while !probe::has_file(port, file, KNOWN_WITHIN).await {
+                        sleep(SETTLE).await;
+                    }
+                }
+            };
+            // With a `base` they have another address, and are known by then.
+            timeout(KNOWN_WITHIN, known).await.ok();
+            notes.reload();
+        });
     }
 
     /// Has the server look at these files once more; it may speak of them then.
@@ -500,6 +529,13 @@ impl DevServer {
             }
         });
     }
+}
+
+/// Where a new file of `public/` is to be had, if its name can be asked for as it is.
+fn address_of(change: &Change) -> Option<String> {
+    let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"/-._~".contains(byte);
+    let name = change.path.strip_prefix("public")?;
+    (change.kind == Kind::New && name.as_bytes().iter().all(is_plain)).then(|| name.to_owned())
 }
 
 /// The entry that a line of Astro's content loader is about.
