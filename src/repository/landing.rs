@@ -653,6 +653,22 @@ mod tests {
         (commit, steps)
     }
 
+    /// All that is on the disk and on the branch before the first file is put in its place.
+    fn begun<'a>(
+        site: &'a crate::repository::tests::Site,
+        repo: &'a Repository,
+        (commit, steps): (&str, BTreeMap<PathBuf, Step>),
+        fence: &'a Fence,
+    ) -> Landing<'a> {
+        let after = repo.find_commit(commit.parse().unwrap()).unwrap();
+        let landing = Landing::begin(&site.worktree, repo, steps, after.tree_id(), fence).unwrap();
+        landing.write_beside(&after.tree().unwrap()).unwrap();
+        site.worktree
+            .move_branch(repo, after.parent_id(0).unwrap(), after.id(), fence)
+            .unwrap();
+        landing
+    }
+
     /// Someone had the file open and writes to it after it was replaced.
     #[test]
     fn an_edit_of_the_file_that_was_just_taken_out_comes_back() {
@@ -668,14 +684,7 @@ mod tests {
             let (commit, steps) = about_to_land(&site);
             let repo = site.worktree.open().unwrap();
             let fence = Fence::open();
-            let after = repo.find_commit(commit.parse().unwrap()).unwrap();
-            let tree = after.tree_id();
-            let landing =
-                Landing::begin(&site.worktree, &repo, steps.clone(), tree, &fence).unwrap();
-            landing.write_beside(&after.tree().unwrap()).unwrap();
-            site.worktree
-                .move_branch(&repo, after.parent_id(0).unwrap(), after.id(), &fence)
-                .unwrap();
+            let landing = begun(&site, &repo, (&commit, steps), &fence);
             let (page, came) = (Path::new("page.md"), Path::new("came.md"));
             landing.root.link_to(page, &landing.outgoing).unwrap();
             landing.incoming.rename_to(page, &landing.root).unwrap();
@@ -710,13 +719,7 @@ mod tests {
             let (commit, steps) = about_to_land(&site);
             let repo = site.worktree.open().unwrap();
             let fence = Fence::open();
-            let after = repo.find_commit(commit.parse().unwrap()).unwrap();
-            let landing =
-                Landing::begin(&site.worktree, &repo, steps, after.tree_id(), &fence).unwrap();
-            landing.write_beside(&after.tree().unwrap()).unwrap();
-            site.worktree
-                .move_branch(&repo, after.parent_id(0).unwrap(), after.id(), &fence)
-                .unwrap();
+            let landing = begun(&site, &repo, (&commit, steps), &fence);
             let page = Path::new("page.md");
             landing.incoming.rename_to(page, &landing.outgoing).unwrap();
             drop(landing);
@@ -745,10 +748,7 @@ mod tests {
         let (commit, steps) = about_to_land(&site);
         let repo = site.worktree.open().unwrap();
         let fence = Fence::open();
-        let after = repo.find_commit(commit.parse().unwrap()).unwrap();
-        let landing =
-            Landing::begin(&site.worktree, &repo, steps, after.tree_id(), &fence).unwrap();
-        landing.write_beside(&after.tree().unwrap()).unwrap();
+        let landing = begun(&site, &repo, (&commit, steps), &fence);
         let watch = Inotify::init(InitFlags::IN_NONBLOCK).unwrap();
         let page = site.dir.join("page.md");
         watch
